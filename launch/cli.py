@@ -1,0 +1,195 @@
+"""The command line. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medpsp.errors import ConfigError, LaunchError, MedpspError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    help="From a DICOM archive to an ONNX file that segments DICOM.",
+)
+ConfigArg = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes, for example train.batch_size=8.")
+]
+
+
+def _job(name: str) -> Callable[[str, list[str] | None], None]:
+    def command(config: ConfigArg, overrides: Overrides = None) -> None:
+        from launch.jobs import JOBS, setup_logging
+        from launch.rundir import open_run
+
+        setup_logging()
+        resolved, run = open_run(config, tuple(overrides or ()))
+        if os.environ.get("RANK", "0") == "0":
+            run.log_to(name)
+        JOBS[name](resolved)
+
+    return command
+
+
+for _name, _help in (
+    ("shards", "Turn the archive into Zarr shards."),
+    ("check", "Verify every byte of the shards."),
+    ("train", "Train, or go on from the newest checkpoint."),
+    ("evaluate", "Score the held-out patients."),
+    ("export", "Write checked fp32 and int8 ONNX files."),
+):
+    app.command(_name, help=_help)(_job(_name))
+
+
+@app.command()
+def run(
+    config: ConfigArg, overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the jobs and stop.")] = False,
+) -> None:
+    """Run the whole chain: shards, check, train, evaluate, export."""
+    from launch.jobs import setup_logging
+    from launch.plan import describe, plan_jobs
+    from launch.rundir import open_run
+
+    setup_logging()
+    resolved, folder = open_run(config, tuple(overrides or ()))
+    plan = plan_jobs(resolved)
+    if dry_run:
+        typer.echo(describe(plan, folder.config))
+        return
+    from launch.submit import submit_plan
+
+    submit_plan(plan, folder)
+    typer.echo(f"onnx fp32    {folder.fp32}\nonnx int8    {folder.int8}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Make a phantom archive and take it the whole way."""
+    from launch.demo import run_demo
+    from launch.jobs import setup_logging
+
+    setup_logging()
+    typer.echo("\n".join(run_demo(out, tuple(overrides or ()))))
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="ONNX file of `medpsp export`.")],
+    source: Annotated[Path, typer.Argument(help="Folder of DICOM files, or of plain images.")],
+    out: Annotated[Path, typer.Argument(help="Folder for NIfTI masks and PNG overlays.")],
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all.")] = 0,
+) -> None:
+    """Segment a folder with onnxruntime alone."""
+    from collections import Counter
+
+    from launch.jobs import setup_logging
+    from medpsp.deploy.predict import Predictor
+    from medpsp.progress import Bar
+
+    setup_logging()
+    predictor = Predictor(model, threads)
+    with Bar("predict", 0, "series") as bar:
+        predictions, rows = predictor.folder(source, out, lambda name: bar.advance(note=name))
+    for item in predictions:
+        pixels = ", ".join(
+            f"{name} {count}"
+            for name, count in zip(predictor.classes[1:], item.pixels[1:], strict=True)
+        )
+        typer.echo(f"{item.files[0]}  {item.slices} slices, pixels: {pixels}")
+    if rows:
+        codes = Counter(row.code for row in rows)
+        typer.echo("not segmented: " + ", ".join(f"{n} {c}" for c, n in sorted(codes.items())))
+
+
+@app.command()
+def backbones(
+    height: Annotated[int, typer.Option(min=1, help="Rows of the image.")] = 256,
+    width: Annotated[int, typer.Option(min=1, help="Columns of the image.")] = 256,
+    classes: Annotated[int, typer.Option(min=2)] = 4,
+) -> None:
+    """What each backbone costs, and what it is for."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from medpsp.config import ModelConfig
+    from medpsp.model.cost import ARTICLE, USES, cost_table
+
+    table = Table(title=f"PSPNet, refine head, stride 32, {classes} classes")
+    for name in ("backbone", "backbone M params", "whole M params", f"GMACs at {height}x{width}",
+                 "quoted (backbone, 224²)", "use"):
+        table.add_column(name)
+    for row in cost_table(ModelConfig(), classes, (height, width)):
+        params, macs = ARTICLE[row.backbone]
+        table.add_row(
+            row.backbone, f"{row.backbone_params:.2f}", f"{row.params:.2f}", f"{row.macs:.2f}",
+            f"{params} M, {macs} G", USES[row.backbone],
+        )
+    Console().print(table)
+
+
+config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of a configuration, for editors."""
+    from medpsp.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """Names of the shipped configurations."""
+    from launch.rundir import shipped_configs
+
+    typer.echo("\n".join(shipped_configs()))
+
+
+@config_app.command("show")
+def config_show(config: ConfigArg, overrides: Overrides = None) -> None:
+    """Print the resolved configuration."""
+    from launch.rundir import find_config
+    from medpsp.config import dump_yaml, load_config
+
+    typer.echo(dump_yaml(load_config(find_config(config), tuple(overrides or ()))))
+
+
+def main() -> None:
+    """Entry point: one clear line and a code for every error a user can cause."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, 2)
+    except (MedpspError, OSError) as error:
+        _fail(error, 1)
+    except ModuleNotFoundError as error:
+        _fail(LaunchError(f"{error.name} is not installed; pip install 'medpsp[all]'"), 1)
+    except KeyboardInterrupt:
+        sys.stderr.write("medpsp: interrupted; run the same command again to go on\n")
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> None:
+    from launch.jobs import one_line
+
+    sys.stderr.write(f"medpsp: {one_line(error)}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

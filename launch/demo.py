@@ -1,0 +1,61 @@
+"""The whole way on a phantom archive that is made on the spot."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from launch.phantom import Phantom, write_archive
+from launch.plan import plan_jobs
+from launch.rundir import RunDir, open_run
+from launch.submit import submit_plan
+from medpsp.config import Config
+from medpsp.identity import create_key
+
+log = logging.getLogger("medpsp")
+PATIENTS = 24
+KEY = "0123456789abcdef" * 4
+"""Public on purpose: the patients are drawn, and the split must repeat."""
+
+
+def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
+    """Archive, shards, training, evaluation, export, masks on a new patient.
+
+    Returns:
+        One line an artefact.
+    """
+    from medpsp.deploy.predict import Predictor
+
+    archive = out / "archive"
+    if not (archive / "masks").is_dir():
+        write_archive(archive, PATIENTS, Phantom())
+        log.info("demo: %d phantom patients as DICOM in %s", PATIENTS, archive / "dicom")
+    key_file = out / "demo.key"
+    create_key(key_file, KEY)
+    config, run = open_run("demo", (
+        f"out={out}", f"data.archive={archive / 'dicom'}", f"data.labels={archive / 'masks'}",
+        f"data.key_file={key_file}", *overrides,
+    ))
+    submit_plan(plan_jobs(config), run)
+    new, _ = write_archive(out / "new-patient", 1, Phantom(oblique_deg=10), seed=99)
+    predictions, _ = Predictor(run.int8).folder(new, out / "masks")
+    return _artefacts(config, run, [f for p in predictions for f in p.files])
+
+
+def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
+    scores = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    dice = ", ".join(f"{name} {value:.3f}" for name, value in scores["dice"].items())
+    blind = ", ".join(f"{n} {v:.3f}" for n, v in scores["dice_constant_mask"].items())
+    overlays = [f for f in files if f.suffix == ".png"]
+    return [
+        f"shards       {config.shards}",
+        f"tensorboard  {run.tensorboard}   (tensorboard --logdir {run.tensorboard})",
+        f"checkpoint   {run.checkpoints / 'best'}",
+        f"onnx fp32    {run.fp32}",
+        f"onnx int8    {run.int8}",
+        f"masks        {next(f for f in files if f.suffix == '.gz')}",
+        f"overlays     {overlays[0].parent}   ({len(overlays)} PNG)",
+        f"held-out Dice of {scores['patients']} patients: {dice}",
+        f"constant mask, for comparison: {blind}",
+    ]

@@ -1,0 +1,87 @@
+"""The best network of a run to checked ONNX files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.rundir import RunDir
+from launch.trained import labelled_rows, load_trained, number, shown
+from medpsp import __version__
+from medpsp.config import Config
+from medpsp.errors import ExportError
+
+if TYPE_CHECKING:
+    from shards.index import SliceRow
+
+log = logging.getLogger("medpsp")
+
+
+def export_job(config: Config) -> None:
+    """Best checkpoint to fp32 and int8 ONNX, both checked.
+
+    Raises:
+        ParityError: fp32 differs from the network.
+        ExportError: int8 masks agree too little with the fp32 masks.
+    """
+    from medpsp.deploy.export import export_onnx
+    from medpsp.deploy.quantize import quantize_int8
+    from medpsp.deploy.verify import check_parity, mask_agreement
+    from shards.dataset import stage_rows
+    from shards.index import read_manifest
+
+    run, rows = RunDir(config.out), labelled_rows(config)
+    model, step = load_trained(config)
+    window = config.data.window
+    metadata = {
+        "tool": f"medpsp {__version__}", "classes": list(config.data.classes),
+        "modalities": list(config.data.modalities),
+        "window": {"center": window.center, "width": window.width} if window else None,
+        "backbone": config.model.backbone, "head": config.model.head,
+        "bins": list(config.model.bins), "step": step, "in_channels": config.model.in_channels,
+        "key_fingerprint": read_manifest(config.shards).key_fingerprint,
+    }
+    channels, limit = config.model.in_channels, config.export.calibration_slices
+    log.info("export: fp32, opset %d", config.export.opset)
+    export_onnx(model, run.fp32, channels, config.export.opset, metadata)
+    parity = check_parity(model, run.fp32, channels, config.export.parity_tolerance)
+    worst = max(row.max_abs_diff for row in parity)
+    log.info("export: largest logit difference %.1e over %d shapes", worst, len(parity))
+    train = spread(stage_rows(rows, 1.0), limit)
+    quantize_int8(run.fp32, run.int8, unit_images(config, train), {**metadata, "int8": "QDQ U8S8"})
+    val = spread([row for row in rows if row.split == "val"], limit)
+    agreement = mask_agreement(run.fp32, run.int8, unit_images(config, val),
+                               len(config.data.classes))
+    log.info("export: int8 masks against fp32 masks, Dice %s", shown(number(agreement)))
+    report = {
+        "parity": [{"shape": r.shape, "max_abs_diff": r.max_abs_diff, "changed": r.changed}
+                   for r in parity],
+        "int8_dice_against_fp32": number(agreement), "int8_slices": len(val),
+        "bytes": {"fp32": run.fp32.stat().st_size, "int8": run.int8.stat().st_size},
+    }
+    run.export_report.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if agreement < config.export.int8_min_dice:
+        raise ExportError(
+            f"{run.int8}: masks agree with fp32 by Dice {agreement:.3f}, below "
+            f"{config.export.int8_min_dice} (export.int8_min_dice); train longer, or ship "
+            f"{run.fp32.name}"
+        )
+
+
+def spread(rows: list[SliceRow], count: int) -> list[SliceRow]:
+    """At most ``count`` rows, evenly spaced over the list."""
+    if len(rows) <= count:
+        return rows
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def unit_images(config: Config, rows: list[SliceRow]) -> Any:
+    """(1, 1, H, W) inputs of the network, one after another."""
+    from shards.dataset import read_unit
+    from shards.reader import ShardReader
+
+    reader = ShardReader(config.shards)
+    return (read_unit(reader, row)[0][None, None] for row in rows)

@@ -1,0 +1,179 @@
+"""What runs on a node. Here, and only here, the training loop meets the shards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.cluster import detect_world
+from launch.evaluate import evaluate_job
+from launch.export import export_job
+from launch.rundir import RunDir
+from launch.trained import labelled_rows
+from medpsp.config import Config, dump_yaml, load_config
+from medpsp.errors import ConfigError, LaunchError, MedpspError, ShardError
+
+log = logging.getLogger("medpsp")
+
+
+def run_command(name: str, config_path: Path) -> str:
+    """Run one job of the chain in this process.
+
+    Returns:
+        Empty on success, else the one line a user needs; also in ``logs/<name>.failed``.
+    """
+    setup_logging()
+    config = load_config(config_path)
+    run = RunDir(config.out)
+    run.log_to(name)
+    marker = run.logs / f"{name}.failed"
+    marker.unlink(missing_ok=True)
+    try:
+        JOBS[name](config)
+    except (MedpspError, OSError) as error:
+        reason = one_line(error)
+        log.error("%s", reason)
+        marker.write_text(reason + "\n", encoding="utf-8")
+        return reason
+    return ""
+
+
+def setup_logging() -> None:
+    """Plain lines on stderr."""
+    logger = logging.getLogger("medpsp")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line."""
+    if isinstance(error, OSError) and not isinstance(error, MedpspError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or type(error).__name__}{where}"
+    return " ".join(str(error).split())
+
+
+def shards_job(config: Config) -> None:
+    """Archive to shards.
+
+    Raises:
+        ShardError: More objects were quarantined than ``data.max_reject_fraction``.
+    """
+    from shards.build import build_shards, reject_fraction
+
+    manifest = build_shards(config)
+    counts = ", ".join(f"{n} {status}" for status, n in manifest.counts.items())
+    log.info("shards: %s -> %s (%s)", config.data.archive, config.shards, counts)
+    if manifest.codes:
+        log.info("not kept: %s", ", ".join(f"{n} {code}" for code, n in manifest.codes.items()))
+    fraction, limit = reject_fraction(manifest), config.data.max_reject_fraction
+    if fraction > limit:
+        raise ShardError(
+            f"shards {config.shards}: {fraction:.1%} of the objects were quarantined, "
+            f"data.max_reject_fraction allows {limit:.1%}; see rejects.parquet there"
+        )
+
+
+def check_job(config: Config) -> None:
+    """Verify shards.
+
+    Raises:
+        ShardError: A problem was found; all are in the log.
+    """
+    from medpsp.progress import Bar
+    from shards.check import check_shards
+    from shards.index import read_manifest
+
+    with Bar("check", read_manifest(config.shards).counts["kept"], "slices") as bar:
+        problems = check_shards(config.shards, bar.advance)
+    for problem in problems:
+        log.error("%s", problem)
+    if problems:
+        raise ShardError(
+            f"shards {config.shards}: {len(problems)} problems, the first: {problems[0]}; delete "
+            "the damaged files and run `medpsp shards` again"
+        )
+    log.info("check: every digest, slice and split is as the manifest says")
+
+
+def train_job(config: Config) -> None:
+    """Train with ``train.ranks`` ranks: in this process, or as torchrun's children."""
+    world = detect_world()
+    if config.train.batch_size % max(world.size, config.train.ranks):
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} cannot be shared by "
+            f"{max(world.size, config.train.ranks)} ranks; take a multiple"
+        )
+    if config.train.ranks > 1 and "WORLD_SIZE" not in os.environ:
+        _start_ranks(config)
+        return
+    import torch
+
+    from medpsp.model.loss import class_weights
+    from medpsp.model.psp import build_model
+    from medpsp.train.board import Board
+    from medpsp.train.checkpoint import latest_checkpoint, read_state
+    from medpsp.train.engine import process_group
+    from medpsp.train.loop import Run, fit
+    from shards.dataset import example_batch, stage_rows, train_batches, whole_slices
+    from shards.index import class_pixels
+
+    run, root = RunDir(config.out), config.shards
+    rows = labelled_rows(config)
+    val = [row for row in rows if row.split == "val"]
+    pixels = class_pixels(stage_rows(rows, 1.0), len(config.data.classes))
+    newest = latest_checkpoint(run.checkpoints)
+    first_step = read_state(newest).step if newest else 0
+    with process_group(world, config.train.threads) as device:
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        model = build_model(config.model, len(config.data.classes)).to(device)
+        board = Board(run.tensorboard if world.rank == 0 else None, first_step)
+        board.text("config", f"```\n{dump_yaml(config)}\n```")
+        weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
+        if world.rank == 0:
+            log.info("train: %d ranks on %s, class weights %s", world.size, device.type,
+                     [round(float(w), 2) for w in weights])
+        state = fit(
+            Run(
+                config=config, world=world, device=device, checkpoints=run.checkpoints,
+                board=board, weights=weights, examples=example_batch(root, val, config),
+                batches=lambda stage, first: train_batches(root, rows, config, world, (stage, first)),
+                val_batches=lambda: whole_slices(root, val, world),
+            ),
+            model,
+        )
+        board.close()
+    if world.rank == 0:
+        log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
+
+
+def _start_ranks(config: Config) -> None:
+    """One torchrun with a free port; its children call `train_job` again."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={config.train.ranks}", "-m", "launch.cli",
+        "train", str(RunDir(config.out).config),
+    ]
+    threads = config.train.threads or max(1, (os.cpu_count() or 1) // config.train.ranks)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    done = subprocess.run(command, env=env, check=False)
+    if done.returncode:
+        raise LaunchError(f"train: {config.train.ranks} ranks ended with code {done.returncode}; "
+                          "the reason stands above")
+
+
+JOBS: dict[str, Any] = {
+    "shards": shards_job,
+    "check": check_job,
+    "train": train_job,
+    "evaluate": evaluate_job,
+    "export": export_job,
+}

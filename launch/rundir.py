@@ -1,0 +1,115 @@
+"""Every path of a run, and the shipped configurations."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from medpsp.config import Config, dump_yaml, load_config
+from medpsp.errors import ConfigError, LaunchError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Places below the out folder of a run."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, config: Config) -> RunDir:
+        """Make the folder and put the resolved configuration into it.
+
+        Raises:
+            LaunchError: The folder cannot be made.
+        """
+        run = cls(config.out)
+        try:
+            run.logs.mkdir(parents=True, exist_ok=True)
+            run.config.write_text(dump_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise LaunchError(f"out {config.out}: cannot be written ({error.strerror})") from None
+        return run
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration, read by the jobs."""
+        return self.root / "config.yaml"
+
+    @property
+    def logs(self) -> Path:
+        """One file a command."""
+        return self.root / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the run."""
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores of the held-out patients."""
+        return self.root / "evaluation.json"
+
+    @property
+    def fp32(self) -> Path:
+        """ONNX, fp32."""
+        return self.root / "export" / "model.onnx"
+
+    @property
+    def int8(self) -> Path:
+        """ONNX, int8."""
+        return self.root / "export" / "model.int8.onnx"
+
+    @property
+    def export_report(self) -> Path:
+        """Parity and agreement figures of the export."""
+        return self.root / "export" / "report.json"
+
+    def log_to(self, name: str) -> None:
+        """Append log lines to ``logs/<name>.log`` as well."""
+        handler = logging.FileHandler(self.logs / f"{name}.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logging.getLogger("medpsp").addHandler(handler)
+
+
+def data_folder(name: str) -> Path:
+    """``configs`` or ``slurm``: beside the packages in a checkout, in medpsp_data in a wheel."""
+    top = Path(__file__).resolve().parent.parent
+    for place in (top / name, top / "medpsp_data" / name):
+        if place.is_dir():
+            return place
+    raise LaunchError(f"{name}: shipped files not found beside {top}; install medpsp again")
+
+
+def shipped_configs() -> list[str]:
+    """Names that `find_config` knows."""
+    return sorted(path.stem for path in data_folder("configs").glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A path to a YAML file, or the name of a shipped one.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in shipped_configs():
+        return data_folder("configs") / f"{name}.yaml"
+    near = difflib.get_close_matches(name, shipped_configs(), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(shipped_configs())}"
+    raise ConfigError(f"config '{name}': no such file and no shipped name; {hint}")
+
+
+def open_run(name: str, overrides: tuple[str, ...]) -> tuple[Config, RunDir]:
+    """Load a configuration and make its run folder."""
+    config = load_config(find_config(name), overrides)
+    return config, RunDir.create(config)

@@ -1,0 +1,69 @@
+"""What evaluation and export start from: labelled rows and the best network of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from launch.rundir import RunDir
+from medpsp.config import Config
+from medpsp.errors import CheckpointError, ShardError
+
+if TYPE_CHECKING:
+    from medpsp.model.psp import PSPNet
+    from shards.index import SliceRow
+
+
+def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
+    """Rows of the index whose classes fit the configuration.
+
+    Raises:
+        ShardError: The shards were made with other classes, or nothing is labelled.
+    """
+    from shards.index import read_index, read_manifest
+
+    manifest = read_manifest(config.shards)
+    if manifest.classes != config.data.classes:
+        raise ShardError(
+            f"shards {config.shards}: made for classes {', '.join(manifest.classes)}, config has "
+            f"{', '.join(config.data.classes)}; run `medpsp shards` again"
+        )
+    rows = tuple(row for row in read_index(config.shards) if row.labelled)
+    if not rows:
+        raise ShardError(f"shards {config.shards}: no labelled slice; set data.labels")
+    return rows
+
+
+def load_trained(config: Config) -> tuple[PSPNet, int]:
+    """The best network of a run, and its step.
+
+    Raises:
+        CheckpointError: Not trained yet, or trained with another network.
+    """
+    import torch
+
+    from medpsp.model.psp import build_model
+    from medpsp.train.checkpoint import load_checkpoint
+    from medpsp.train.loop import identify
+
+    path = RunDir(config.out).checkpoints / "best"
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path}: not there; run `medpsp train` first")
+    tensors, state = load_checkpoint(path, torch.device("cpu"))
+    if state.model != identify(config):
+        raise CheckpointError(f"checkpoint {path}: made with another model or other classes")
+    model = build_model(config.model.model_copy(update={"pretrained": False}),
+                        len(config.data.classes))
+    model.load_state_dict(tensors["model"])
+    return model.eval(), state.step
+
+
+def number(value: float) -> float | None:
+    """A float for JSON: NaN, where a class occurs nowhere, becomes null."""
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def shown(value: float | None) -> str:
+    """Three digits, or n/a."""
+    return "n/a" if value is None else f"{value:.3f}"

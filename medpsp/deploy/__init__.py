@@ -1,0 +1,1 @@
+"""ONNX export, quantization, verification and the torch-free predictor."""

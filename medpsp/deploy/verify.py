@@ -1,0 +1,80 @@
+"""Does the ONNX file compute what the network computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from medpsp.deploy.export import INPUT
+from medpsp.errors import ParityError
+from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
+
+SHAPES = ((1, 64, 64), (2, 97, 121), (1, 33, 47), (3, 128, 96), (1, 31, 1), (1, 160, 200))
+"""(N, H, W) tried: square, odd, below the padding multiple, one column wide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """Largest difference of logits and number of changed pixels at one shape."""
+
+    shape: tuple[int, int, int]
+    max_abs_diff: float
+    changed: int
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """A single-threaded CPU session."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def check_parity(model: nn.Module, path: Path, channels: int, tolerance: float) -> list[Parity]:
+    """Compare network and file on random images at several shapes.
+
+    Raises:
+        ParityError: Logits differ by more than ``tolerance`` at some shape.
+    """
+    model.eval()
+    session = open_session(path)
+    rng = np.random.default_rng(0)
+    rows = []
+    for shape in SHAPES:
+        n, h, w = shape
+        image = rng.random((n, channels, h, w), dtype=np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(image))[0].numpy()
+        found = session.run(None, {INPUT: image})[0]
+        if found.shape != expected.shape:
+            raise ParityError(f"{path.name} at (N,H,W)={shape}: shape {found.shape}")
+        difference = float(np.abs(found - expected).max())
+        changed = int((found.argmax(1) != expected.argmax(1)).sum())
+        rows.append(Parity(shape=shape, max_abs_diff=difference, changed=changed))
+    worst = max(rows, key=lambda row: row.max_abs_diff)
+    if not worst.max_abs_diff <= tolerance:
+        raise ParityError(
+            f"{path.name} at (N,H,W)={worst.shape}: logits differ by {worst.max_abs_diff:.2e}, "
+            f"allowed {tolerance:.0e} (export.parity_tolerance)"
+        )
+    return rows
+
+
+def mask_agreement(
+    reference: Path, other: Path, images: Iterable[NDArray[np.float32]], classes: int
+) -> float:
+    """Mean foreground Dice of one file's masks against another's; NaN without any foreground."""
+    sessions = open_session(reference), open_session(other)
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    for image in images:
+        first, second = (
+            s.run(None, {INPUT: image})[0].argmax(1).astype(np.uint8) for s in sessions
+        )
+        counts += confusion(first, second, classes)
+    return mean_foreground(dice_per_class(counts))

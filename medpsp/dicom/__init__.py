@@ -1,0 +1,1 @@
+"""DICOM, NIfTI and VOC files to our types."""

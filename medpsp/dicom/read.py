@@ -1,0 +1,215 @@
+"""One DICOM file to a `SliceRef` (header) and to modality values (pixels).
+
+One decoder per transfer syntax: pydicom would try the next plug-in after a codestream error, and
+a corrupt image then comes back as a full array from a more forgiving codec.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import apply_modality_lut, pixel_array
+
+from medpsp.errors import DicomError
+from medpsp.types import PixelDtype, SliceRef, Window
+
+DECODERS: dict[str, str] = {
+    "1.2.840.10008.1.2": "",  # Implicit VR Little Endian
+    "1.2.840.10008.1.2.1": "",  # Explicit VR Little Endian
+    "1.2.840.10008.1.2.1.99": "",  # Deflated Explicit VR Little Endian
+    "1.2.840.10008.1.2.2": "",  # Explicit VR Big Endian
+    "1.2.840.10008.1.2.5": "pylibjpeg",  # RLE Lossless, by pylibjpeg-rle
+    "1.2.840.10008.1.2.4.50": "pillow",  # JPEG Baseline
+    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS Lossless
+    "1.2.840.10008.1.2.4.81": "pyjpegls",  # JPEG-LS Near-lossless
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000 Lossless, by pylibjpeg-openjpeg
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",  # JPEG 2000
+}
+"""Transfer syntax to the one pydicom plug-in that decodes it; empty for native pixels."""
+
+MAX_SIDE = 16384
+"""Rows or columns above this are refused before any memory is asked for."""
+
+
+def read_header(path: Path, file_id: str) -> SliceRef:
+    """Read the header of one file.
+
+    Raises:
+        DicomError: With code NOT_DICOM, FILE_EMPTY, FILE_UNREADABLE, NOT_IMAGE, TS_UNSUPPORTED,
+            MULTIFRAME_UNSUPPORTED, PHOTOMETRIC_UNSUPPORTED, HDR_REQUIRED_MISSING, ELEM_INVALID,
+            SIZE_LIMIT.
+    """
+    ds = _open(path, stop_before_pixels=True)
+    if "Rows" not in ds or "Columns" not in ds:
+        raise DicomError("NOT_IMAGE", "no Rows and Columns (0028,0010), (0028,0011)")
+    _check_supported(ds)
+    try:
+        slope, intercept = _rescale(ds)
+        return SliceRef(
+            path=str(path),
+            file_id=file_id,
+            patient_id=str(ds.get("PatientID") or ""),
+            series_uid=str(ds["SeriesInstanceUID"].value),
+            sop_uid=str(ds["SOPInstanceUID"].value),
+            modality=str(ds.get("Modality", "")),
+            rows=int(ds.Rows),
+            columns=int(ds.Columns),
+            dtype=modality_dtype(ds, slope, intercept),
+            photometric=str(ds.PhotometricInterpretation),
+            position=_numbers(ds, "ImagePositionPatient", 3),  # type: ignore[arg-type]
+            orientation=_numbers(ds, "ImageOrientationPatient", 6),
+            pixel_spacing=_numbers(ds, "PixelSpacing", 2),  # type: ignore[arg-type]
+            window=_first_window(ds),
+            series_split_key="|".join(str(v) for v in list(ds.get("ImageType") or [])[2:3]),
+        )
+    except KeyError as error:
+        raise DicomError("HDR_REQUIRED_MISSING", f"no {error.args[0]}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        # pydicom quotes the element's value in its message: keep the kind only
+        raise DicomError(
+            "ELEM_INVALID", f"a header value is malformed ({type(error).__name__})"
+        ) from None
+
+
+def read_pixels(ref: SliceRef) -> NDArray[Any]:
+    """Modality values of one slice (PS3.3 C.11.1): stored value * slope + intercept.
+
+    Returns:
+        (H, W) of ``ref.dtype``; int16 only where that is exact.
+
+    Raises:
+        DicomError: PIX_TRUNCATED, DEC_ERROR, or a code of `read_header`.
+    """
+    ds = _open(Path(ref.path), stop_before_pixels=False)
+    if "PixelData" not in ds:
+        raise DicomError("PIX_TRUNCATED", "no Pixel Data (7FE0,0010); the file may be cut short")
+    try:
+        stored = _decode(ds)
+        values = _to_modality(ds, stored, ref.dtype)
+    except DicomError:
+        raise
+    except Exception as error:  # noqa: BLE001 - codecs raise anything; their text may quote values
+        code = "PIX_TRUNCATED" if "length of the pixel data" in str(error) else "DEC_ERROR"
+        raise DicomError(code, f"{_syntax(ds)} not decodable ({type(error).__name__})") from None
+    if values.shape != (ref.rows, ref.columns):
+        raise DicomError(
+            "DEC_ERROR", f"decoded shape {values.shape}, header says {(ref.rows, ref.columns)}"
+        )
+    return values
+
+
+def modality_dtype(ds: Dataset, slope: float, intercept: float) -> PixelDtype:
+    """int16 where every value the header allows is an exact int16, else float32."""
+    if slope != 1 or not float(intercept).is_integer() or "ModalityLUTSequence" in ds:
+        return "float32"
+    bits, signed = int(ds.BitsStored), int(ds.PixelRepresentation) == 1
+    low = -(2 ** (bits - 1)) if signed else 0
+    high = 2 ** (bits - signed) - 1
+    fits = low + intercept >= -32768 and high + intercept <= 32767
+    return "int16" if fits else "float32"
+
+
+def _open(path: Path, *, stop_before_pixels: bool) -> Dataset:
+    try:
+        if path.stat().st_size == 0:
+            raise DicomError("FILE_EMPTY", "0 bytes")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's warnings quote element values
+            return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
+    except InvalidDicomError:
+        raise DicomError("NOT_DICOM", "no DICM prefix after 128 bytes") from None
+    except DicomError:
+        raise
+    except OSError as error:
+        raise DicomError("FILE_UNREADABLE", f"{type(error).__name__} {error.errno}") from None
+    except Exception as error:  # noqa: BLE001 - a parser fed any bytes raises anything
+        raise DicomError("HDR_TRUNCATED", f"not parsable ({type(error).__name__})") from None
+
+
+def _check_supported(ds: Dataset) -> None:
+    syntax = _syntax(ds)
+    if syntax not in DECODERS:
+        raise DicomError("TS_UNSUPPORTED", f"transfer syntax {syntax or 'missing'}")
+    try:
+        frames = int(ds.get("NumberOfFrames") or 1)
+        rows, columns, samples = int(ds.Rows), int(ds.Columns), int(ds.get("SamplesPerPixel", 1))
+    except (ValueError, TypeError):
+        raise DicomError("ELEM_INVALID", "Rows, Columns or NumberOfFrames not a number") from None
+    if frames > 1:
+        raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
+    if not (0 < rows <= MAX_SIDE and 0 < columns <= MAX_SIDE):
+        raise DicomError("SIZE_LIMIT", f"{rows} x {columns}, expected 1..{MAX_SIDE}")
+    photometric = str(ds.get("PhotometricInterpretation", ""))
+    if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
+        known = photometric if photometric.replace("_", "").isalnum() else "missing"
+        raise DicomError("PHOTOMETRIC_UNSUPPORTED", f"{known[:16]} with {samples} samples")
+    for keyword in ("BitsAllocated", "BitsStored", "PixelRepresentation"):
+        if keyword not in ds:
+            raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
+
+
+def _syntax(ds: Dataset) -> str:
+    return str(getattr(ds.file_meta, "TransferSyntaxUID", ""))[:64]
+
+
+def _decode(ds: Dataset) -> NDArray[Any]:
+    plugin = DECODERS[_syntax(ds)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pixel_array(ds, raw=True, decoding_plugin=plugin)
+
+
+def _to_modality(ds: Dataset, stored: NDArray[Any], dtype: PixelDtype) -> NDArray[Any]:
+    if "ModalityLUTSequence" in ds:
+        return apply_modality_lut(stored, ds).astype(np.float32)
+    slope, intercept = _rescale(ds)
+    if dtype == "int16":
+        return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
+    return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+
+
+def _rescale(ds: Dataset) -> tuple[float, float]:
+    slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
+    pair = (1.0 if slope in (None, "") else float(slope),
+            0.0 if intercept in (None, "") else float(intercept))
+    if not all(math.isfinite(v) for v in pair):
+        raise ValueError("rescale not finite")
+    return pair
+
+
+def _numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+    value = ds.get(keyword)
+    if value is None or value == "":
+        return None
+    numbers = tuple(float(v) for v in value)
+    if len(numbers) != count or not all(math.isfinite(v) for v in numbers):
+        raise ValueError(keyword)
+    return numbers
+
+
+def _first_window(ds: Dataset) -> Window | None:
+    """First usable pair of Window Center and Width (VM 1-n; PS3.3 C.11.2.1.2)."""
+    centers, widths = _listed(ds, "WindowCenter"), _listed(ds, "WindowWidth")
+    for center, width in zip(centers, widths, strict=False):
+        if math.isfinite(center) and math.isfinite(width) and width > 0:
+            return Window(center=center, width=width)
+    return None
+
+
+def _listed(ds: Dataset, keyword: str) -> list[float]:
+    value = ds.get(keyword)
+    if value is None or value == "":
+        return []
+    try:
+        items = [value] if isinstance(value, int | float | str) else list(value)
+        return [float(v) for v in items]
+    except (ValueError, TypeError):
+        return []

@@ -1,0 +1,154 @@
+"""VOC-style archives: a folder of images, a folder of masks of the same names, split lists."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from medpsp.config import VocConfig
+from medpsp.dicom.scan import refusal
+from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
+from medpsp.types import PixelDtype, ScanRow, Series, SliceRef, Split
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+_LISTS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
+
+
+def scan_voc(
+    root: Path, voc: VocConfig, file_id: Callable[[str], str]
+) -> tuple[list[Series], list[ScanRow]]:
+    """Pair images and masks by stem and group them by patient and size.
+
+    A stem listed in ``train.txt``, ``val.txt`` or ``test.txt`` puts its patient in that split; a
+    patient in two lists is an error, since its images would leak across the split.
+
+    Raises:
+        ArchiveError: Image or mask folder missing or empty.
+        ConfigError: ``patient_pattern`` is no expression with one group.
+    """
+    images, masks = _by_stem(root / voc.images), _by_stem(root / voc.masks)
+    try:
+        pattern = re.compile(voc.patient_pattern)
+    except re.error as error:
+        raise ConfigError(f"data.voc.patient_pattern: not a regular expression ({error})") from None
+    if pattern.groups < 1:
+        raise ConfigError("data.voc.patient_pattern: needs one group, for example ^(p[0-9]+)-")
+    listed = _read_lists(root / voc.lists)
+    groups: dict[tuple[str, int, int], list[tuple[SliceRef, str]]] = defaultdict(list)
+    splits: dict[str, set[Split]] = defaultdict(set)
+    rows: list[ScanRow] = []
+    for stem, path in sorted(images.items()):
+        name = file_id(path.relative_to(root).as_posix())
+        match = pattern.search(stem)
+        try:
+            if match is None:
+                raise DicomError("NAME_NO_PATIENT", "name does not fit data.voc.patient_pattern")
+            if listed and stem not in listed:
+                raise DicomError("NOT_LISTED", "in none of the split lists")
+            ref = _image_ref(path, name, match.group(1))
+        except DicomError as error:
+            rows.append(refusal(name, error.code, error.detail))
+            continue
+        if stem in listed:
+            splits[ref.patient_id].add(listed[stem])
+        groups[ref.patient_id, ref.rows, ref.columns].append((ref, str(masks.get(stem, ""))))
+    for patient_splits in splits.values():
+        if len(patient_splits) > 1:
+            raise ConfigError(
+                f"split lists: one patient is in {sorted(patient_splits)}; "
+                "check data.voc.patient_pattern, or delete the lists to split by keyed hash"
+            )
+    series = [
+        Series(
+            slices=tuple(ref for ref, _ in group),
+            affine=None,
+            z_mm=(),
+            masks=tuple(mask for _, mask in group),
+            split=next(iter(splits[key[0]])) if splits[key[0]] else None,
+        )
+        for key, group in sorted(groups.items())
+    ]
+    return series, rows
+
+
+def read_image(path: Path) -> NDArray[np.generic]:
+    """Read a grey image as (H, W) int16 (8-bit) or float32 (16-bit and float).
+
+    An RGB image whose three channels are equal is grey (a common way of exporting).
+
+    Raises:
+        DicomError: IMAGE_UNREADABLE or COLOUR_UNSUPPORTED.
+    """
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA") else image)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise DicomError("IMAGE_UNREADABLE", f"not decodable ({type(error).__name__})") from None
+    if values.ndim == 3:
+        grey = values[..., 0]
+        if values.shape[2] < 3 or (values[..., :3] != grey[..., None]).any():
+            raise DicomError("COLOUR_UNSUPPORTED", "channels differ, expected a grey image")
+        values = grey
+    return values.astype(np.int16 if values.dtype in (np.uint8, np.bool_) else np.float32)
+
+
+def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
+    """Read a mask of class values: palette or grey PNG, or RGB with equal channels.
+
+    Raises:
+        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_GRID_MISMATCH.
+    """
+    if not path.is_file():
+        raise LabelError("MASK_MISSING", "no mask of the same name as the image")
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image)  # mode P gives the palette index, which is the class
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise LabelError("MASK_UNREADABLE", f"not decodable ({type(error).__name__})") from None
+    if values.ndim == 3:
+        if (values[..., :3] != values[..., :1]).any():
+            raise LabelError("MASK_UNREADABLE", "colour mask, expected class values or a palette")
+        values = values[..., 0]
+    if values.shape != shape:
+        raise LabelError("MASK_GRID_MISMATCH", f"mask {values.shape}, image {shape}")
+    return values.astype(np.int64)
+
+
+def _image_ref(path: Path, name: str, patient: str) -> SliceRef:
+    try:
+        with Image.open(path) as image:
+            columns, rows = image.size
+            dtype: PixelDtype = "float32" if image.mode.startswith(("I", "F")) else "int16"
+    except (UnidentifiedImageError, OSError) as error:
+        raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
+    return SliceRef(
+        path=str(path), file_id=name, patient_id=patient, series_uid=f"{patient}/{rows}x{columns}",
+        modality="IMAGE8" if dtype == "int16" else "OT", rows=rows, columns=columns, dtype=dtype,
+        photometric="MONOCHROME2",
+    )
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ArchiveError(f"VOC archive: no folder {folder}; set data.voc.images and .masks")
+    found = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES}
+    if not found:
+        raise ArchiveError(f"VOC archive: {folder} holds no image ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _read_lists(folder: Path) -> dict[str, Split]:
+    listed: dict[str, Split] = {}
+    for name, split in _LISTS.items():
+        path = folder / f"{name}.txt"
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if line.strip():
+                    listed[line.split()[0]] = split
+    return listed

@@ -1,0 +1,79 @@
+"""The error tree.
+
+Each error is also the matching builtin. A message names what failed, where, what was found
+against what was expected, and what to do. No message carries a patient's name, id or date:
+objects of an archive are named by their pseudonymous ``file_id``.
+"""
+
+
+class MedpspError(Exception):
+    """Base of every error a user of medpsp is meant to read."""
+
+
+class ConfigError(MedpspError, ValueError):
+    """The configuration or a command-line value is wrong; the command line exits with 2."""
+
+
+class SourceError(MedpspError, ValueError):
+    """One source object (file, series, mask) cannot be used; becomes a row of the reject table.
+
+    Args:
+        code: Reason code in capitals, for example ``PIX_TRUNCATED``.
+        detail: Numbers and tag names only, never element values that may hold text.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(code, detail)  # both, so that it survives pickling between processes
+        self.code = code
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}"
+
+
+class DicomError(SourceError):
+    """A DICOM object cannot be read."""
+
+
+class GeometryError(SourceError):
+    """A series has no usable geometry."""
+
+
+class LabelError(SourceError):
+    """A mask cannot be placed on its image."""
+
+
+class ArchiveError(MedpspError, FileNotFoundError):
+    """The archive is missing, empty, or yields nothing to train on."""
+
+
+class ShardError(MedpspError, RuntimeError):
+    """Shards or their manifest are missing, incomplete or damaged."""
+
+
+class TrainError(MedpspError, RuntimeError):
+    """Training cannot start or go on."""
+
+
+class NonFiniteLossError(TrainError):
+    """The loss became NaN or infinite."""
+
+
+class CheckpointError(TrainError):
+    """No checkpoint verifies, or it belongs to another model."""
+
+
+class ExportError(MedpspError, RuntimeError):
+    """The ONNX file cannot be made."""
+
+
+class ParityError(ExportError):
+    """The ONNX file does not compute what the trained network computes."""
+
+
+class ModelFileError(MedpspError, ValueError):
+    """The ONNX file given to `predict` is not one that medpsp wrote."""
+
+
+class LaunchError(MedpspError, RuntimeError):
+    """A job of the chain failed or could not be started."""

@@ -1,0 +1,91 @@
+"""Pseudonyms and splits: keyed hashes, so that they repeat with the key and mean nothing without.
+
+HMAC-SHA-256(key, kind || 0x00 || value), as in NIST FIPS 198-1. An unkeyed hash of a patient id
+can be undone by trying all ids, so there is no unkeyed mode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from medpsp.errors import ConfigError
+from medpsp.types import Split
+
+KEY_VARIABLE = "MEDPSP_KEY"
+MIN_KEY_BYTES = 16
+
+
+def load_key(path: Path | None) -> bytes:
+    """The project key: from a file, from MEDPSP_KEY, or made once below ~/.config/medpsp.
+
+    Raises:
+        ConfigError: File readable by others, or key shorter than 16 bytes.
+    """
+    variable = os.environ.get(KEY_VARIABLE)
+    if path is None and variable:
+        return _checked(variable.encode(), f"environment variable {KEY_VARIABLE}")
+    if path is None:
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        path = base / "medpsp" / "project.key"
+        if not path.exists():
+            create_key(path, secrets.token_hex(32))
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        text = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"data.key_file {path}: cannot be read ({type(error).__name__}); "
+            "make one with: (umask 077; openssl rand -hex 32 > FILE)"
+        ) from None
+    if mode & 0o077:
+        raise ConfigError(f"data.key_file {path}: mode {mode:04o}, expected 0600; chmod 600 it")
+    return _checked(text, f"data.key_file {path}")
+
+
+def create_key(path: Path, text: str) -> None:
+    """Write a key file with mode 0600; an existing one is left alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(handle, "w", encoding="ascii") as file:
+        file.write(text + "\n")
+
+
+def _checked(key: bytes, where: str) -> bytes:
+    if len(key) < MIN_KEY_BYTES:
+        raise ConfigError(f"{where}: {len(key)} bytes, expected at least {MIN_KEY_BYTES}")
+    return key
+
+
+def _digest(key: bytes, kind: str, value: str) -> bytes:
+    return hmac.new(key, kind.encode() + b"\0" + value.encode(), hashlib.sha256).digest()
+
+
+def pseudonym(key: bytes, kind: str, value: str) -> str:
+    """16 hex digits that stand for a patient, a series or a file; ``kind`` keeps them apart."""
+    return _digest(key, kind, value).hex()[:16]
+
+
+def fingerprint(key: bytes) -> str:
+    """8 hex digits that tell whether two sets were made with the same key."""
+    return _digest(key, "fingerprint", "").hex()[:8]
+
+
+def unit_hash(key: bytes, kind: str, value: str) -> float:
+    """A number in [0, 1) with 53 random bits."""
+    return int.from_bytes(_digest(key, kind, value)[:8], "big") / 2**64 * (1 - 2**-53)
+
+
+def split_of(key: bytes, patient_id: str, val: float, test: float) -> Split:
+    """The split of a patient: thresholds of the keyed hash, so new patients move nobody."""
+    place = unit_hash(key, "split", patient_id)
+    if place < test:
+        return "test"
+    return "val" if place < test + val else "train"

@@ -1,0 +1,1 @@
+"""Networks, loss and cost; torch only."""

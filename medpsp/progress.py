@@ -1,0 +1,93 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger("medpsp")
+LINE_EVERY_S = 5.0
+"""Seconds between two lines where there is no terminal."""
+
+
+class Bar:
+    """Counts to ``total`` and shows where it is.
+
+    Args:
+        label: What is counted, for example ``train``.
+        total: How many; 0 where unknown.
+        unit: Name of one, plural, for example ``steps``.
+        show: False on all ranks but 0.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, *, show: bool = True) -> None:
+        self.label, self.total, self.unit, self.show = label, total, unit, show
+        self.done = self.start = 0
+        self.began = self.last_line = time.monotonic()
+        self.note = ""
+        self._rich: Progress | None = None
+        if show and sys.stderr.isatty():
+            self._rich = Progress(
+                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+                MofNCompleteColumn(), TextColumn("{task.fields[rate]} {task.fields[note]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(),
+            )
+            self._task = self._rich.add_task(label, total=total or None, rate="", note="")
+
+    def __enter__(self) -> Bar:
+        if self._rich:
+            self._rich.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._rich:
+            self._rich.stop()
+        if self.show and kind is None:
+            self._line()
+
+    def resume_at(self, done: int) -> None:
+        """Set the count without counting it towards the rate."""
+        self.done = self.start = done
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count ``count`` more; ``note`` is shown behind the rate until the next one."""
+        self.done += count
+        self.note = note or self.note
+        if not self.show:
+            return
+        if self._rich:
+            self._rich.update(
+                self._task, completed=self.done, rate=f"{self.rate():.1f} {self.unit}/s",
+                note=self.note,
+            )
+        elif time.monotonic() - self.last_line >= LINE_EVERY_S:
+            self._line()
+
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        rate = self.rate()
+        left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
+        of = f"/{self.total}" if self.total else ""
+        log.info(
+            "%s %d%s %s, %.1f %s/s, ETA %.0f s%s", self.label, self.done, of, self.unit, rate,
+            self.unit, left, f", {self.note}" if self.note else "",
+        )

@@ -1,0 +1,63 @@
+"""The progressive schedule as pure functions of the step number."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from medpsp.config import StageConfig, TrainConfig
+
+Part = Literal["backbone", "head"]
+FINAL_LR_RATIO = 0.05
+"""Where the cosine of the last stage ends, relative to that stage's rate."""
+
+
+def total_steps(stages: tuple[StageConfig, ...]) -> int:
+    """Optimiser steps of the whole schedule."""
+    return sum(stage.steps for stage in stages)
+
+
+def stage_at(stages: tuple[StageConfig, ...], step: int) -> tuple[int, int]:
+    """Stage index and step within it for a 0-based global step below `total_steps`.
+
+    Raises:
+        IndexError: The step lies at or after the end.
+    """
+    for index, stage in enumerate(stages):
+        if step < stage.steps:
+            return index, step
+        step -= stage.steps
+    raise IndexError("step lies after the last stage")
+
+
+def lr_at(train: TrainConfig, step: int) -> float:
+    """Learning rate of a global step.
+
+    Each stage falls on a cosine from its own rate to the next stage's (the last one to 5 %), so
+    the rate never jumps; the first ``warmup_steps`` rise linearly from 1/warmup_steps.
+    """
+    index, within = stage_at(train.stages, step)
+    stage = train.stages[index]
+    last = index + 1 == len(train.stages)
+    end = stage.lr * FINAL_LR_RATIO if last else train.stages[index + 1].lr
+    share = within / stage.steps
+    rate = end + (stage.lr - end) * 0.5 * (1 + math.cos(math.pi * share))
+    warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    return rate * warm
+
+
+def trained_parts(stage: StageConfig) -> frozenset[Part]:
+    """Which parts of the network get gradients in a stage."""
+    both: frozenset[Part] = frozenset({"backbone", "head"})
+    return {"all": both, "backbone": frozenset({"backbone"}), "head": frozenset({"head"})}[  # type: ignore[return-value]
+        stage.trains
+    ]
+
+
+def in_stage(order: float, fraction: float) -> bool:
+    """Whether a patient takes part: ``order`` is its keyed hash in [0, 1).
+
+    A threshold, not a rank, so the 20 % set lies inside the 60 % set and new patients move no
+    old one.
+    """
+    return order < fraction

@@ -1,0 +1,86 @@
+"""Ranks: start, wrap, sum, stop. Plain processes and DDP look the same from the loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from medpsp.types import World
+
+
+@contextmanager
+def process_group(world: World, threads: int) -> Iterator[torch.device]:
+    """Join the ranks (nccl with GPUs, gloo without) and yield this rank's device."""
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // world.size))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world.size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield device
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """The network as the loop calls it; wrapped anew when a stage changes what trains."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients.
+
+    Every rank then holds the loss of the global batch, each parameter's gradient on a rank is
+    ``size`` times that rank's share, and DDP's mean over ranks makes it the gradient of the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        out = x.detach().clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        grad = grads[0].clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks, with gradient; the tensor itself for one rank."""
+    if not dist.is_initialized():
+        return x
+    return _SumOverRanks.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_counts(counts: NDArray[np.int64], device: torch.device) -> NDArray[np.int64]:
+    """Sum of integer counts over all ranks."""
+    if not dist.is_initialized():
+        return counts
+    tensor = torch.from_numpy(counts).to(device)
+    dist.all_reduce(tensor)
+    summed: NDArray[np.int64] = tensor.cpu().numpy()
+    return summed
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()

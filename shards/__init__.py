@@ -1,0 +1,1 @@
+"""Zarr shards on disk: plan, write, read, verify."""
