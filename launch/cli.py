@@ -14,8 +14,11 @@ import typer
 from medpsp.errors import ConfigError, LaunchError, MedpspError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="From a DICOM archive to an ONNX file that segments DICOM.",
 )
 ConfigArg = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")]
@@ -50,7 +53,8 @@ for _name, _help in (
 
 @app.command()
 def run(
-    config: ConfigArg, overrides: Overrides = None,
+    config: ConfigArg,
+    overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Print the jobs and stop.")] = False,
 ) -> None:
     """Run the whole chain: shards, check, train, evaluate, export."""
@@ -128,14 +132,24 @@ def backbones(
     from medpsp.model.cost import ARTICLE, USES, cost_table
 
     table = Table(title=f"PSPNet, refine head, stride 32, {classes} classes")
-    for name in ("backbone", "backbone M params", "whole M params", f"GMACs at {height}x{width}",
-                 "quoted (backbone, 224²)", "use"):
+    for name in (
+        "backbone",
+        "backbone M params",
+        "whole M params",
+        f"GMACs at {height}x{width}",
+        "quoted (backbone, 224²)",
+        "use",
+    ):
         table.add_column(name)
     for row in cost_table(ModelConfig(), classes, (height, width)):
         params, macs = ARTICLE[row.backbone]
         table.add_row(
-            row.backbone, f"{row.backbone_params:.2f}", f"{row.params:.2f}", f"{row.macs:.2f}",
-            f"{params} M, {macs} G", USES[row.backbone],
+            row.backbone,
+            f"{row.backbone_params:.2f}",
+            f"{row.params:.2f}",
+            f"{row.macs:.2f}",
+            f"{params} M, {macs} G",
+            USES[row.backbone],
         )
     Console().print(table)
 
@@ -164,7 +178,7 @@ def config_list() -> None:
 def config_show(config: ConfigArg, overrides: Overrides = None) -> None:
     """Print the resolved configuration."""
     from launch.rundir import find_config
-    from medpsp.config import dump_yaml, load_config
+    from medpsp.configio import dump_yaml, load_config
 
     typer.echo(dump_yaml(load_config(find_config(config), tuple(overrides or ()))))
 

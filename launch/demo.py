@@ -33,10 +33,16 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
         log.info("demo: %d phantom patients as DICOM in %s", PATIENTS, archive / "dicom")
     key_file = out / "demo.key"
     create_key(key_file, KEY)
-    config, run = open_run("demo", (
-        f"out={out}", f"data.archive={archive / 'dicom'}", f"data.labels={archive / 'masks'}",
-        f"data.key_file={key_file}", *overrides,
-    ))
+    config, run = open_run(
+        "demo",
+        (
+            f"out={out}",
+            f"data.archive={archive / 'dicom'}",
+            f"data.labels={archive / 'masks'}",
+            f"data.key_file={key_file}",
+            *overrides,
+        ),
+    )
     submit_plan(plan_jobs(config), run)
     new, _ = write_archive(out / "new-patient", 1, Phantom(oblique_deg=10), seed=99)
     predictions, _ = Predictor(run.int8).folder(new, out / "masks")

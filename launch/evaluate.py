@@ -50,18 +50,20 @@ def evaluate_job(config: Config) -> dict[str, Any]:
                 for index in range(1, classes):
                     blind[index] += confusion(
                         np.where(truth == 255, 255, truth == index).astype(np.uint8),
-                        constant.predict(index, truth.shape).astype(np.uint8), 2,
+                        constant.predict(index, truth.shape).astype(np.uint8),
+                        2,
                     )
                 bar.advance()
     pooled = dice_per_class(sum(counts.values()))
     per_patient = np.stack([dice_per_class(c) for c in counts.values()])
     names = config.data.classes
-    result = {
-        "split": split, "patients": len(counts), "slices": len(held_out), "step": step,
+    result: dict[str, Any] = {
+        "split": split,
+        "patients": len(counts),
+        "slices": len(held_out),
+        "step": step,
         "dice": {names[k]: number(pooled[k]) for k in range(1, classes)},
-        "dice_patient_mean": {
-            names[k]: number(mean(per_patient[:, k])) for k in range(1, classes)
-        },
+        "dice_patient_mean": {names[k]: number(mean(per_patient[:, k])) for k in range(1, classes)},
         "dice_constant_mask": {
             names[k]: number(dice_per_class(blind[k])[1]) for k in range(1, classes)
         },
@@ -69,9 +71,14 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     RunDir(config.out).evaluation.write_text(json.dumps(result, indent=1), encoding="utf-8")
     log.info("held-out Dice (%s, %d patients, %d slices):", split, len(counts), len(held_out))
     for name in names[1:]:
-        log.info("  %-12s %s  (mean of patients %s, constant mask %s)", name,
-                 *(shown(result[key][name]) for key in  # type: ignore[index]
-                   ("dice", "dice_patient_mean", "dice_constant_mask")))
+        log.info(
+            "  %-12s %s  (mean of patients %s, constant mask %s)",
+            name,
+            *(
+                shown(result[key][name])
+                for key in ("dice", "dice_patient_mean", "dice_constant_mask")
+            ),
+        )
     return result
 
 

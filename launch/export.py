@@ -37,11 +37,15 @@ def export_job(config: Config) -> None:
     model, step = load_trained(config)
     window = config.data.window
     metadata = {
-        "tool": f"medpsp {__version__}", "classes": list(config.data.classes),
+        "tool": f"medpsp {__version__}",
+        "classes": list(config.data.classes),
         "modalities": list(config.data.modalities),
         "window": {"center": window.center, "width": window.width} if window else None,
-        "backbone": config.model.backbone, "head": config.model.head,
-        "bins": list(config.model.bins), "step": step, "in_channels": config.model.in_channels,
+        "backbone": config.model.backbone,
+        "head": config.model.head,
+        "bins": list(config.model.bins),
+        "step": step,
+        "in_channels": config.model.in_channels,
         "key_fingerprint": read_manifest(config.shards).key_fingerprint,
     }
     channels, limit = config.model.in_channels, config.export.calibration_slices
@@ -53,13 +57,16 @@ def export_job(config: Config) -> None:
     train = spread(stage_rows(rows, 1.0), limit)
     quantize_int8(run.fp32, run.int8, unit_images(config, train), {**metadata, "int8": "QDQ U8S8"})
     val = spread([row for row in rows if row.split == "val"], limit)
-    agreement = mask_agreement(run.fp32, run.int8, unit_images(config, val),
-                               len(config.data.classes))
+    agreement = mask_agreement(
+        run.fp32, run.int8, unit_images(config, val), len(config.data.classes)
+    )
     log.info("export: int8 masks against fp32 masks, Dice %s", shown(number(agreement)))
     report = {
-        "parity": [{"shape": r.shape, "max_abs_diff": r.max_abs_diff, "changed": r.changed}
-                   for r in parity],
-        "int8_dice_against_fp32": number(agreement), "int8_slices": len(val),
+        "parity": [
+            {"shape": r.shape, "max_abs_diff": r.max_abs_diff, "changed": r.changed} for r in parity
+        ],
+        "int8_dice_against_fp32": number(agreement),
+        "int8_slices": len(val),
         "bytes": {"fp32": run.fp32.stat().st_size, "int8": run.int8.stat().st_size},
     }
     run.export_report.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -14,7 +14,8 @@ from launch.evaluate import evaluate_job
 from launch.export import export_job
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
-from medpsp.config import Config, dump_yaml, load_config
+from medpsp.config import Config
+from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError, LaunchError, MedpspError, ShardError
 
 log = logging.getLogger("medpsp")
@@ -139,13 +140,24 @@ def train_job(config: Config) -> None:
         board.text("config", f"```\n{dump_yaml(config)}\n```")
         weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
         if world.rank == 0:
-            log.info("train: %d ranks on %s, class weights %s", world.size, device.type,
-                     [round(float(w), 2) for w in weights])
+            log.info(
+                "train: %d ranks on %s, class weights %s",
+                world.size,
+                device.type,
+                [round(float(w), 2) for w in weights],
+            )
         state = fit(
             Run(
-                config=config, world=world, device=device, checkpoints=run.checkpoints,
-                board=board, weights=weights, examples=example_batch(root, val, config),
-                batches=lambda stage, first: train_batches(root, rows, config, world, (stage, first)),
+                config=config,
+                world=world,
+                device=device,
+                checkpoints=run.checkpoints,
+                board=board,
+                weights=weights,
+                examples=example_batch(root, val, config),
+                batches=lambda stage, first: train_batches(
+                    root, rows, config, world, (stage, first)
+                ),
                 val_batches=lambda: whole_slices(root, val, world),
             ),
             model,
@@ -158,16 +170,24 @@ def train_job(config: Config) -> None:
 def _start_ranks(config: Config) -> None:
     """One torchrun with a free port; its children call `train_job` again."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={config.train.ranks}", "-m", "launch.cli",
-        "train", str(RunDir(config.out).config),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={config.train.ranks}",
+        "-m",
+        "launch.cli",
+        "train",
+        str(RunDir(config.out).config),
     ]
     threads = config.train.threads or max(1, (os.cpu_count() or 1) // config.train.ranks)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, env=env, check=False)
     if done.returncode:
-        raise LaunchError(f"train: {config.train.ranks} ranks ended with code {done.returncode}; "
-                          "the reason stands above")
+        raise LaunchError(
+            f"train: {config.train.ranks} ranks ended with code {done.returncode}; "
+            "the reason stands above"
+        )
 
 
 JOBS: dict[str, Any] = {

@@ -78,7 +78,9 @@ def draw(phantom: Phantom, seed: int) -> tuple[NDArray[np.int16], NDArray[np.uin
     scale = rng.uniform(0.85, 1.1)
     y, x = y / scale, x / scale
 
-    def ellipsoid(centre: tuple[float, float, float], radii: tuple[float, float, float]) -> NDArray[np.bool_]:
+    def ellipsoid(
+        centre: tuple[float, float, float], radii: tuple[float, float, float]
+    ) -> NDArray[np.bool_]:
         place = [c + rng.normal(0, 0.03) for c in centre]
         size = [r * rng.uniform(0.85, 1.15) for r in radii]
         grid = (z - place[0]) ** 2 / size[0] ** 2 + (y - place[1]) ** 2 / size[1] ** 2
@@ -97,8 +99,11 @@ def draw(phantom: Phantom, seed: int) -> tuple[NDArray[np.int16], NDArray[np.uin
     hu = np.full(phantom.shape, _HU["air"], dtype=np.float64)
     label = np.zeros(phantom.shape, dtype=np.uint8)
     for name, region, index in (
-        ("body", body, 0), ("spine", spine & body, 0), ("liver", liver, 1),
-        ("kidney", kidneys, 2), ("lesion", lesion, 3),
+        ("body", body, 0),
+        ("spine", spine & body, 0),
+        ("liver", liver, 1),
+        ("kidney", kidneys, 2),
+        ("lesion", lesion, 3),
     ):
         hu[region] = _HU[name] + (rng.normal(0, 8) if name != "body" else 0)
         label[region] = index
@@ -146,9 +151,7 @@ def write_series(
     return paths
 
 
-def _header(
-    patient: str, phantom: Phantom, affine: NDArray[np.float64], index: int
-) -> Dataset:
+def _header(patient: str, phantom: Phantom, affine: NDArray[np.float64], index: int) -> Dataset:
     ds = Dataset()
     ds.PatientID, ds.PatientName = patient, f"Phantom^{patient}"
     ds.PatientBirthDate, ds.StudyDate, ds.AccessionNumber = "19500101", "20200101", f"ACC{patient}"

@@ -33,8 +33,10 @@ def plan_jobs(config: Config) -> tuple[JobSpec, ...]:
     cores = {"shards": config.data.workers, "train": config.train.ranks}
     return tuple(
         JobSpec(
-            name=name, after=CHAIN[index - 1 : index] if index else (),
-            cores=cores.get(name, 1), minutes=24 * 60,
+            name=name,
+            after=CHAIN[index - 1 : index] if index else (),
+            cores=cores.get(name, 1),
+            minutes=24 * 60,
         )
         for index, name in enumerate(CHAIN)
     )

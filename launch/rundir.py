@@ -7,7 +7,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from medpsp.config import Config, dump_yaml, load_config
+from medpsp.config import Config
+from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError, LaunchError
 
 

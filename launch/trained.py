@@ -53,8 +53,9 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     tensors, state = load_checkpoint(path, torch.device("cpu"))
     if state.model != identify(config):
         raise CheckpointError(f"checkpoint {path}: made with another model or other classes")
-    model = build_model(config.model.model_copy(update={"pretrained": False}),
-                        len(config.data.classes))
+    model = build_model(
+        config.model.model_copy(update={"pretrained": False}), len(config.data.classes)
+    )
     model.load_state_dict(tensors["model"])
     return model.eval(), state.step
 

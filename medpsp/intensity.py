@@ -73,8 +73,17 @@ def series_window(modality: str, fixed: Window | None, values: NDArray[np.generi
 
 
 CLASS_COLOURS = np.array(
-    [[0, 0, 0], [230, 159, 0], [86, 180, 233], [220, 50, 80], [0, 158, 115], [240, 228, 66],
-     [204, 121, 167], [0, 114, 178]], dtype=np.float32,
+    [
+        [0, 0, 0],
+        [230, 159, 0],
+        [86, 180, 233],
+        [220, 50, 80],
+        [0, 158, 115],
+        [240, 228, 66],
+        [204, 121, 167],
+        [0, 114, 178],
+    ],
+    dtype=np.float32,
 )
 """RGB of the classes, in turn; from Okabe and Ito's set for colour-blind readers."""
 

@@ -40,9 +40,13 @@ class Bar:
         self._rich: Progress | None = None
         if show and sys.stderr.isatty():
             self._rich = Progress(
-                TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-                MofNCompleteColumn(), TextColumn("{task.fields[rate]} {task.fields[note]}"),
-                TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]} {task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
             )
             self._task = self._rich.add_task(label, total=total or None, rate="", note="")
 
@@ -52,7 +56,9 @@ class Bar:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         if self._rich:
@@ -72,7 +78,9 @@ class Bar:
             return
         if self._rich:
             self._rich.update(
-                self._task, completed=self.done, rate=f"{self.rate():.1f} {self.unit}/s",
+                self._task,
+                completed=self.done,
+                rate=f"{self.rate():.1f} {self.unit}/s",
                 note=self.note,
             )
         elif time.monotonic() - self.last_line >= LINE_EVERY_S:
@@ -88,6 +96,13 @@ class Bar:
         left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
         of = f"/{self.total}" if self.total else ""
         log.info(
-            "%s %d%s %s, %.1f %s/s, ETA %.0f s%s", self.label, self.done, of, self.unit, rate,
-            self.unit, left, f", {self.note}" if self.note else "",
+            "%s %d%s %s, %.1f %s/s, ETA %.0f s%s",
+            self.label,
+            self.done,
+            of,
+            self.unit,
+            rate,
+            self.unit,
+            left,
+            f", {self.note}" if self.note else "",
         )

@@ -53,7 +53,8 @@ def build_shards(config: Config) -> Manifest:
     _require_splits(planned, data)
     plans = plan_shards(planned, data.shard_slices)
     settings = WriteSettings(
-        source=data.source, classes=len(data.classes),
+        source=data.source,
+        classes=len(data.classes),
         label_map=tuple(sorted(data.label_map.items())),
         window=Window(center=data.window.center, width=data.window.width) if data.window else None,
         shard_slices=data.shard_slices,
@@ -100,9 +101,13 @@ def _attach_masks(series: list[Series], data: DataConfig) -> tuple[list[Series],
 def _planned(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
     patient = series.first.patient_id
     split = series.split or split_of(key, patient, data.split.val, data.split.test)
-    stats = [os.stat(p) for p in (*(s.path for s in series.slices), *filter(_is_file, series.masks))]
+    stats = [
+        os.stat(p) for p in (*(s.path for s in series.slices), *filter(_is_file, series.masks))
+    ]
     return PlannedSeries(
-        series=series, split=split, order=unit_hash(key, "stage", patient),
+        series=series,
+        split=split,
+        order=unit_hash(key, "stage", patient),
         patient=pseudonym(key, "patient", patient),
         name=pseudonym(key, "series", series.first.series_uid),
         stamp=pseudonym(key, "stamp", json.dumps([(s.st_size, s.st_mtime_ns) for s in stats])),
@@ -122,8 +127,11 @@ def _require_splits(planned: list[PlannedSeries], data: DataConfig) -> None:
     if not counts["train"] or not counts["val"]:
         raise ConfigError(
             f"data.split: patients fall to {counts}, train and val need at least one each; "
-            + ("check the split lists" if listed else
-               "raise data.split.val, add patients, or use another key")
+            + (
+                "check the split lists"
+                if listed
+                else "raise data.split.val, add patients, or use another key"
+            )
         )
     log.info("patients: %s", ", ".join(f"{n} {split}" for split, n in counts.items()))
 
@@ -151,13 +159,18 @@ def _convert_with_ray(
     started = not ray.is_initialized()
     if started:
         ray.init(
-            address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False,
-            logging_level=logging.ERROR, object_store_memory=100 * 2**20,
+            address="local",
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=100 * 2**20,
         )
     done: dict[str, Commit] = {}
     try:
         task = ray.remote(num_cpus=1, max_retries=2)(write_shard)
-        queue, running, refused = list(plans), {}, 0
+        queue, refused = list(plans), 0
+        running: dict[Any, ShardPlan] = {}
         while queue or running:
             while queue and len(running) < 2 * workers:  # bounded: plans stay in the driver
                 plan = queue.pop(0)
@@ -167,7 +180,9 @@ def _convert_with_ray(
             try:
                 commit = ray.get(ready[0])
             except ray.exceptions.RayError as error:
-                raise ShardError(f"shard {plan.name}: {_cause(error)}; mend it and run again") from None
+                raise ShardError(
+                    f"shard {plan.name}: {_cause(error)}; mend it and run again"
+                ) from None
             done[plan.name] = commit
             refused += len(commit.refused)
             bar.advance(note=f"{refused} refused" if refused else "")
@@ -185,9 +200,7 @@ def _cause(error: Exception) -> str:
     return f"worker failed ({type(cause).__name__})"
 
 
-def _publish(
-    config: Config, key: bytes, commits: list[Commit], rows: list[ScanRow]
-) -> Manifest:
+def _publish(config: Config, key: bytes, commits: list[Commit], rows: list[ScanRow]) -> Manifest:
     data, root = config.data, config.shards
     kept = [row for commit in commits for row in commit.rows]
     if not kept:
@@ -200,11 +213,14 @@ def _publish(
     counts = Counter({"kept": len(kept), "skipped": 0, "quarantined": 0, "duplicate": 0})
     counts.update(str(row["status"]) for row in refused)
     manifest = Manifest(
-        version=FORMAT, tool=f"medpsp {__version__}", classes=data.classes,
+        version=FORMAT,
+        tool=f"medpsp {__version__}",
+        classes=data.classes,
         key_fingerprint=fingerprint(key),
         settings=json.dumps({"source": data.source, "label_map": data.label_map}, sort_keys=True),
         shards=tuple({"name": c.name, "digest": c.digest, "files": c.files} for c in commits),
-        counts=dict(counts), codes=dict(sorted(Counter(r["code"] for r in refused).items())),
+        counts=dict(counts),
+        codes=dict(sorted(Counter(r["code"] for r in refused).items())),
     )
     _conserve(data, manifest)
     write_bytes_durably(root / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())

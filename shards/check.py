@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from medpsp.errors import ShardError
-from shards.index import Manifest, SliceRow, read_index, read_manifest
+from shards.index import Manifest, SliceRow, file_sha256, read_index, read_manifest
 from shards.reader import ShardReader
-from shards.write import file_sha256
 
 
 def check_shards(root: Path, advance: Callable[[], None] = lambda: None) -> list[str]:

@@ -47,9 +47,7 @@ class TrainDataset(Dataset[Any]):
         return image, label, row.patient
 
 
-def read_unit(
-    reader: ShardReader, row: SliceRow
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def read_unit(reader: ShardReader, row: SliceRow) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """One slice as the network sees it: (H, W) in [0, 1], and its label."""
     image, label = reader.read(row.bucket, row.slot)
     return to_unit(image, row.window, row.inverted).astype(np.float32, copy=False), label
@@ -98,7 +96,10 @@ def train_batches(
 
     workers = config.train.loader_workers
     return DataLoader(
-        dataset, batch_sampler=_Keys(keys), num_workers=workers, collate_fn=_collate,
+        dataset,
+        batch_sampler=_Keys(keys),
+        num_workers=workers,
+        collate_fn=_collate,
         multiprocessing_context="spawn" if workers else None,  # zarr's threads survive no fork
     )
 
@@ -117,7 +118,8 @@ def _collate(items: list[tuple[NDArray[np.float32], NDArray[np.uint8], str]]) ->
     images, labels, patients = zip(*items, strict=True)
     return Batch(
         image=torch.from_numpy(np.stack(images)[:, None]),
-        label=torch.from_numpy(np.stack(labels)), patients=tuple(patients),
+        label=torch.from_numpy(np.stack(labels)),
+        patients=tuple(patients),
     )
 
 
@@ -141,10 +143,12 @@ def example_batch(root: Path, rows: Sequence[SliceRow], config: Config, count: i
     chosen = sorted(best.values(), key=_foreground, reverse=True)[:count]
     reader = ShardReader(root)
     rng = np.random.default_rng(config.seed)
-    return _collate([
-        (*crop_or_pad(*read_unit(reader, row), config.train.size, rng), row.patient)
-        for row in chosen
-    ])
+    return _collate(
+        [
+            (*crop_or_pad(*read_unit(reader, row), config.train.size, rng), row.patient)
+            for row in chosen
+        ]
+    )
 
 
 def _foreground(row: SliceRow) -> int:

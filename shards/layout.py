@@ -102,9 +102,14 @@ def plan_shards(planned: Iterable[PlannedSeries], shard_slices: int) -> tuple[Sh
         for number, parts in sorted(cuts.items()):
             plans.append(
                 ShardPlan(
-                    bucket=bucket, number=number, first=number * shard_slices,
-                    count=sum(p.stop - p.start for p in parts), rows=first_ref.rows,
-                    columns=first_ref.columns, dtype=first_ref.dtype, parts=tuple(parts),
+                    bucket=bucket,
+                    number=number,
+                    first=number * shard_slices,
+                    count=sum(p.stop - p.start for p in parts),
+                    rows=first_ref.rows,
+                    columns=first_ref.columns,
+                    dtype=first_ref.dtype,
+                    parts=tuple(parts),
                 )
             )
     return tuple(plans)

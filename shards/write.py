@@ -28,7 +28,7 @@ from medpsp.dicom.voc import read_image, read_mask
 from medpsp.errors import LabelError, SourceError
 from medpsp.intensity import needs_series_values, series_window
 from medpsp.types import IGNORE, ScanRow, Series, SliceRef, Window
-from shards.index import SliceRow, write_bytes_durably
+from shards.index import SliceRow, file_sha256, write_bytes_durably
 from shards.layout import Part, ShardPlan
 
 COMMITS = "commits"
@@ -79,13 +79,22 @@ def _create(
     dtype = plan.dtype if image else "uint8"
     # level above 1 buys under 1 % on CT noise; labels are runs, where shuffling only costs
     blosc = BloscCodec(
-        cname="zstd", clevel=1 if image else 3, typesize=np.dtype(dtype).itemsize,
+        cname="zstd",
+        clevel=1 if image else 3,
+        typesize=np.dtype(dtype).itemsize,
         shuffle=BloscShuffle.shuffle if image else BloscShuffle.noshuffle,
     )
     return zarr.create_array(
-        store, name=path, shape=(slots, *frame), dtype=dtype, chunks=(1, *frame),
-        shards=(shard_slices, *frame), compressors=[blosc, Crc32cCodec()],
-        fill_value=0 if image else IGNORE, overwrite=True, zarr_format=3,
+        store,
+        name=path,
+        shape=(slots, *frame),
+        dtype=dtype,
+        chunks=(1, *frame),
+        shards=(shard_slices, *frame),
+        compressors=[blosc, Crc32cCodec()],
+        fill_value=0 if image else IGNORE,
+        overwrite=True,
+        zarr_format=3,
         config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
         dimension_names=("slice", "row", "column"),
     )
@@ -102,12 +111,6 @@ def read_commit(root: Path, plan: ShardPlan, digest: str) -> Commit | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return commit if whole else None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
@@ -134,8 +137,11 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
         write_bytes_durably(root / relative, data)
         files[relative] = hashlib.sha256(data).hexdigest()
     commit = Commit(
-        name=plan.name, digest=digest, files=files,
-        rows=tuple(asdict(row) for row in rows), refused=tuple(asdict(row) for row in refused),
+        name=plan.name,
+        digest=digest,
+        files=files,
+        rows=tuple(asdict(row) for row in rows),
+        refused=tuple(asdict(row) for row in refused),
     )
     write_bytes_durably(_commit_path(root, plan), json.dumps(asdict(commit)).encode())
     return commit
@@ -161,7 +167,7 @@ _Label = tuple[NDArray[np.uint8], bool, Window]
 def _read_part(
     part: Part, settings: WriteSettings, refused: list[ScanRow]
 ) -> Iterator[tuple[int, NDArray[Any], _Label]]:
-    """Yield (number in series, image (H, W), (label (H, W), labelled, window)) of readable slices."""
+    """Yield (number in series, image, (label, labelled, window)) of every readable slice."""
     series = part.planned.series
     wanted = range(part.start, part.stop)
     try:
@@ -228,14 +234,23 @@ def _row(
     step = float(np.linalg.norm([row[2] for row in affine[:3]])) if affine else nan
     spacing = (*(ref.pixel_spacing or (nan, nan)), step)
     return SliceRow(
-        bucket=plan.bucket, slot=slot, patient=planned.patient, series=planned.name,
-        slice_index=number, modality=ref.modality, photometric=ref.photometric,
-        z_mm=series.z_mm[number] if series.z_mm else nan, spacing=spacing,
+        bucket=plan.bucket,
+        slot=slot,
+        patient=planned.patient,
+        series=planned.name,
+        slice_index=number,
+        modality=ref.modality,
+        photometric=ref.photometric,
+        z_mm=series.z_mm[number] if series.z_mm else nan,
+        spacing=spacing,
         affine=tuple(v for row in affine for v in row),
-        window_center=window.center, window_width=window.width,
+        window_center=window.center,
+        window_width=window.width,
         voi_center=ref.window.center if ref.window else nan,
         voi_width=ref.window.width if ref.window else nan,
-        split=planned.split, order=planned.order, labelled=labelled,
+        split=planned.split,
+        order=planned.order,
+        labelled=labelled,
         histogram=(*(int(c) for c in counts[: settings.classes]), int(counts[IGNORE])),
         file_id=ref.file_id,
     )

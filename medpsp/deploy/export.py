@@ -55,8 +55,14 @@ def export_onnx(
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            LogitsOnly(model), (sample,), input_names=[INPUT], output_names=[OUTPUT],
-            opset_version=opset, dynamo=True, dynamic_shapes=(dynamic,), verbose=False,
+            LogitsOnly(model),
+            (sample,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=opset,
+            dynamo=True,
+            dynamic_shapes=(dynamic,),
+            verbose=False,
         )
     if program is None:
         raise ExportError("torch.onnx.export returned nothing; use the versions of constraints.txt")
@@ -87,8 +93,11 @@ def _strip(proto: onnx.ModelProto) -> None:
     proto.producer_name = "medpsp"
     del proto.graph.metadata_props[:]
     for item in (
-        *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer,
-        *proto.graph.input, *proto.graph.output,
+        *proto.graph.node,
+        *proto.graph.value_info,
+        *proto.graph.initializer,
+        *proto.graph.input,
+        *proto.graph.output,
     ):
         item.doc_string = ""
         del item.metadata_props[:]

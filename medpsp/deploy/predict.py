@@ -116,8 +116,12 @@ class Predictor:
                 predictions.append(self._series(item, out, name))
             except SourceError as error:
                 rows.extend(
-                    ScanRow(file_id=r.file_id, status="quarantined", code=error.code,
-                            detail=f"{name}: {error.detail}")
+                    ScanRow(
+                        file_id=r.file_id,
+                        status="quarantined",
+                        code=error.code,
+                        detail=f"{name}: {error.detail}",
+                    )
                     for r in item.slices
                 )
             advance(name)

@@ -55,9 +55,16 @@ def quantize_int8(
         quant_pre_process(source, ready, skip_symbolic_shape=True)
         chosen = quantizable(onnx.load(ready))
         quantize_static(
-            ready, raw, _Reader(images), quant_format=QuantFormat.QDQ, nodes_to_quantize=chosen,
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"], per_channel=True, reduce_range=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            ready,
+            raw,
+            _Reader(images),
+            quant_format=QuantFormat.QDQ,
+            nodes_to_quantize=chosen,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
         write_model(onnx.load(raw), target, metadata)
@@ -77,5 +84,3 @@ def quantizable(proto: onnx.ModelProto) -> list[str]:
         if groups == 1:
             chosen.append(node.name)
     return chosen
-
-

@@ -170,7 +170,9 @@ def mask_path(root: Path, pattern: str, ref: SliceRef, archive: Path) -> Path:
     """
     try:
         relative = pattern.format(
-            PatientID=ref.patient_id, SeriesInstanceUID=ref.series_uid, Modality=ref.modality,
+            PatientID=ref.patient_id,
+            SeriesInstanceUID=ref.series_uid,
+            Modality=ref.modality,
             folder=Path(ref.path).parent.relative_to(archive).as_posix(),
         )
     except (KeyError, IndexError, ValueError, AttributeError):

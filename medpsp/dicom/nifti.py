@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from medpsp.dicom.labels import LPS_TO_RAS
 
 
-def write_nifti_mask(
-    path: Path, mask: NDArray[np.uint8], affine_lps: NDArray[np.float64]
-) -> None:
+def write_nifti_mask(path: Path, mask: NDArray[np.uint8], affine_lps: NDArray[np.float64]) -> None:
     """Write a (N, H, W) mask as NIfTI-1, index order (column, row, slice), RAS affine.
 
     sform and qform both get code 1 (scanner anatomical); a sheared grid has no qform, so there

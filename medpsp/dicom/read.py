@@ -16,7 +16,9 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, pixel_array
+from pydicom.pixels.processing import apply_modality_lut
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID
 
 from medpsp.errors import DicomError
 from medpsp.types import PixelDtype, SliceRef, Window
@@ -49,6 +51,9 @@ def read_header(path: Path, file_id: str) -> SliceRef:
     """
     ds = _open(path, stop_before_pixels=True)
     if "Rows" not in ds or "Columns" not in ds:
+        kind = UID(str(getattr(ds.file_meta, "MediaStorageSOPClassUID", ""))).name
+        if kind.endswith("Image Storage"):  # pydicom reads a cut file without a word
+            raise DicomError("HDR_TRUNCATED", "an image object without Rows (0028,0010)")
         raise DicomError("NOT_IMAGE", "no Rows and Columns (0028,0010), (0028,0011)")
     _check_supported(ds)
     try:
@@ -178,8 +183,10 @@ def _to_modality(ds: Dataset, stored: NDArray[Any], dtype: PixelDtype) -> NDArra
 
 def _rescale(ds: Dataset) -> tuple[float, float]:
     slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
-    pair = (1.0 if slope in (None, "") else float(slope),
-            0.0 if intercept in (None, "") else float(intercept))
+    pair = (
+        1.0 if slope in (None, "") else float(slope),
+        0.0 if intercept in (None, "") else float(intercept),
+    )
     if not all(math.isfinite(v) for v in pair):
         raise ValueError("rescale not finite")
     return pair

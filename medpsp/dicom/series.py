@@ -51,8 +51,15 @@ def _group_key(ref: SliceRef) -> tuple[object, ...]:
     # + 0.0 turns -0.0 into 0.0, which formats differently but is the same direction
     direction = tuple(round(v, 3) + 0.0 for v in ref.orientation or ())
     return (
-        ref.patient_id, ref.series_uid, ref.modality, ref.rows, ref.columns, ref.dtype,
-        ref.photometric, direction, ref.series_split_key,
+        ref.patient_id,
+        ref.series_uid,
+        ref.modality,
+        ref.rows,
+        ref.columns,
+        ref.dtype,
+        ref.photometric,
+        direction,
+        ref.series_split_key,
     )
 
 
@@ -97,9 +104,7 @@ def _directions(ref: SliceRef) -> tuple[NDArray[np.float64], NDArray[np.float64]
     return row_dir / lengths[0], col_dir / lengths[1]
 
 
-def _slice_step(
-    depth: NDArray[np.float64], positions: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _slice_step(depth: NDArray[np.float64], positions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Vector from one slice to the next, mm; sheared where the gantry was tilted."""
     if len(depth) == 1:
         return np.zeros(3)
@@ -115,8 +120,9 @@ def _slice_step(
         whole = bool((np.abs(ratio - np.round(ratio)) < 0.05).all())
         code = "MISSING_SLICES" if whole else "UNEVEN_SPACING"
         raise GeometryError(
-            code, f"{odd.size} of {gaps.size} distances differ from {typical:.3f} mm, "
-            f"the first is {gaps[odd[0]]:.3f} mm after slice {int(odd[0]) + 1}"
+            code,
+            f"{odd.size} of {gaps.size} distances differ from {typical:.3f} mm, "
+            f"the first is {gaps[odd[0]]:.3f} mm after slice {int(odd[0]) + 1}",
         )
     step: NDArray[np.float64] = (positions[-1] - positions[0]) / (len(depth) - 1)
     drift = np.abs(positions - (positions[0] + np.arange(len(depth))[:, None] * step)).max()

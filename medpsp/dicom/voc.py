@@ -128,8 +128,14 @@ def _image_ref(path: Path, name: str, patient: str) -> SliceRef:
     except (UnidentifiedImageError, OSError) as error:
         raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
     return SliceRef(
-        path=str(path), file_id=name, patient_id=patient, series_uid=f"{patient}/{rows}x{columns}",
-        modality="IMAGE8" if dtype == "int16" else "OT", rows=rows, columns=columns, dtype=dtype,
+        path=str(path),
+        file_id=name,
+        patient_id=patient,
+        series_uid=f"{patient}/{rows}x{columns}",
+        modality="IMAGE8" if dtype == "int16" else "OT",
+        rows=rows,
+        columns=columns,
+        dtype=dtype,
         photometric="MONOCHROME2",
     )
 

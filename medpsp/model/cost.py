@@ -44,7 +44,9 @@ def model_cost(config: ModelConfig, classes: int, size: tuple[int, int]) -> Cost
     model = build_model(config, classes).eval()
     macs = count_macs(model, torch.zeros(1, config.in_channels, *size))
     return Cost(
-        backbone=config.backbone, size=size, macs=macs / 1e9,
+        backbone=config.backbone,
+        size=size,
+        macs=macs / 1e9,
         backbone_params=sum(p.numel() for p in model.backbone.parameters()) / 1e6,
         params=sum(p.numel() for p in model.parameters()) / 1e6,
     )

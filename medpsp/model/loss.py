@@ -26,6 +26,10 @@ class Loss:
     dice: Tensor
     focal: Tensor
 
+    def detach(self) -> Loss:
+        """The same numbers without their graph."""
+        return Loss(self.total.detach(), self.dice.detach(), self.focal.detach())
+
 
 def segmentation_loss(
     logits: Tensor, target: Tensor, config: LossConfig, weights: Tensor, reduce: Reduce
@@ -54,10 +58,14 @@ def segmentation_loss(
     log_pt = log_p.gather(1, safe[:, None])[:, 0]  # p_t from the unweighted softmax
     pixel_weight = weights[safe] * valid
     focal_sum = -(focal_factor(log_pt, config.gamma) * log_pt * pixel_weight).sum()
-    sums = torch.cat([
-        (p * truth).sum((0, 2, 3)), p.sum((0, 2, 3)), truth.sum((0, 2, 3)).to(p.dtype),
-        torch.stack([focal_sum, pixel_weight.sum().to(p.dtype)]),
-    ])
+    sums = torch.cat(
+        [
+            (p * truth).sum((0, 2, 3)),
+            p.sum((0, 2, 3)),
+            truth.sum((0, 2, 3)).to(p.dtype),
+            torch.stack([focal_sum, pixel_weight.sum().to(p.dtype)]),
+        ]
+    )
     sums = reduce(sums)
     overlap, predicted, true = sums[: 3 * classes].view(3, classes)
     scores = (2 * overlap + EPS) / (predicted + true + EPS)

@@ -59,7 +59,9 @@ class PyramidModule(nn.Module):
     def __init__(self, channels: int, bins: tuple[int, ...], out_channels: int) -> None:
         super().__init__()
         self.pool = PyramidPooling(bins)
-        widths = [out_channels // len(bins) + (i < out_channels % len(bins)) for i in range(len(bins))]
+        widths = [
+            out_channels // len(bins) + (i < out_channels % len(bins)) for i in range(len(bins))
+        ]
         # GroupNorm: a 1 x 1 map of a batch of one has no batch statistics
         self.branches = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, w, 1, bias=False), nn.GroupNorm(1, w), nn.ReLU())
@@ -124,7 +126,9 @@ class PSPNet(nn.Module):
         self.aux: nn.Module | None = None
         if config.aux:
             middle = conv_block(channels[-2], width, 3)
-            self.aux = nn.Sequential(middle, nn.Dropout2d(config.dropout), nn.Conv2d(width, classes, 1))
+            self.aux = nn.Sequential(
+                middle, nn.Dropout2d(config.dropout), nn.Conv2d(width, classes, 1)
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of an image.

@@ -40,7 +40,7 @@ def augment(
 
 @lru_cache
 def _pipeline(level: str) -> Any:
-    import albumentations as A  # noqa: N812 - its own convention
+    import albumentations as A
     import cv2
 
     cv2.setNumThreads(0)  # ranks share cores

@@ -27,7 +27,9 @@ class Batch:
 
 
 def crop_or_pad(
-    image: NDArray[np.float32], label: NDArray[np.uint8], size: tuple[int, int],
+    image: NDArray[np.float32],
+    label: NDArray[np.uint8],
+    size: tuple[int, int],
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """A random crop of ``size``; a smaller slice is placed at random on 0 and ignore.

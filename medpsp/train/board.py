@@ -15,26 +15,25 @@ class Board:
     """One event folder a run; a resumed run replaces the points it repeats."""
 
     def __init__(self, folder: Path | None, first_step: int) -> None:
-        self.writer = (
-            SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
-            if folder
-            else None
-        )
+        self.writer = SummaryWriter(str(folder), purge_step=first_step) if folder else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Points at ``step``; NaN is left out."""
         if self.writer:
             for name, value in values.items():
                 if np.isfinite(value):
-                    self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                    self.writer.add_scalar(name, value, step)
 
     def text(self, name: str, text: str) -> None:
         """A text tab."""
         if self.writer:
-            self.writer.add_text(name, text)  # type: ignore[no-untyped-call]
+            self.writer.add_text(name, text)
 
     def overlays(
-        self, step: int, images: NDArray[np.float32], truth: NDArray[np.uint8],
+        self,
+        step: int,
+        images: NDArray[np.float32],
+        truth: NDArray[np.uint8],
         predicted: NDArray[np.uint8],
     ) -> None:
         """Rows of image, truth, prediction; all (N, H, W)."""
@@ -44,11 +43,11 @@ class Board:
             np.concatenate([overlay(i, np.zeros_like(t)), overlay(i, t), overlay(i, p)], axis=1)
             for i, t, p in zip(images, truth, predicted, strict=True)
         ]
-        self.writer.add_image(  # type: ignore[no-untyped-call]
+        self.writer.add_image(
             "val/overlay (image, truth, prediction)", np.concatenate(rows), step, dataformats="HWC"
         )
 
     def close(self) -> None:
         """Flush and close."""
         if self.writer:
-            self.writer.close()  # type: ignore[no-untyped-call]
+            self.writer.close()

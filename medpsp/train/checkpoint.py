@@ -30,9 +30,7 @@ class TrainState:
     model: dict[str, Any]
 
 
-def save_checkpoint(
-    folder: Path, name: str, tensors: dict[str, Any], state: TrainState
-) -> Path:
+def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: TrainState) -> Path:
     """Write ``folder/name/{state.pt, meta.json}``; a crash leaves the old one or the new one.
 
     Args:

@@ -51,13 +51,13 @@ class _SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         out = x.detach().clone()
         dist.all_reduce(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].clone()
         dist.all_reduce(grad)
         return grad
@@ -67,7 +67,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of a tensor over all ranks, with gradient; the tensor itself for one rank."""
     if not dist.is_initialized():
         return x
-    return _SumOverRanks.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    return _SumOverRanks.apply(x)  # type: ignore[no-any-return]
 
 
 def sum_counts(counts: NDArray[np.int64], device: torch.device) -> NDArray[np.int64]:

@@ -84,7 +84,9 @@ def fit(run: Run, model: PSPNet) -> TrainState:
             end = state.step + stage.steps - within
             for step, batch in enumerate(run.batches(index, within), start=state.step):
                 loss = train_step(run, net, optimizer, batch, step)
-                bar.advance(note=f"{stage.name} loss {float(loss.total):.3f} dice {state.score:.3f}")
+                bar.advance(
+                    note=f"{stage.name} loss {float(loss.total):.3f} dice {state.score:.3f}"
+                )
                 report_step(run, loss, optimizer, step, index)
                 if step + 1 == end or (step + 1) % train.eval_every == 0:
                     state = evaluate_and_save(run, model, optimizer, state, step + 1)
@@ -120,9 +122,10 @@ def train_step(
     if aux is not None:
         extra = segmentation_loss(aux, label, config.loss, run.weights, sum_over_ranks)
         total = total + config.loss.aux * extra.total
-    if not math.isfinite(float(total)):
+    value = float(total.detach())
+    if not math.isfinite(value):
         raise NonFiniteLossError(
-            f"step {step}: loss is {float(total)}; lower train.stages lr, or check the windows "
+            f"step {step}: loss is {value}; lower train.stages lr, or check the windows "
             "of the shards"
         )
     optimizer.zero_grad(set_to_none=True)
@@ -131,7 +134,7 @@ def train_step(
         [p for p in net.parameters() if p.grad is not None], config.train.clip_norm
     )
     optimizer.step()
-    return loss
+    return loss.detach()
 
 
 def report_step(
@@ -139,11 +142,16 @@ def report_step(
 ) -> None:
     """Scalars of one step, every ``log_every``."""
     if step % run.config.train.log_every == 0:
-        run.board.scalars(step, {
-            "train/loss": float(loss.total), "train/dice_loss": float(loss.dice),
-            "train/focal_loss": float(loss.focal), "train/lr": optimizer.param_groups[0]["lr"],
-            "stage/index": float(stage),
-        })
+        run.board.scalars(
+            step,
+            {
+                "train/loss": float(loss.total),
+                "train/dice_loss": float(loss.dice),
+                "train/focal_loss": float(loss.focal),
+                "train/lr": optimizer.param_groups[0]["lr"],
+                "stage/index": float(stage),
+            },
+        )
 
 
 def evaluate_and_save(
@@ -159,15 +167,21 @@ def evaluate_and_save(
     index, _ = stage_at(config.train.stages, step - 1)
     stage = config.train.stages[index]
     new = TrainState(
-        step=step, stage=stage.name, score=score, best=max(score, state.best),
+        step=step,
+        stage=stage.name,
+        score=score,
+        best=max(score, state.best),
         model=identify(config),
     )
     if run.leads:
         names = config.data.classes[1:]
-        run.board.scalars(step, {
-            "val/dice_mean": score,
-            **{f"val/dice/{n}": float(d) for n, d in zip(names, dice[1:], strict=True)},
-        })
+        run.board.scalars(
+            step,
+            {
+                "val/dice_mean": score,
+                **{f"val/dice/{n}": float(d) for n, d in zip(names, dice[1:], strict=True)},
+            },
+        )
         predicted = predict_batch(model, run.examples, run.device)
         run.board.overlays(
             step, run.examples.image[:, 0].numpy(), run.examples.label.numpy(), predicted

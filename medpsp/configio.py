@@ -1,0 +1,120 @@
+"""YAML and dotted overrides to a `Config`, and back.
+
+YAML files give values, overrides (``train.batch_size=16``) change them, `load_config` returns a
+frozen tree or raises `ConfigError` with the key, the value found and what is legal.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from medpsp.config import Config, Node
+from medpsp.errors import ConfigError
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply overrides of the form ``a.b=c``.
+
+    Raises:
+        ConfigError: File missing or not YAML, unknown key, value out of range.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"config {path}: cannot be read ({type(error).__name__}); give the path of a YAML file"
+        ) from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
+        raise ConfigError(f"config {path}: not YAML (line {line}); mend the file") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: expected a mapping at the top, got {_kind(tree)}")
+    for text in overrides:
+        _override(tree, text)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"config {path}: {_explain(error)}") from None
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{text}': expected key=value, for example train.batch_size=8")
+    node: Any = tree
+    default: Any = {k: v for k, v in Config.model_fields.items() if k != "data"}
+    default = {
+        k: v.get_default().model_dump(mode="json")
+        for k, v in default.items()
+        if isinstance(v.get_default(), Node)
+    }  # so that a list left to its default has items
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        where = ".".join(parts[: depth + 1])
+        default = default.get(part) if isinstance(default, dict) else None
+        if isinstance(node, list):
+            node = node[_list_index(node, part, where)]
+        else:
+            node = node.setdefault(part, default if isinstance(default, list) else {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override '{text}': '{where}' holds a value, not a section")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{text}': '{value}' is not a YAML value") from None
+    last = parts[-1]
+    node[_list_index(node, last, key) if isinstance(node, list) else last] = parsed
+
+
+def _list_index(node: list[Any], part: str, where: str) -> int:
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    raise ConfigError(f"override '{where}': expected an index below {len(node)}, got '{part}'")
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first fault, with the near miss of an unknown key."""
+    faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    count = len(faults)
+    where = ".".join(str(part) for part in fault["loc"]) or "config"
+    if fault["type"] == "extra_forbidden":
+        legal = _keys_at(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), legal, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"legal: {', '.join(legal)}"
+        text = f"{where}: unknown key; {hint}"
+    elif fault["type"] == "missing":
+        text = f"{where}: required, but not given"
+    else:
+        got = fault["input"]
+        shown = repr(got) if isinstance(got, str | int | float | bool | None) else _kind(got)
+        text = f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+        text += "" if fault["type"] == "value_error" else f", got {shown}"
+    return text + (f" (and {count - 1} more)" if count > 1 else "")
+
+
+def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Names legal at a place of the tree, read off the JSON Schema."""
+    schema = Config.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in loc:
+        node = node.get("items", {}) if isinstance(part, int) else node["properties"][part]
+        options = [node, *node.get("anyOf", [])]
+        ref = next((o["$ref"] for o in options if "$ref" in o), None)
+        if ref:
+            node = schema["$defs"][ref.rsplit("/", 1)[-1]]
+    return sorted(node.get("properties", {}))
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved tree as YAML; `load_config` reads it back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
