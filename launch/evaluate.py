@@ -69,8 +69,16 @@ def evaluate_job(config: Config) -> dict[str, Any]:
         },
     }
     RunDir(config.out).evaluation.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    log.info("held-out Dice (%s, %d patients, %d slices):", split, len(counts), len(held_out))
-    for name in names[1:]:
+    _show(result)
+    return result
+
+
+def _show(result: dict[str, Any]) -> None:
+    log.info(
+        "held-out Dice (%s, %d patients, %d slices):",
+        *(result[key] for key in ("split", "patients", "slices")),
+    )
+    for name in result["dice"]:
         log.info(
             "  %-12s %s  (mean of patients %s, constant mask %s)",
             name,
@@ -79,7 +87,6 @@ def evaluate_job(config: Config) -> dict[str, Any]:
                 for key in ("dice", "dice_patient_mean", "dice_constant_mask")
             ),
         )
-    return result
 
 
 def mean(values: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -169,6 +170,8 @@ def train_job(config: Config) -> None:
 
 def _start_ranks(config: Config) -> None:
     """One torchrun with a free port; its children call `train_job` again."""
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("no torch", name="torch")
     command = [
         sys.executable,
         "-m",

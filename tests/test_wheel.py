@@ -1,0 +1,108 @@
+"""The wheel, as a device gets it: base requirements only, in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from launch.phantom import Phantom, draw, write_series
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    hatchling = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    subprocess.run(hatchling, cwd=ROOT, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    venv = tmp_path_factory.mktemp("device") / "venv"
+    uv = Path(sys.executable).parent / "uv"
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python = str(venv / "bin" / "python")
+    fast = [str(uv), "pip", "install", "-q", "--python", python, *constraints, str(wheel)]
+    slow = [python, "-m", "pip", "install", "-q", *constraints, str(wheel)]
+    if not uv.exists() or subprocess.run(fast, capture_output=True, check=False).returncode:
+        subprocess.run(slow, check=True)
+    return venv / "bin"
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_wheel_holds_the_packages_and_the_shipped_files(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    version = wheel.name.split("-")[1]
+    assert tops == {"medpsp", "shards", "launch", "medpsp_data", f"medpsp-{version}.dist-info"}
+    assert "medpsp_data/configs/demo.yaml" in names
+    assert any(name.startswith("medpsp_data/slurm/") for name in names)
+    assert {f"{p}/py.typed" for p in ("medpsp", "shards", "launch")} <= set(names)
+
+
+def test_device_has_no_training_packages(device: Path, tmp_path: Path):
+    listed = run([str(device / "python"), "-m", "pip", "list", "--format=json"], tmp_path)
+    installed = {item["name"].lower() for item in json.loads(listed.stdout)}
+    assert "onnxruntime" in installed
+    assert not installed & {"torch", "ray", "zarr", "pyarrow", "albumentations", "onnx", "submitit"}
+
+
+def test_device_finds_shipped_configs_and_names_what_is_missing(device: Path, tmp_path: Path):
+    listed = run([str(device / "medpsp"), "config", "list"], tmp_path)
+    assert listed.stdout.split() == sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
+    failed = run([str(device / "medpsp"), "train", "demo", f"out={tmp_path / 'run'}"], tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].endswith("pip install 'medpsp[all]'")
+    assert "Traceback" not in failed.stderr
+
+
+def test_device_predicts_on_dicom(device: Path, tmp_path: Path):
+    """A model that marks what is brighter than half of the window."""
+    phantom = Phantom(shape=(3, 40, 50))
+    hu, _ = draw(phantom, 1)
+    write_series(tmp_path / "dicom", "P1", hu, phantom)
+    write_threshold_model(tmp_path / "model.onnx")
+    command = [str(device / "medpsp"), "predict", "model.onnx", "dicom", "out"]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    import nibabel as nib
+
+    mask = np.asarray(nib.load(tmp_path / "out" / "series-000.nii.gz").dataobj)
+    expected = (hu > 40).astype(np.uint8)  # CT window 40/400: the middle is 40 HU
+    np.testing.assert_array_equal(mask.transpose(2, 1, 0), expected)
+
+
+def write_threshold_model(path: Path) -> None:
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weights = onnx.numpy_helper.from_array(
+        np.array([[[[-2.0]]], [[[2.0]]]], dtype=np.float32), "weights"
+    )
+    bias = onnx.numpy_helper.from_array(np.array([1.0, -1.0], dtype=np.float32), "bias")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["image", "weights", "bias"], ["logits"])],
+        "threshold",
+        [helper.make_tensor_value_info("image", kind, ["N", 1, "H", "W"])],
+        [helper.make_tensor_value_info("logits", kind, ["N", 2, "H", "W"])],
+        [weights, bias],
+    )
+    opset = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    entry = model.metadata_props.add()
+    entry.key = "medpsp"
+    entry.value = json.dumps({"classes": ["dark", "bright"], "modalities": ["CT"], "window": None})
+    path.write_bytes(model.SerializeToString())
