@@ -54,6 +54,7 @@ def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
     dice = ", ".join(f"{name} {value:.3f}" for name, value in scores["dice"].items())
     blind = ", ".join(f"{n} {v:.3f}" for n, v in scores["dice_constant_mask"].items())
     overlays = [f for f in files if f.suffix == ".png"]
+    sheet = overlays.pop(0)
     return [
         f"shards       {config.shards}",
         f"tensorboard  {run.tensorboard}   (tensorboard --logdir {run.tensorboard})",
@@ -61,7 +62,7 @@ def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
         f"onnx fp32    {run.fp32}",
         f"onnx int8    {run.int8}",
         f"masks        {next(f for f in files if f.suffix == '.gz')}",
-        f"overlays     {overlays[0].parent}   ({len(overlays)} PNG)",
+        f"overlays     {sheet}   (and {len(overlays)} single slices in {overlays[0].parent})",
         f"held-out Dice of {scores['patients']} patients: {dice}",
         f"constant mask, for comparison: {blind}",
     ]

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
+from medpsp.deploy.picture import write_sheet
 from medpsp.dicom.nifti import write_nifti_mask
 from medpsp.dicom.read import read_pixels
 from medpsp.dicom.scan import scan_folder
@@ -102,7 +103,8 @@ class Predictor:
     ) -> tuple[list[Prediction], list[ScanRow]]:
         """Segment every series below a folder.
 
-        Writes ``<name>.nii.gz`` on the grid of the series and ``<name>/<slice>.png`` overlays;
+        Writes ``<name>.nii.gz`` on the grid of the series, ``<name>/<slice>.png`` overlays and
+        ``<name>.png``, some of them with a legend;
         for a folder of plain images ``<stem>.mask.png`` and ``<stem>.overlay.png``.
 
         Raises:
@@ -141,7 +143,9 @@ class Predictor:
         out.mkdir(parents=True, exist_ok=True)
         volume = out / f"{name}.nii.gz"
         write_nifti_mask(volume, mask, np.array(series.affine))
-        files = [volume]
+        sheet = out / f"{name}.png"
+        write_sheet(sheet, unit, mask, self.classes)
+        files = [volume, sheet]
         for index, (image, labels) in enumerate(zip(unit, mask, strict=True)):
             path = out / name / f"{index:04d}.png"
             path.parent.mkdir(exist_ok=True)
