@@ -81,7 +81,7 @@ def test_sarcoma_ct(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
             "data.modalities": "[CT]",
             "data.label_pattern": "'{PatientID}/CT/mask.nii.gz'",
             "data.classes": "[background, tumour]",
-            "train.size": "[128, 128]",
+            "train.size": "[160, 160]",
             "data.split": "{val: 0.25, test: 0.2}",
         },
     )
