@@ -193,15 +193,19 @@ def main() -> None:
         _fail(error, 1)
     except ModuleNotFoundError as error:
         _fail(LaunchError(f"{error.name} is not installed; pip install 'medpsp[all]'"), 1)
-    except KeyboardInterrupt:
-        sys.stderr.write("medpsp: interrupted; run the same command again to go on\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # how typer leaves after Ctrl-C
+            sys.stderr.write("medpsp: interrupted; run the same command again to go on\n")
+        raise
 
 
 def _fail(error: Exception, code: int) -> None:
     from launch.jobs import one_line
+    from launch.ranks import leave_reason
 
-    sys.stderr.write(f"medpsp: {one_line(error)}\n")
+    line = one_line(error)
+    if not leave_reason(line):
+        sys.stderr.write(f"medpsp: {line}\n")
     sys.exit(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from launch.phantom import Phantom, write_archive
@@ -28,8 +29,11 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
     from medpsp.deploy.predict import Predictor
 
     archive = out / "archive"
-    if not (archive / "masks").is_dir():
-        write_archive(archive, PATIENTS, Phantom())
+    if not archive.is_dir():
+        partial = out / ".archive.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_archive(partial, PATIENTS, Phantom())
+        partial.rename(archive)
         log.info("demo: %d phantom patients as DICOM in %s", PATIENTS, archive / "dicom")
     key_file = out / "demo.key"
     create_key(key_file, KEY)

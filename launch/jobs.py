@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,22 @@ from typing import Any
 from launch.cluster import detect_world
 from launch.evaluate import evaluate_job
 from launch.export import export_job
+from launch.ranks import start_ranks
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.configio import dump_yaml, load_config
-from medpsp.errors import ConfigError, LaunchError, MedpspError, ShardError
+from medpsp.errors import ConfigError, MedpspError, ShardError
 
 log = logging.getLogger("medpsp")
 
 
-def run_command(name: str, config_path: Path) -> str:
+def run_command(name: str, config_path: Path) -> tuple[int, str]:
     """Run one job of the chain in this process.
 
     Returns:
-        Empty on success, else the one line a user needs; also in ``logs/<name>.failed``.
+        0 and nothing, or an exit code and the one line a user needs, which is also in
+        ``logs/<name>.failed``.
     """
     setup_logging()
     config = load_config(config_path)
@@ -40,19 +40,26 @@ def run_command(name: str, config_path: Path) -> str:
         reason = one_line(error)
         log.error("%s", reason)
         marker.write_text(reason + "\n", encoding="utf-8")
-        return reason
-    return ""
+        return 2 if isinstance(error, ConfigError) else 1, reason
+    return 0, ""
 
 
 def setup_logging() -> None:
     """Plain lines on stderr."""
     logger = logging.getLogger("medpsp")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+class _Stderr(logging.Handler):
+    """Writes to what sys.stderr is at the time: a progress bar replaces it while it shows."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
 
 
 def one_line(error: BaseException) -> str:
@@ -114,8 +121,9 @@ def train_job(config: Config) -> None:
             f"train.batch_size {config.train.batch_size} cannot be shared by "
             f"{max(world.size, config.train.ranks)} ranks; take a multiple"
         )
+    rows = labelled_rows(config)
     if config.train.ranks > 1 and "WORLD_SIZE" not in os.environ:
-        _start_ranks(config)
+        start_ranks(config)
         return
     import torch
 
@@ -129,7 +137,6 @@ def train_job(config: Config) -> None:
     from shards.index import class_pixels
 
     run, root = RunDir(config.out), config.shards
-    rows = labelled_rows(config)
     val = [row for row in rows if row.split == "val"]
     pixels = class_pixels(stage_rows(rows, 1.0), len(config.data.classes))
     newest = latest_checkpoint(run.checkpoints)
@@ -166,31 +173,6 @@ def train_job(config: Config) -> None:
         board.close()
     if world.rank == 0:
         log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
-
-
-def _start_ranks(config: Config) -> None:
-    """One torchrun with a free port; its children call `train_job` again."""
-    if importlib.util.find_spec("torch") is None:
-        raise ModuleNotFoundError("no torch", name="torch")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={config.train.ranks}",
-        "-m",
-        "launch.cli",
-        "train",
-        str(RunDir(config.out).config),
-    ]
-    threads = config.train.threads or max(1, (os.cpu_count() or 1) // config.train.ranks)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(command, env=env, check=False)
-    if done.returncode:
-        raise LaunchError(
-            f"train: {config.train.ranks} ranks ended with code {done.returncode}; "
-            "the reason stands above"
-        )
 
 
 JOBS: dict[str, Any] = {

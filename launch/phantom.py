@@ -177,8 +177,8 @@ def _set_pixels(ds: Dataset, values: NDArray[np.int16], phantom: Phantom) -> Non
         offset = 1024
         ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
         ds.WindowCenter, ds.WindowWidth = "40", "400"
-    stored = (values.astype(np.int32) + offset).clip(0, 2**phantom.bits - 1).astype("<u2")
-    ds.PixelData = stored.tobytes()
+    stored = (values.astype(np.int32) + offset).clip(0, 2**phantom.bits - 1)
+    ds.PixelData = stored.astype("<u2" if phantom.syntax.is_little_endian else ">u2").tobytes()
     ds["PixelData"].VR = "OW"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,12 @@ class RunDir:
         run = cls(config.out)
         try:
             run.logs.mkdir(parents=True, exist_ok=True)
-            run.config.write_text(dump_yaml(config), encoding="utf-8")
+            text = dump_yaml(config).encode()
+            # ranks read and write this at the same time: never cut it short under a reader
+            if not run.config.is_file() or run.config.read_bytes() != text:
+                partial = run.config.with_name(f".config.{os.getpid()}.partial")
+                partial.write_bytes(text)
+                partial.replace(run.config)
         except OSError as error:
             raise LaunchError(f"out {config.out}: cannot be written ({error.strerror})") from None
         return run

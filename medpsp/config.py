@@ -6,16 +6,33 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 BACKBONES = ("mobilenetv3_large_100", "efficientnet_b0", "resnet18", "convnext_tiny")
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Node(BaseModel):
-    """Frozen, and every key is known."""
+    """Frozen, every key is known, and no number is infinite or a boolean."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_number(cls, value: object, info: ValidationInfo) -> object:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation in (int, float):  # pydantic reads yes as 1
+            raise ValueError(f"expected a number, got {value}")
+        return value
 
 
 class WindowConfig(Node):
@@ -84,6 +101,8 @@ class DataConfig(Node):
 
     @model_validator(mode="after")
     def _map_into_classes(self) -> DataConfig:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must differ, got {', '.join(self.classes)}")
         for value, index in self.label_map.items():
             if not (0 <= index < len(self.classes) or index == 255):
                 raise ValueError(
@@ -112,6 +131,15 @@ class ModelConfig(Node):
     in_channels: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
+    def _wide_enough(self) -> ModelConfig:
+        least = 2 * len(self.bins)  # one channel of a 1 x 1 bin has no variance to normalise by
+        if self.psp_channels < least:
+            raise ValueError(
+                f"psp_channels {self.psp_channels}: {len(self.bins)} bins need {least}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_backbone(self) -> ModelConfig:
         if self.backbone not in BACKBONES:
             near = difflib.get_close_matches(self.backbone, BACKBONES, n=1, cutoff=0.3)
@@ -135,7 +163,7 @@ class LossConfig(Node):
 class StageConfig(Node):
     """One stage of the progressive schedule."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a folder name
     steps: Annotated[int, Field(ge=1)]
     lr: Annotated[float, Field(gt=0)]
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -187,12 +215,24 @@ class Config(Node):
     """Everything that decides a run."""
 
     out: Path = Path("runs/default")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataConfig
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _enough_for_batch_norm(self) -> Config:
+        train, stride = self.train, self.model.output_stride
+        cells = -(-train.size[0] // 32) * -(-train.size[1] // 32) * (32 // stride) ** 2
+        if cells * (train.batch_size // train.ranks) == 1:
+            raise ValueError(
+                f"train.size {train.size[0]} x {train.size[1]} at output stride {stride} leaves "
+                "one cell and a rank has one slice: BatchNorm needs two values; take a larger "
+                "size or train.batch_size"
+            )
+        return self
 
     @property
     def shards(self) -> Path:

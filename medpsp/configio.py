@@ -29,9 +29,10 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(
             f"config {path}: cannot be read ({type(error).__name__}); give the path of a YAML file"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date
         line = getattr(getattr(error, "problem_mark", None), "line", -1) + 1
-        raise ConfigError(f"config {path}: not YAML (line {line}); mend the file") from None
+        place = f" (line {line})" if line else ""
+        raise ConfigError(f"config {path}: not YAML{place}; mend the file") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping at the top, got {_kind(tree)}")
     for text in overrides:
@@ -47,12 +48,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override '{text}': expected key=value, for example train.batch_size=8")
     node: Any = tree
-    default: Any = {k: v for k, v in Config.model_fields.items() if k != "data"}
-    default = {
-        k: v.get_default().model_dump(mode="json")
-        for k, v in default.items()
-        if isinstance(v.get_default(), Node)
-    }  # so that a list left to its default has items
+    default: Any = _defaults(Config)  # so that a list left to its default has items
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
         where = ".".join(parts[: depth + 1])
@@ -60,19 +56,33 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if isinstance(node, list):
             node = node[_list_index(node, part, where)]
         else:
-            node = node.setdefault(part, default if isinstance(default, list) else {})
+            if node.get(part) is None:  # absent, or an empty section
+                node[part] = default if isinstance(default, list) else {}
+            node = node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"override '{text}': '{where}' holds a value, not a section")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: 2024-13-45 looks like a date and is none
         raise ConfigError(f"override '{text}': '{value}' is not a YAML value") from None
     last = parts[-1]
     node[_list_index(node, last, key) if isinstance(node, list) else last] = parsed
 
 
+def _defaults(node: type[Node]) -> dict[str, Any]:
+    """Default values below a section as plain lists and mappings, required sections included."""
+    tree: dict[str, Any] = {}
+    for name, field in node.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Node):
+            tree[name] = _defaults(kind)
+        elif isinstance(field.default, tuple):
+            tree[name] = [v.model_dump() if isinstance(v, Node) else v for v in field.default]
+    return tree
+
+
 def _list_index(node: list[Any], part: str, where: str) -> int:
-    if part.isdigit() and int(part) < len(node):
+    if part.isdecimal() and int(part) < len(node):
         return int(part)
     raise ConfigError(f"override '{where}': expected an index below {len(node)}, got '{part}'")
 

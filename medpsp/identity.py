@@ -28,12 +28,17 @@ def load_key(path: Path | None) -> bytes:
     """
     variable = os.environ.get(KEY_VARIABLE)
     if path is None and variable:
-        return _checked(variable.encode(), f"environment variable {KEY_VARIABLE}")
+        return _checked(os.fsencode(variable).strip(), f"environment variable {KEY_VARIABLE}")
     if path is None:
         base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         path = base / "medpsp" / "project.key"
-        if not path.exists():
+        try:
             create_key(path, secrets.token_hex(32))
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: cannot be written ({type(error).__name__}); "
+                f"set data.key_file or {KEY_VARIABLE}"
+            ) from None
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         text = path.read_bytes().strip()
@@ -65,7 +70,9 @@ def _checked(key: bytes, where: str) -> bytes:
 
 
 def _digest(key: bytes, kind: str, value: str) -> bytes:
-    return hmac.new(key, kind.encode() + b"\0" + value.encode(), hashlib.sha256).digest()
+    # surrogateescape: file names of old archives are bytes that need not be UTF-8
+    text = value.encode("utf-8", "surrogateescape")
+    return hmac.new(key, kind.encode() + b"\0" + text, hashlib.sha256).digest()
 
 
 def pseudonym(key: bytes, kind: str, value: str) -> str:

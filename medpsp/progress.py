@@ -7,6 +7,7 @@ import sys
 import time
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -47,6 +48,7 @@ class Bar:
                 TextColumn("{task.fields[rate]} {task.fields[note]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
+                console=Console(stderr=True),  # stdout is for results
             )
             self._task = self._rich.add_task(label, total=total or None, rate="", note="")
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from medpsp.config import Config, DataConfig
 from medpsp.dicom.labels import mask_path
 from medpsp.dicom.scan import refusal, scan_folder, walk_files
 from medpsp.dicom.voc import scan_voc
-from medpsp.errors import ArchiveError, ConfigError, ShardError
+from medpsp.errors import ArchiveError, ConfigError, LabelError, ShardError
 from medpsp.identity import fingerprint, load_key, pseudonym, split_of, unit_hash
 from medpsp.progress import Bar
 from medpsp.types import ScanRow, Series, Window
@@ -25,11 +26,20 @@ from shards.index import (
     REJECTS,
     Manifest,
     SliceRow,
+    file_sha256,
     write_bytes_durably,
     write_table,
 )
 from shards.layout import FORMAT, PlannedSeries, ShardPlan, plan_shards
-from shards.write import Commit, WriteSettings, create_bucket, read_commit, write_shard
+from shards.write import (
+    Commit,
+    WriteSettings,
+    clear_stale,
+    create_bucket,
+    metadata_files,
+    read_commit,
+    write_shard,
+)
 
 log = logging.getLogger("medpsp")
 
@@ -38,11 +48,14 @@ def build_shards(config: Config) -> Manifest:
     """Convert the archive of ``config.data``; a second run repeats only what is missing.
 
     Raises:
-        ArchiveError: Archive missing, empty, or without one usable labelled slice.
-        ConfigError: A split would be empty, or the labels folder is missing.
+        ArchiveError: Archive missing, empty, or without usable slices for training and
+            validation.
+        ConfigError: A split would be empty, the labels folder is missing, or something would be
+            written where it must not be.
         ShardError: A shard could not be written.
     """
     data, root = config.data, config.shards
+    _require_places(data, root)
     key = load_key(data.key_file)
     series, rows = _scan(data, key)
     series, unlabelled = _attach_masks(series, data)
@@ -61,6 +74,7 @@ def build_shards(config: Config) -> Manifest:
     )
     root.mkdir(parents=True, exist_ok=True)
     (root / MANIFEST).unlink(missing_ok=True)  # no manifest while shards change below it
+    clear_stale(root, plans)
     for plan in {p.bucket: p for p in plans}.values():
         slots = sum(p.count for p in plans if p.bucket == plan.bucket)
         create_bucket(root, plan, slots, data.shard_slices)
@@ -70,10 +84,26 @@ def build_shards(config: Config) -> Manifest:
     return _publish(config, key, commits, rows)
 
 
-def _scan(data: DataConfig, key: bytes) -> tuple[list[Series], list[ScanRow]]:
-    def file_id(relative: str) -> str:
-        return pseudonym(key, "file", relative)
+def _require_places(data: DataConfig, root: Path) -> None:
+    """Nothing of ours into the archive, where it would be scanned; no real path into shards."""
+    archive, shards = data.archive.resolve(), root.resolve()
+    if data.source == "dicom" and shards.is_relative_to(archive):
+        raise ConfigError(f"out: {root} lies inside data.archive; take a folder outside it")
+    if data.crosswalk:
+        for name, place in (("the shards", shards), ("data.archive", archive)):
+            if data.crosswalk.resolve().is_relative_to(place):
+                raise ConfigError(
+                    f"data.crosswalk {data.crosswalk}: lies inside {name}; take a path outside"
+                )
 
+
+def _file_id(key: bytes, relative: str) -> str:
+    # a name that is not UTF-8 holds surrogates, which have no bytes
+    return pseudonym(key, "file", relative.encode("utf-8", "backslashreplace").decode())
+
+
+def _scan(data: DataConfig, key: bytes) -> tuple[list[Series], list[ScanRow]]:
+    file_id = partial(_file_id, key)
     if data.source == "voc":
         return scan_voc(data.archive, data.voc, file_id)
     with Bar("scan", 0, "files") as bar:
@@ -89,33 +119,33 @@ def _attach_masks(series: list[Series], data: DataConfig) -> tuple[list[Series],
     labelled: list[Series] = []
     rows: list[ScanRow] = []
     for item in series:
-        path = mask_path(data.labels, data.label_pattern, item.first, data.archive)
-        if path.is_file():
-            labelled.append(replace(item, masks=(str(path),)))
-        else:
-            detail = "no mask where data.label_pattern points"
-            rows += [refusal(ref.file_id, "LABEL_NONE", detail) for ref in item.slices]
+        code, detail = "LABEL_NONE", "no mask where data.label_pattern points"
+        try:
+            path = mask_path(data.labels, data.label_pattern, item.first, data.archive)
+            if path.is_file():
+                labelled.append(replace(item, masks=(str(path),)))
+                continue
+        except LabelError as error:
+            code, detail = error.code, error.detail
+        rows += [refusal(ref.file_id, code, detail) for ref in item.slices]
     return labelled, rows
 
 
 def _planned(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
-    patient = series.first.patient_id
+    first = series.first
+    patient = first.patient_id
     split = series.split or split_of(key, patient, data.split.val, data.split.test)
-    stats = [
-        os.stat(p) for p in (*(s.path for s in series.slices), *filter(_is_file, series.masks))
-    ]
+    sources = (*(s.path for s in series.slices), *series.masks)
+    stats = [os.stat(p) for p in sources if Path(p).is_file()]
     return PlannedSeries(
         series=series,
         split=split,
         order=unit_hash(key, "stage", patient),
         patient=pseudonym(key, "patient", patient),
-        name=pseudonym(key, "series", series.first.series_uid),
+        # one SeriesInstanceUID may hold several series: planes, localizers
+        name=pseudonym(key, "series", f"{first.series_uid} {first.sop_uid}"),
         stamp=pseudonym(key, "stamp", json.dumps([(s.st_size, s.st_mtime_ns) for s in stats])),
     )
-
-
-def _is_file(path: str) -> bool:
-    return Path(path).is_file()
 
 
 def _require_splits(planned: list[PlannedSeries], data: DataConfig) -> None:
@@ -203,13 +233,18 @@ def _cause(error: Exception) -> str:
 def _publish(config: Config, key: bytes, commits: list[Commit], rows: list[ScanRow]) -> Manifest:
     data, root = config.data, config.shards
     kept = [row for commit in commits for row in commit.rows]
-    if not kept:
-        refused_codes = [ScanRow(**r) for c in commits for r in c.refused]
-        raise ArchiveError(f"archive {data.archive}: nothing usable; found {_tally(refused_codes)}")
+    if empty := {"train", "val"} - {row["split"] for row in kept}:
+        codes = _tally([ScanRow(**r) for c in commits for r in c.refused])
+        raise ArchiveError(
+            f"archive {data.archive}: no usable slice for {' and '.join(sorted(empty))}; "
+            f"found {codes}"
+        )
     refused = [asdict(row) for row in rows] + [r for commit in commits for r in commit.refused]
     refused.sort(key=lambda r: r["file_id"])
     write_table(root / INDEX, kept, [f.name for f in fields(SliceRow)])
     write_table(root / REJECTS, refused, [f.name for f in fields(ScanRow)])
+    buckets = {commit.name.rsplit("-", 1)[0] for commit in commits}
+    tables = {INDEX, REJECTS, *(name for b in buckets for name in metadata_files(b))}
     counts = Counter({"kept": len(kept), "skipped": 0, "quarantined": 0, "duplicate": 0})
     counts.update(str(row["status"]) for row in refused)
     manifest = Manifest(
@@ -221,6 +256,7 @@ def _publish(config: Config, key: bytes, commits: list[Commit], rows: list[ScanR
         shards=tuple({"name": c.name, "digest": c.digest, "files": c.files} for c in commits),
         counts=dict(counts),
         codes=dict(sorted(Counter(r["code"] for r in refused).items())),
+        tables={name: file_sha256(root / name) for name in sorted(tables)},
     )
     _conserve(data, manifest)
     write_bytes_durably(root / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
@@ -255,6 +291,5 @@ def _write_crosswalk(data: DataConfig, key: bytes) -> None:
         return
     files = walk_files(data.archive)
     names = sorted(path.relative_to(data.archive).as_posix() for path in files)
-    text = "".join(f"{pseudonym(key, 'file', name)}\t{name!r}\n" for name in names)
-    write_bytes_durably(data.crosswalk, text.encode())
-    data.crosswalk.chmod(0o600)
+    text = "".join(f"{_file_id(key, name)}\t{name!r}\n" for name in names)
+    write_bytes_durably(data.crosswalk, text.encode(), mode=0o600)

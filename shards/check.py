@@ -48,8 +48,8 @@ def check_shards(root: Path, advance: Callable[[], None] = lambda: None) -> list
 
 def _damaged_files(root: Path, manifest: Manifest) -> list[str]:
     problems = []
-    for shard in manifest.shards:
-        for name, sha in shard["files"].items():
+    for files in (*(shard["files"] for shard in manifest.shards), manifest.tables):
+        for name, sha in files.items():
             path = root / name
             if not path.is_file():
                 problems.append(f"{name}: missing")

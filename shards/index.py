@@ -69,7 +69,12 @@ class SliceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What the shards hold, how they were made, and what became of every object found."""
+    """What the shards hold, how they were made, and what became of every object found.
+
+    Attributes:
+        shards: Name, digest of the plan and SHA-256 of the files of each.
+        tables: SHA-256 of index, reject table and every zarr.json.
+    """
 
     version: int
     tool: str
@@ -79,14 +84,22 @@ class Manifest:
     shards: tuple[dict[str, Any], ...]
     counts: dict[str, int]
     codes: dict[str, int]
+    tables: dict[str, str]
 
 
-def write_bytes_durably(path: Path, data: bytes) -> None:
-    """Write to a temporary sibling, fsync, rename, fsync the folder: whole or not at all."""
+def write_bytes_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write to a temporary sibling, fsync, rename, fsync the folder: whole or not at all.
+
+    Args:
+        path: Folders above it are made.
+        data: All of it.
+        mode: Of the file from the moment it exists, less the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as file:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -129,18 +142,17 @@ def read_index(root: Path, split: Split | None = None) -> tuple[SliceRow, ...]:
     path = root / INDEX
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+        lists = ("spacing", "affine", "histogram")
+        return tuple(
+            SliceRow(**{**row, **{key: tuple(row[key]) for key in lists}})
+            for row in rows
+            if split is None or row["split"] == split
+        )
+    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise ShardError(
             f"shards {root}: {INDEX} cannot be read ({type(error).__name__}); "
             "run `medpsp shards` first"
         ) from None
-    out = []
-    for row in rows:
-        if split is None or row["split"] == split:
-            for key in ("spacing", "affine", "histogram"):
-                row[key] = tuple(row[key])
-            out.append(SliceRow(**row))
-    return tuple(out)
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -161,8 +173,14 @@ def read_manifest(root: Path) -> Manifest:
     if not isinstance(tree, dict) or tree.get("version") != FORMAT:
         found = tree.get("version") if isinstance(tree, dict) else "none"
         raise ShardError(f"shards {root}: manifest format {found}, expected {FORMAT}")
-    tree["classes"], tree["shards"] = tuple(tree["classes"]), tuple(tree["shards"])
-    return Manifest(**tree)
+    try:
+        lists = {key: tuple(tree[key]) for key in ("classes", "shards")}
+        return Manifest(**{**tree, **lists})
+    except (KeyError, TypeError) as error:
+        raise ShardError(
+            f"shards {root}: {MANIFEST} lacks fields ({type(error).__name__}); "
+            "run `medpsp shards` again"
+        ) from None
 
 
 def class_pixels(rows: Sequence[SliceRow], classes: int) -> NDArray[np.int64]:

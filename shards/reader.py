@@ -38,7 +38,11 @@ class ShardReader:
         try:
             if path not in self._arrays:
                 self._arrays[path] = zarr.open_array(self.root / path, mode="r")
-            return np.asarray(self._arrays[path][slot])
+            array = self._arrays[path]
+            shard = self.root / path / f"c/{slot // array.shards[0]}/0/0"
+            if not shard.is_file():  # zarr would hand out the fill value
+                raise FileNotFoundError(shard.name)
+            return np.asarray(array[slot])
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             raise ShardError(
                 f"shards {self.root}: {path} slot {slot} cannot be read "

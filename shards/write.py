@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from medpsp.dicom.labels import map_labels, read_nifti_mask
 from medpsp.dicom.read import read_pixels
 from medpsp.dicom.scan import refusal
 from medpsp.dicom.voc import read_image, read_mask
-from medpsp.errors import LabelError, SourceError
+from medpsp.errors import DicomError, LabelError, SourceError
 from medpsp.intensity import needs_series_values, series_window
 from medpsp.types import IGNORE, ScanRow, Series, SliceRef, Window
 from shards.index import SliceRow, file_sha256, write_bytes_durably
@@ -62,16 +63,40 @@ class Commit:
 
 
 def create_bucket(root: Path, plan: ShardPlan, slots: int, shard_slices: int) -> None:
-    """Write the zarr.json files of a bucket of ``slots`` slots."""
-    store = LocalStore(root)
+    """Write the zarr.json files of a bucket of ``slots`` slots; shards that lie there stay."""
+    store = MemoryStore()  # on disk, zarr empties the folder of an array before it makes one
     zarr.open_group(store, mode="a")
     zarr.open_group(store, path=plan.bucket, mode="a")
     for name in ("image", "label"):
         _create(store, f"{plan.bucket}/{name}", name, plan, (slots, shard_slices))
+    for key in metadata_files(plan.bucket):
+        write_bytes_durably(root / key, _stored(store, key))
+
+
+def metadata_files(bucket: str) -> tuple[str, ...]:
+    """Paths of the zarr.json files that a reader of one bucket needs."""
+    folders = ("", f"{bucket}/", f"{bucket}/image/", f"{bucket}/label/")
+    return tuple(f"{folder}zarr.json" for folder in folders)
+
+
+def clear_stale(root: Path, plans: Iterable[ShardPlan]) -> None:
+    """Delete what earlier runs left: shards of no plan, their commits, half-written files.
+
+    A patient taken out of the archive is gone from the shards after the next run.
+    """
+    keep = {root / name for plan in plans for name in (*_files(plan), _commit_name(plan))}
+    buckets = {plan.bucket for plan in plans}
+    for folder in root.glob("*x*_*"):
+        if folder.name not in buckets:
+            shutil.rmtree(folder)
+    for pattern in (f"{COMMITS}/*", "*x*_*/*/c/*/0/*", "**/.*.partial"):
+        for path in list(root.glob(pattern)):
+            if path not in keep and path.is_file():
+                path.unlink()
 
 
 def _create(
-    store: LocalStore | MemoryStore, path: str, name: str, plan: ShardPlan, sizes: tuple[int, int]
+    store: MemoryStore, path: str, name: str, plan: ShardPlan, sizes: tuple[int, int]
 ) -> zarr.Array[Any]:
     slots, shard_slices = sizes
     frame = (plan.rows, plan.columns)
@@ -103,7 +128,7 @@ def _create(
 def read_commit(root: Path, plan: ShardPlan, digest: str) -> Commit | None:
     """The commit of a shard that was written before from the same plan, files whole; else None."""
     try:
-        tree = json.loads(_commit_path(root, plan).read_text(encoding="utf-8"))
+        tree = json.loads((root / _commit_name(plan)).read_text(encoding="utf-8"))
         commit = Commit(**{**tree, "rows": tuple(tree["rows"]), "refused": tuple(tree["refused"])})
         if commit.digest != digest:
             return None
@@ -131,8 +156,9 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
             rows.append(_row(plan, part, (number, slot), label, settings))
     digest = plan.digest(settings.text)
     files: dict[str, str] = {}
-    for name, block in (("image", images), ("label", labels)):
-        relative = f"{plan.bucket}/{name}/c/{plan.number}/0/0"
+    for relative, name, block in zip(
+        _files(plan), ("image", "label"), (images, labels), strict=True
+    ):
         data = _encode(plan, name, block, settings.shard_slices)
         write_bytes_durably(root / relative, data)
         files[relative] = hashlib.sha256(data).hexdigest()
@@ -143,21 +169,30 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
         rows=tuple(asdict(row) for row in rows),
         refused=tuple(asdict(row) for row in refused),
     )
-    write_bytes_durably(_commit_path(root, plan), json.dumps(asdict(commit)).encode())
+    write_bytes_durably(root / _commit_name(plan), json.dumps(asdict(commit)).encode())
     return commit
 
 
-def _commit_path(root: Path, plan: ShardPlan) -> Path:
-    return root / COMMITS / f"{plan.name}.json"
+def _files(plan: ShardPlan) -> tuple[str, str]:
+    image, label = (f"{plan.bucket}/{name}/c/{plan.number}/0/0" for name in ("image", "label"))
+    return image, label
+
+
+def _commit_name(plan: ShardPlan) -> str:
+    return f"{COMMITS}/{plan.name}.json"
 
 
 def _encode(plan: ShardPlan, name: str, block: NDArray[Any], shard_slices: int) -> bytes:
     store = MemoryStore()
     array = _create(store, name, name, plan, (len(block), shard_slices))
     array[:] = block
-    buffer = sync(store.get(f"{name}/c/0/0/0", default_buffer_prototype()))
+    return _stored(store, f"{name}/c/0/0/0")
+
+
+def _stored(store: MemoryStore, key: str) -> bytes:
+    buffer = sync(store.get(key, default_buffer_prototype()))
     if buffer is None:
-        raise OSError(f"shard {plan.name}: zarr wrote no bytes")
+        raise OSError(f"zarr wrote no {key}")
     return buffer.to_bytes()
 
 
@@ -180,7 +215,7 @@ def _read_part(
     for number in range(len(series.slices)) if whole else wanted:
         ref = series.slices[number]
         try:
-            images[number] = _read_image(ref, settings.source)
+            images[number] = _read_image(ref, settings.source, series.first.dtype)
         except SourceError as error:
             if number in wanted:
                 refused.append(refusal(ref.file_id, error.code, error.detail))
@@ -197,8 +232,14 @@ def _read_part(
         yield number, images[number], (label, labelled, window)
 
 
-def _read_image(ref: SliceRef, source: str) -> NDArray[Any]:
-    return read_pixels(ref) if source == "dicom" else read_image(Path(ref.path))
+def _read_image(ref: SliceRef, source: str, dtype: str) -> NDArray[Any]:
+    image = read_pixels(ref) if source == "dicom" else read_image(Path(ref.path))
+    if image.shape != (ref.rows, ref.columns) or image.dtype != dtype:  # numpy would cut it to fit
+        raise DicomError(
+            "PIX_UNLIKE_SERIES",
+            f"{image.shape} {image.dtype}, its series is {(ref.rows, ref.columns)} {dtype}",
+        )
+    return image
 
 
 def _series_labels(series: Series, settings: WriteSettings) -> NDArray[np.uint8] | None:

@@ -155,7 +155,10 @@ class Predictor:
 
     def _images(self, source: Path, out: Path, rows: list[ScanRow]) -> list[Prediction]:
         predictions = []
-        for path in sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES):
+        paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES)
+        names = {path.name for path in paths}
+        rows[:] = [row for row in rows if row.file_id not in names]  # no DICOM, but not skipped
+        for path in paths:
             try:
                 values = read_image(path)[None]
             except SourceError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from numpy.typing import NDArray
 
 from medpsp.errors import ConfigError, LabelError
@@ -17,6 +19,18 @@ from medpsp.types import IGNORE, SliceRef
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 CORNER_TOL_VOXEL = 0.1
 """Largest distance of a mapped grid corner from a voxel centre; catches 0.05 rad and 5 %."""
+
+_NIBABEL_RAISES = (
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+    OSError,
+    ValueError,  # also a quaternion longer than 1
+    OverflowError,  # sizes and offsets that no file has
+    MemoryError,
+    EOFError,
+    zlib.error,
+)
 
 
 def read_nifti_mask(
@@ -41,14 +55,16 @@ def read_nifti_mask(
     try:
         image: Any = nib.load(path)
         values = np.asarray(image.dataobj)
-    except (ImageFileError, OSError, ValueError, EOFError, zlib.error) as error:
+        mask_ras = _affine(image)
+    except LabelError:
+        raise
+    except _NIBABEL_RAISES as error:
         raise LabelError("MASK_UNREADABLE", f"not a NIfTI file ({type(error).__name__})") from None
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim != 3 or values.dtype.fields is not None:
         raise LabelError("MASK_NOT_3D", f"{values.ndim}-D, expected one value a voxel in 3-D")
-    mask_ras = _affine(image, values.shape)
-    return place_mask(_integral(values), mask_ras, affine_lps, shape)
+    return place_mask(integral(values), mask_ras, affine_lps, shape)
 
 
 def place_mask(
@@ -127,7 +143,7 @@ def map_labels(
     return lookup[inverse].reshape(values.shape)
 
 
-def _affine(image: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
+def _affine(image: Any) -> NDArray[np.float64]:
     header = image.header
     if not hasattr(header, "get_sform"):
         raise LabelError("MASK_UNREADABLE", "not a NIfTI file")
@@ -141,16 +157,22 @@ def _affine(image: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
     if scode and qcode:
         apart = np.linalg.inv(affine) @ np.asarray(qform, dtype=np.float64) - np.eye(4)
         far = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-        far = far * np.array([*(np.array(shape) - 1), 1])
+        far = far * np.array([*(np.array((*image.shape, 1)[:3]) - 1), 1])
         if np.abs(far @ apart.T).max() > CORNER_TOL_VOXEL:
             raise LabelError("MASK_SQ_DISAGREE", "sform and qform differ by over 0.1 voxel")
     return affine
 
 
-def _integral(values: NDArray[Any]) -> NDArray[np.int64]:
+def integral(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Mask values as int64.
+
+    Raises:
+        LabelError: MASK_NOT_INTEGRAL.
+    """
     if values.dtype.kind in "iub":
         return values.astype(np.int64)
-    if not np.isfinite(values).all() or (values != np.round(values)).any():
+    whole = values.dtype.kind == "f" and np.isfinite(values).all()
+    if not whole or (values != np.round(values)).any():
         raise LabelError("MASK_NOT_INTEGRAL", "mask values are not whole numbers")
     return values.astype(np.int64)
 
@@ -166,7 +188,8 @@ def mask_path(root: Path, pattern: str, ref: SliceRef, archive: Path) -> Path:
 
     Raises:
         ConfigError: The pattern has an unknown field.
-        LabelError: A header value would lead out of ``root``.
+        LabelError: MASK_OUTSIDE_ROOT where a header value would lead out of ``root``, LABEL_NONE
+            where it cannot be a file name.
     """
     try:
         relative = pattern.format(
@@ -180,7 +203,10 @@ def mask_path(root: Path, pattern: str, ref: SliceRef, archive: Path) -> Path:
             f"data.label_pattern '{pattern}': fields are {{PatientID}}, {{SeriesInstanceUID}}, "
             "{Modality} and {folder}"
         ) from None
-    path = root / relative
-    if not path.resolve().is_relative_to(root.resolve()):
+    # by text, not by resolve(): links that the owner put below root may lead anywhere
+    parts = PurePosixPath(relative).parts
+    if relative.startswith("/") or ".." in parts:
         raise LabelError("MASK_OUTSIDE_ROOT", "a header value leads out of data.labels")
-    return path
+    if "\0" in relative or any(len(os.fsencode(part)) > 255 for part in parts):
+        raise LabelError("LABEL_NONE", "a header value is no file name")
+    return root / relative

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID
+from pydicom.uid import UID, JPEGLSTransferSyntaxes
 
 from medpsp.errors import DicomError
 from medpsp.types import PixelDtype, SliceRef, Window
@@ -40,31 +42,36 @@ DECODERS: dict[str, str] = {
 MAX_SIDE = 16384
 """Rows or columns above this are refused before any memory is asked for."""
 
+_COLOUR = ("PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_REQUIRED = (
+    "SeriesInstanceUID",
+    "SOPInstanceUID",
+    "BitsAllocated",
+    "BitsStored",
+    "PixelRepresentation",
+)
+
 
 def read_header(path: Path, file_id: str) -> SliceRef:
     """Read the header of one file.
 
     Raises:
         DicomError: With code NOT_DICOM, FILE_EMPTY, FILE_UNREADABLE, NOT_IMAGE, TS_UNSUPPORTED,
-            MULTIFRAME_UNSUPPORTED, PHOTOMETRIC_UNSUPPORTED, HDR_REQUIRED_MISSING, ELEM_INVALID,
-            SIZE_LIMIT.
+            MULTIFRAME_UNSUPPORTED, PHOTOMETRIC_UNSUPPORTED, BITS_UNSUPPORTED, HDR_TRUNCATED,
+            HDR_REQUIRED_MISSING, ELEM_INVALID, SIZE_LIMIT.
     """
     ds = _open(path, stop_before_pixels=True)
-    if "Rows" not in ds or "Columns" not in ds:
-        kind = UID(str(getattr(ds.file_meta, "MediaStorageSOPClassUID", ""))).name
-        if kind.endswith("Image Storage"):  # pydicom reads a cut file without a word
-            raise DicomError("HDR_TRUNCATED", "an image object without Rows (0028,0010)")
-        raise DicomError("NOT_IMAGE", "no Rows and Columns (0028,0010), (0028,0011)")
-    _check_supported(ds)
-    try:
+    with _refusing("ELEM_INVALID", "a header value is malformed"):
+        _check_image(ds)
+        _check_supported(ds)
         slope, intercept = _rescale(ds)
-        return SliceRef(
+        ref = SliceRef(
             path=str(path),
             file_id=file_id,
             patient_id=str(ds.get("PatientID") or ""),
-            series_uid=str(ds["SeriesInstanceUID"].value),
-            sop_uid=str(ds["SOPInstanceUID"].value),
-            modality=str(ds.get("Modality", "")),
+            series_uid=str(ds.SeriesInstanceUID),
+            sop_uid=str(ds.SOPInstanceUID),
+            modality=str(ds.get("Modality") or ""),
             rows=int(ds.Rows),
             columns=int(ds.Columns),
             dtype=modality_dtype(ds, slope, intercept),
@@ -73,15 +80,9 @@ def read_header(path: Path, file_id: str) -> SliceRef:
             orientation=_numbers(ds, "ImageOrientationPatient", 6),
             pixel_spacing=_numbers(ds, "PixelSpacing", 2),  # type: ignore[arg-type]
             window=_first_window(ds),
-            series_split_key="|".join(str(v) for v in list(ds.get("ImageType") or [])[2:3]),
+            series_split_key=_split_key(ds),
         )
-    except KeyError as error:
-        raise DicomError("HDR_REQUIRED_MISSING", f"no {error.args[0]}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        # pydicom quotes the element's value in its message: keep the kind only
-        raise DicomError(
-            "ELEM_INVALID", f"a header value is malformed ({type(error).__name__})"
-        ) from None
+    return ref
 
 
 def read_pixels(ref: SliceRef) -> NDArray[Any]:
@@ -91,19 +92,14 @@ def read_pixels(ref: SliceRef) -> NDArray[Any]:
         (H, W) of ``ref.dtype``; int16 only where that is exact.
 
     Raises:
-        DicomError: PIX_TRUNCATED, DEC_ERROR, or a code of `read_header`.
+        DicomError: PIX_TRUNCATED, TS_MISMATCH, DEC_ERROR, or a code of `read_header`.
     """
     ds = _open(Path(ref.path), stop_before_pixels=False)
     if "PixelData" not in ds:
         raise DicomError("PIX_TRUNCATED", "no Pixel Data (7FE0,0010); the file may be cut short")
-    try:
-        stored = _decode(ds)
-        values = _to_modality(ds, stored, ref.dtype)
-    except DicomError:
-        raise
-    except Exception as error:  # noqa: BLE001 - codecs raise anything; their text may quote values
-        code = "PIX_TRUNCATED" if "length of the pixel data" in str(error) else "DEC_ERROR"
-        raise DicomError(code, f"{_syntax(ds)} not decodable ({type(error).__name__})") from None
+    with _refusing("DEC_ERROR", "pixels not decodable"):
+        _check_pixel_bytes(ds)
+        values = _to_modality(ds, _decode(ds), ref.dtype)
     if values.shape != (ref.rows, ref.columns):
         raise DicomError(
             "DEC_ERROR", f"decoded shape {values.shape}, header says {(ref.rows, ref.columns)}"
@@ -122,54 +118,98 @@ def modality_dtype(ds: Dataset, slope: float, intercept: float) -> PixelDtype:
     return "int16" if fits else "float32"
 
 
-def _open(path: Path, *, stop_before_pixels: bool) -> Dataset:
+@contextmanager
+def _refusing(code: str, what: str) -> Iterator[None]:
+    """Whatever a parser or a codec raises on bad bytes becomes a DicomError that quotes nothing.
+
+    pydicom puts element values into its warnings and messages, so both stop here. The codec of
+    pylibjpeg-rle panics with an exception that is no `Exception`.
+    """
     try:
-        if path.stat().st_size == 0:
-            raise DicomError("FILE_EMPTY", "0 bytes")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote element values
-            return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
-    except InvalidDicomError:
-        raise DicomError("NOT_DICOM", "no DICM prefix after 128 bytes") from None
-    except DicomError:
+            warnings.simplefilter("ignore")
+            yield
+    except (DicomError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except OSError as error:
-        raise DicomError("FILE_UNREADABLE", f"{type(error).__name__} {error.errno}") from None
-    except Exception as error:  # noqa: BLE001 - a parser fed any bytes raises anything
-        raise DicomError("HDR_TRUNCATED", f"not parsable ({type(error).__name__})") from None
+    except BaseException as error:  # noqa: BLE001
+        raise DicomError(code, f"{what} ({type(error).__name__})") from None
+
+
+def _open(path: Path, *, stop_before_pixels: bool) -> Dataset:
+    with _refusing("HDR_TRUNCATED", "not parsable"):
+        try:
+            if path.stat().st_size == 0:
+                raise DicomError("FILE_EMPTY", "0 bytes")
+            ds = pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
+        except InvalidDicomError:
+            raise DicomError("NOT_DICOM", "no DICM prefix after 128 bytes") from None
+        except OSError as error:
+            raise DicomError("FILE_UNREADABLE", f"{type(error).__name__} {error.errno}") from None
+    return ds
+
+
+def _check_image(ds: Dataset) -> None:
+    if "Rows" in ds and "Columns" in ds:
+        return
+    kind = UID(str(ds.file_meta.get("MediaStorageSOPClassUID", ""))).name
+    if kind.endswith("Image Storage"):  # pydicom reads a cut file without a word
+        raise DicomError("HDR_TRUNCATED", "an image object without Rows (0028,0010)")
+    raise DicomError("NOT_IMAGE", "no Rows and Columns (0028,0010), (0028,0011)")
 
 
 def _check_supported(ds: Dataset) -> None:
     syntax = _syntax(ds)
     if syntax not in DECODERS:
-        raise DicomError("TS_UNSUPPORTED", f"transfer syntax {syntax or 'missing'}")
-    try:
-        frames = int(ds.get("NumberOfFrames") or 1)
-        rows, columns, samples = int(ds.Rows), int(ds.Columns), int(ds.get("SamplesPerPixel", 1))
-    except (ValueError, TypeError):
-        raise DicomError("ELEM_INVALID", "Rows, Columns or NumberOfFrames not a number") from None
+        known = syntax if syntax.replace(".", "").isdecimal() else "missing or malformed"
+        raise DicomError("TS_UNSUPPORTED", f"transfer syntax {known}")
+    frames = int(ds.get("NumberOfFrames") or 1)
     if frames > 1:
         raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
+    rows, columns = int(ds.Rows), int(ds.Columns)
     if not (0 < rows <= MAX_SIDE and 0 < columns <= MAX_SIDE):
         raise DicomError("SIZE_LIMIT", f"{rows} x {columns}, expected 1..{MAX_SIDE}")
-    photometric = str(ds.get("PhotometricInterpretation", ""))
+    photometric, samples = (
+        str(ds.get("PhotometricInterpretation")),
+        int(ds.get("SamplesPerPixel") or 1),
+    )
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
-        known = photometric if photometric.replace("_", "").isalnum() else "missing"
-        raise DicomError("PHOTOMETRIC_UNSUPPORTED", f"{known[:16]} with {samples} samples")
-    for keyword in ("BitsAllocated", "BitsStored", "PixelRepresentation"):
-        if keyword not in ds:
+        known = photometric if photometric in _COLOUR else "missing or unknown"
+        raise DicomError("PHOTOMETRIC_UNSUPPORTED", f"{known} with {samples} samples")
+    for keyword in _REQUIRED:
+        if ds.get(keyword) in (None, ""):
             raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
+    stored, high = int(ds.BitsStored), int(ds.get("HighBit") or ds.BitsStored - 1)
+    if high != stored - 1:  # pydicom would read the low bits regardless
+        raise DicomError("BITS_UNSUPPORTED", f"HighBit {high} with BitsStored {stored}")
+
+
+def _check_pixel_bytes(ds: Dataset) -> None:
+    """Native pixels must be as long as the header says; PS3.5 A.4 keeps the two forms apart."""
+    if UID(_syntax(ds)).is_encapsulated:
+        # without its end marker pyjpegls reads on past the buffer, for seconds
+        if _syntax(ds) in JPEGLSTransferSyntaxes and b"\xff\xd9" not in ds.PixelData[-64:]:
+            raise DicomError("PIX_TRUNCATED", "the JPEG-LS stream has no end marker")
+        return
+    if ds["PixelData"].is_undefined_length:
+        raise DicomError("TS_MISMATCH", "fragments of pixels under a native transfer syntax")
+    need = math.ceil(int(ds.Rows) * int(ds.Columns) * int(ds.BitsAllocated) / 8)
+    if len(ds.PixelData) < need:
+        raise DicomError("PIX_TRUNCATED", f"{len(ds.PixelData)} bytes of pixels, expected {need}")
 
 
 def _syntax(ds: Dataset) -> str:
-    return str(getattr(ds.file_meta, "TransferSyntaxUID", ""))[:64]
+    return str(ds.file_meta.get("TransferSyntaxUID", ""))[:64]
+
+
+def _split_key(ds: Dataset) -> str:
+    """What separates images of one series: kind (LOCALIZER, M, P ...) and frame of reference."""
+    kinds = ds.get("ImageType") or []
+    parts = [] if isinstance(kinds, str) else [str(v) for v in kinds][2:4]
+    return "|".join([*parts, str(ds.get("FrameOfReferenceUID") or "")])
 
 
 def _decode(ds: Dataset) -> NDArray[Any]:
-    plugin = DECODERS[_syntax(ds)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pixel_array(ds, raw=True, decoding_plugin=plugin)
+    return pixel_array(ds, raw=True, decoding_plugin=DECODERS[_syntax(ds)])
 
 
 def _to_modality(ds: Dataset, stored: NDArray[Any], dtype: PixelDtype) -> NDArray[Any]:
@@ -178,7 +218,10 @@ def _to_modality(ds: Dataset, stored: NDArray[Any], dtype: PixelDtype) -> NDArra
     slope, intercept = _rescale(ds)
     if dtype == "int16":
         return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
-    return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    values = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DicomError("ELEM_INVALID", "RescaleSlope or RescaleIntercept overflows float32")
+    return values
 
 
 def _rescale(ds: Dataset) -> tuple[float, float]:

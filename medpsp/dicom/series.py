@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,29 +18,37 @@ SPACING_RTOL, SPACING_ATOL_MM = 0.01, 0.01
 
 ORTHOGONAL_TOL = 1e-3
 
+SAME_GRID_TOL = 1e-3
+"""Direction cosines (absolute) and pixel spacings (relative) this close are one grid."""
+
 
 def group_series(
     slices: Iterable[SliceRef],
 ) -> tuple[list[Series], list[tuple[SliceRef, GeometryError]]]:
     """Group and order slices; a group without regular geometry is refused slice by slice.
 
-    The order of the input and of file names does not matter. Duplicates of one SOPInstanceUID
-    are refused here with DUP_IDENTICAL except the first by ``file_id``.
+    The order of the input and of file names does not matter. Files of one SOPInstanceUID are one
+    image if their headers agree: all but the first by ``file_id`` are refused as DUP_SOP_UID.
+    Where the headers differ nobody knows which is right: all are refused as DUP_CONFLICT.
 
     Returns:
         The series, sorted by (patient, series UID, first position), and the refused slices.
     """
     refused: list[tuple[SliceRef, GeometryError]] = []
     groups: dict[tuple[object, ...], list[SliceRef]] = defaultdict(list)
-    seen: set[str] = set()
+    by_uid: dict[str, list[SliceRef]] = defaultdict(list)
     for ref in sorted(slices, key=lambda r: r.file_id):
-        if ref.sop_uid in seen:
-            refused.append((ref, GeometryError("DUP_SOP_UID", "SOPInstanceUID seen before")))
+        by_uid[ref.sop_uid].append(ref)
+    for same in by_uid.values():
+        if len(same) > 1 and len({replace(ref, path="", file_id="") for ref in same}) > 1:
+            error = GeometryError("DUP_CONFLICT", f"{len(same)} files of one SOPInstanceUID differ")
+            refused.extend((ref, error) for ref in same)
             continue
-        seen.add(ref.sop_uid)
-        groups[_group_key(ref)].append(ref)
+        groups[_group_key(same[0])].append(same[0])
+        error = GeometryError("DUP_SOP_UID", "SOPInstanceUID seen before")
+        refused.extend((ref, error) for ref in same[1:])
     series: list[Series] = []
-    for group in groups.values():
+    for group in (grid for members in groups.values() for grid in _grids(members)):
         try:
             series.append(order_series(group))
         except GeometryError as error:
@@ -48,8 +58,7 @@ def group_series(
 
 
 def _group_key(ref: SliceRef) -> tuple[object, ...]:
-    # + 0.0 turns -0.0 into 0.0, which formats differently but is the same direction
-    direction = tuple(round(v, 3) + 0.0 for v in ref.orientation or ())
+    geometry = (ref.position, ref.orientation, ref.pixel_spacing)
     return (
         ref.patient_id,
         ref.series_uid,
@@ -58,8 +67,28 @@ def _group_key(ref: SliceRef) -> tuple[object, ...]:
         ref.columns,
         ref.dtype,
         ref.photometric,
-        direction,
+        tuple(value is None for value in geometry),  # one slice without must not cost the rest
         ref.series_split_key,
+    )
+
+
+def _grids(members: list[SliceRef]) -> list[list[SliceRef]]:
+    """Split slices by direction and pixel spacing; by distance, since rounding parts neighbours."""
+    grids: list[list[SliceRef]] = []
+    for ref in members:
+        home = next((grid for grid in grids if _same_grid(grid[0], ref)), None)
+        if home is None:
+            grids.append([ref])
+        else:
+            home.append(ref)
+    return grids
+
+
+def _same_grid(a: SliceRef, b: SliceRef) -> bool:
+    cosines = zip(a.orientation or (), b.orientation or (), strict=True)
+    spacings = zip(a.pixel_spacing or (), b.pixel_spacing or (), strict=True)
+    return all(abs(p - q) <= SAME_GRID_TOL for p, q in cosines) and all(
+        math.isclose(p, q, rel_tol=SAME_GRID_TOL) for p, q in spacings
     )
 
 
@@ -109,7 +138,7 @@ def _slice_step(depth: NDArray[np.float64], positions: NDArray[np.float64]) -> N
     if len(depth) == 1:
         return np.zeros(3)
     gaps = np.diff(depth)
-    typical = float(np.median(gaps))
+    typical = float(np.sort(gaps)[(gaps.size - 1) // 2])  # of two gaps the smaller is the spacing
     tolerance = max(SPACING_RTOL * typical, SPACING_ATOL_MM)
     if float(gaps.min()) <= SPACING_ATOL_MM:
         count = int((gaps <= SPACING_ATOL_MM).sum())
@@ -117,7 +146,7 @@ def _slice_step(depth: NDArray[np.float64], positions: NDArray[np.float64]) -> N
     odd = np.flatnonzero(np.abs(gaps - typical) > tolerance)
     if odd.size:
         ratio = gaps[odd] / typical
-        whole = bool((np.abs(ratio - np.round(ratio)) < 0.05).all())
+        whole = bool(((np.round(ratio) >= 2) & (np.abs(ratio - np.round(ratio)) < 0.05)).all())
         code = "MISSING_SLICES" if whole else "UNEVEN_SPACING"
         raise GeometryError(
             code,

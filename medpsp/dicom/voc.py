@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from medpsp.config import VocConfig
+from medpsp.dicom.labels import integral
 from medpsp.dicom.scan import refusal
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
 from medpsp.types import PixelDtype, ScanRow, Series, SliceRef, Split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+_PILLOW_RAISES = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    ValueError,
+    SyntaxError,  # what Pillow calls a broken PNG
+)
 _LISTS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
@@ -30,7 +38,8 @@ def scan_voc(
 
     Raises:
         ArchiveError: Image or mask folder missing or empty.
-        ConfigError: ``patient_pattern`` is no expression with one group.
+        ConfigError: ``patient_pattern`` is no expression with one group, a split list is no
+            text, or a patient is in two lists.
     """
     images, masks = _by_stem(root / voc.images), _by_stem(root / voc.masks)
     try:
@@ -40,14 +49,14 @@ def scan_voc(
     if pattern.groups < 1:
         raise ConfigError("data.voc.patient_pattern: needs one group, for example ^(p[0-9]+)-")
     listed = _read_lists(root / voc.lists)
-    groups: dict[tuple[str, int, int], list[tuple[SliceRef, str]]] = defaultdict(list)
+    groups: dict[tuple[str, int, int, str], list[tuple[SliceRef, str]]] = defaultdict(list)
     splits: dict[str, set[Split]] = defaultdict(set)
     rows: list[ScanRow] = []
     for stem, path in sorted(images.items()):
         name = file_id(path.relative_to(root).as_posix())
         match = pattern.search(stem)
         try:
-            if match is None:
+            if match is None or not match.group(1):
                 raise DicomError("NAME_NO_PATIENT", "name does not fit data.voc.patient_pattern")
             if listed and stem not in listed:
                 raise DicomError("NOT_LISTED", "in none of the split lists")
@@ -56,8 +65,9 @@ def scan_voc(
             rows.append(refusal(name, error.code, error.detail))
             continue
         if stem in listed:
-            splits[ref.patient_id].add(listed[stem])
-        groups[ref.patient_id, ref.rows, ref.columns].append((ref, str(masks.get(stem, ""))))
+            splits[ref.patient_id] |= listed[stem]
+        key = (ref.patient_id, ref.rows, ref.columns, ref.dtype)
+        groups[key].append((ref, str(masks.get(stem, ""))))
     for patient_splits in splits.values():
         if len(patient_splits) > 1:
             raise ConfigError(
@@ -87,12 +97,12 @@ def read_image(path: Path) -> NDArray[np.generic]:
     """
     try:
         with Image.open(path) as image:
-            values = np.asarray(image.convert("RGB") if image.mode in ("P", "RGBA") else image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            values = np.asarray(image if _is_grey(image) else image.convert("RGB"))
+    except _PILLOW_RAISES as error:
         raise DicomError("IMAGE_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
         grey = values[..., 0]
-        if values.shape[2] < 3 or (values[..., :3] != grey[..., None]).any():
+        if (values != grey[..., None]).any():
             raise DicomError("COLOUR_UNSUPPORTED", "channels differ, expected a grey image")
         values = grey
     return values.astype(np.int16 if values.dtype in (np.uint8, np.bool_) else np.float32)
@@ -102,22 +112,24 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
     """Read a mask of class values: palette or grey PNG, or RGB with equal channels.
 
     Raises:
-        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_GRID_MISMATCH.
+        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH.
     """
     if not path.is_file():
         raise LabelError("MASK_MISSING", "no mask of the same name as the image")
     try:
         with Image.open(path) as image:
-            values = np.asarray(image)  # mode P gives the palette index, which is the class
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            # mode P gives the palette index, which is the class
+            keep = image.mode == "P" or _is_grey(image)
+            values = np.asarray(image if keep else image.convert("RGB"))
+    except _PILLOW_RAISES as error:
         raise LabelError("MASK_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
-        if (values[..., :3] != values[..., :1]).any():
+        if (values != values[..., :1]).any():
             raise LabelError("MASK_UNREADABLE", "colour mask, expected class values or a palette")
         values = values[..., 0]
     if values.shape != shape:
         raise LabelError("MASK_GRID_MISMATCH", f"mask {values.shape}, image {shape}")
-    return values.astype(np.int64)
+    return integral(values)
 
 
 def _image_ref(path: Path, name: str, patient: str) -> SliceRef:
@@ -125,13 +137,16 @@ def _image_ref(path: Path, name: str, patient: str) -> SliceRef:
         with Image.open(path) as image:
             columns, rows = image.size
             dtype: PixelDtype = "float32" if image.mode.startswith(("I", "F")) else "int16"
-    except (UnidentifiedImageError, OSError) as error:
+            frames = int(getattr(image, "n_frames", 1))
+    except _PILLOW_RAISES as error:
         raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
+    if frames != 1:
+        raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
     return SliceRef(
         path=str(path),
         file_id=name,
         patient_id=patient,
-        series_uid=f"{patient}/{rows}x{columns}",
+        series_uid=f"{patient}/{rows}x{columns}/{dtype}",
         modality="IMAGE8" if dtype == "int16" else "OT",
         rows=rows,
         columns=columns,
@@ -149,12 +164,20 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _read_lists(folder: Path) -> dict[str, Split]:
-    listed: dict[str, Split] = {}
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode == "1" or image.mode.startswith(("L", "I", "F")) and "A" not in image.mode
+
+
+def _read_lists(folder: Path) -> dict[str, set[Split]]:
+    listed: dict[str, set[Split]] = defaultdict(set)
     for name, split in _LISTS.items():
         path = folder / f"{name}.txt"
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
+            except ValueError:
+                raise ConfigError(f"split list {path}: not UTF-8 text") from None
+            for line in lines:
                 if line.strip():
-                    listed[line.split()[0]] = split
+                    listed[line.split()[0]].add(split)
     return listed

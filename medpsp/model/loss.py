@@ -78,10 +78,14 @@ def segmentation_loss(
 
 
 def focal_factor(log_pt: Tensor, gamma: float) -> Tensor:
-    """(1 - p_t)^gamma (Lin et al. 2017, eq. 4); exactly 1 for gamma 0, with a gradient of 0."""
+    """(1 - p_t)^gamma (Lin et al. 2017, eq. 4); exactly 1 for gamma 0, with a gradient of 0.
+
+    The base stays above 0: below gamma 1 the slope there is infinite, and a sure pixel would turn
+    every weight into NaN while the loss itself looks sane.
+    """
     if gamma == 0:
         return torch.ones_like(log_pt)
-    return (-torch.expm1(log_pt)).clamp_min(0).pow(gamma)
+    return (-torch.expm1(log_pt)).clamp_min(1e-12).pow(gamma)
 
 
 def class_weights(pixels: Tensor, kind: str) -> Tensor:

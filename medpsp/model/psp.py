@@ -32,9 +32,9 @@ class PyramidPooling(nn.Module):
         self.register_buffer("bin_count", torch.tensor([[b] for _, b in rows]), persistent=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, C, H, W) to one (N, C, b, b) for each bin b, in float32."""
+        """(N, C, H, W) to one (N, C, b, b) for each bin b, in float32 or better."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             wide = torch.matmul(x, self._weights(x, 3).transpose(0, 1))  # (N, C, H, B)
             both = torch.matmul(self._weights(x, 2), wide)  # (N, C, B, B)
         out, start = [], 0
@@ -152,6 +152,13 @@ class PSPNet(nn.Module):
         if not self.training or self.aux is None:
             return logits, None
         return logits, _upsample(self.aux(maps[-2]), size)[..., :height, :width]
+
+    def train(self, mode: bool = True) -> PSPNet:
+        """As any module, but a frozen backbone keeps its BatchNorm statistics, too."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
 
     def part_parameters(self, part: str) -> list[nn.Parameter]:
         """Parameters of the backbone, or of everything else (``head``)."""

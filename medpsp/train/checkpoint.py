@@ -1,4 +1,7 @@
-"""Checkpoints: whole or not there, verified on reading, the same for any number of ranks."""
+"""Checkpoints: whole or not there, verified on reading, the same for any number of ranks.
+
+One folder each, ``step-00000400`` or ``stage-1-broad``; ``best`` is a symbolic link to one of them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import torch
 
 from medpsp.errors import CheckpointError
 
-STATE, META = "state.pt", "meta.json"
+STATE, META, BEST = "state.pt", "meta.json", "best"
 KEEP_LAST = 2
 
 
@@ -31,40 +34,56 @@ class TrainState:
 
 
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: TrainState) -> Path:
-    """Write ``folder/name/{state.pt, meta.json}``; a crash leaves the old one or the new one.
+    """Write ``folder/name/{state.pt, meta.json}``; a crash leaves it whole or not there.
+
+    Only one process writes to a folder. What is in the way of the name is a damaged checkpoint:
+    training starts from the newest whole one, so it writes higher steps only.
 
     Args:
         folder: Checkpoints of the run.
-        name: ``step-00000400``, ``best`` or ``stage-full``.
+        name: ``step-00000400`` or ``stage-1-broad``.
         tensors: Model and optimiser state; loads with ``weights_only=True``.
-        state: Goes into meta.json together with the SHA-256 of state.pt.
+        state: Goes into meta.json together with the SHA-256 of itself and state.pt.
     """
-    target, partial = folder / name, folder / f".{name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    target, partial = folder / name, folder / f".{name}.partial"
+    for stale in folder.glob(".*.partial"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
         data = buffer.getvalue()
         _write(partial / STATE, data)
-        meta = {**asdict(state), "sha256": hashlib.sha256(data).hexdigest()}
+        meta = asdict(state)
+        meta["sha256"] = _digest(hashlib.sha256(data), meta)
         _write(partial / META, json.dumps(meta, indent=1).encode())
         _sync(partial)
-        old = folder / f".{name}.{os.getpid()}.old"
         if target.exists():
-            target.rename(old)
+            shutil.rmtree(target)
         partial.rename(target)
         _sync(folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
+def mark_best(path: Path) -> None:
+    """Make ``best`` beside a checkpoint lead to it, in one rename."""
+    link, fresh = path.with_name(BEST), path.with_name(f".{BEST}.link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(path.name)
+    if link.is_dir() and not link.is_symlink():  # copied by something that follows links
+        shutil.rmtree(link)
+    fresh.replace(link)
+    _sync(path.parent)
+
+
 def prune(folder: Path) -> None:
-    """Keep the last two step checkpoints, and every named one."""
+    """Keep the last two step checkpoints, the best, and every stage's end."""
+    best = (folder / BEST).resolve()
     for path in sorted(folder.glob("step-*"))[:-KEEP_LAST]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.resolve() != best:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -73,35 +92,35 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, but none verifies.
     """
-    found = []
-    damaged = []
-    for path in sorted(p for p in folder.glob("*") if not p.name.startswith(".")):
+    found: list[tuple[int, Path]] = []
+    damaged: list[str] = []
+    for path in sorted(p for p in folder.glob("*") if p.name[0] != "." and not p.is_symlink()):
         try:
-            found.append((read_state(path).step, path.name == "best", path))
+            found.append((read_state(path).step, path))
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged and not found:
         raise CheckpointError(f"{damaged[0]}; delete {folder} to start anew")
-    # at one step the named ones hold the same tensors as step-*; `best` comes last all the same
-    return max(found, key=lambda item: (item[0], not item[1]))[2] if found else None
+    return max(found)[1] if found else None
 
 
 def read_state(path: Path) -> TrainState:
     """Verify a checkpoint and read its meta.json.
 
     Raises:
-        CheckpointError: A file is missing or the SHA-256 does not match.
+        CheckpointError: A file is missing or the SHA-256 of both does not match.
     """
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
         with (path / STATE).open("rb") as file:
-            sha = hashlib.file_digest(file, "sha256").hexdigest()
+            tensors = hashlib.file_digest(file, "sha256")
         expected = meta.pop("sha256")
+        found = _digest(tensors, meta)
         state = TrainState(**meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path}: unreadable ({type(error).__name__})") from None
-    if sha != expected:
-        raise CheckpointError(f"checkpoint {path}: SHA-256 of {STATE} differs from {META}")
+    if found != expected:
+        raise CheckpointError(f"checkpoint {path}: damaged, SHA-256 is not the one in {META}")
     return state
 
 
@@ -114,6 +133,11 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Any], T
     state = read_state(path)
     tensors = torch.load(path / STATE, map_location=device, weights_only=True)
     return tensors, state
+
+
+def _digest(tensors: hashlib._Hash, meta: dict[str, Any]) -> str:
+    tensors.update(json.dumps(meta, sort_keys=True).encode())
+    return tensors.hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

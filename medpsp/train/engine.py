@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from medpsp.types import World
 
+log = logging.getLogger("medpsp")
+
 
 @contextmanager
 def process_group(world: World, threads: int) -> Iterator[torch.device]:
-    """Join the ranks (nccl with GPUs, gloo without) and yield this rank's device."""
-    cores = os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // world.size))
-    cuda = torch.cuda.is_available()
+    """Join the ranks (nccl with a GPU each, else gloo) and yield this rank's device."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # torchrun's ranks on this machine
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cuda = gpus >= here  # nccl refuses two ranks on one GPU
+    if gpus and not cuda and world.rank == 0:
+        log.warning("train: %d ranks on %d GPU, so all use the CPU (train.ranks)", here, gpus)
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -78,6 +84,13 @@ def sum_counts(counts: NDArray[np.int64], device: torch.device) -> NDArray[np.in
     dist.all_reduce(tensor)
     summed: NDArray[np.int64] = tensor.cpu().numpy()
     return summed
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the BatchNorm statistics of rank 0, the ones that are saved."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def barrier() -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medpsp.config import Config, StageConfig
-from medpsp.errors import CheckpointError, NonFiniteLossError
+from medpsp.errors import CheckpointError, NonFiniteLossError, TrainError
 from medpsp.model.loss import Loss, segmentation_loss
 from medpsp.model.psp import PSPNet
 from medpsp.progress import Bar
@@ -29,10 +29,11 @@ from medpsp.train.checkpoint import (
     TrainState,
     latest_checkpoint,
     load_checkpoint,
+    mark_best,
     prune,
     save_checkpoint,
 )
-from medpsp.train.engine import barrier, sum_counts, sum_over_ranks, wrap
+from medpsp.train.engine import barrier, share_buffers, sum_counts, sum_over_ranks, wrap
 from medpsp.train.metrics import Counts, confusion, dice_per_class, mean_foreground
 from medpsp.types import World
 
@@ -70,6 +71,7 @@ def fit(run: Run, model: PSPNet) -> TrainState:
     Raises:
         CheckpointError: The checkpoint belongs to another network.
         NonFiniteLossError: The loss became NaN or infinite.
+        TrainError: A stage has fewer batches than steps.
     """
     train = run.config.train
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=train.weight_decay)
@@ -82,7 +84,9 @@ def fit(run: Run, model: PSPNet) -> TrainState:
             stage = train.stages[index]
             net = enter_stage(model, stage, run.world)
             end = state.step + stage.steps - within
-            for step, batch in enumerate(run.batches(index, within), start=state.step):
+            for step, batch in zip(
+                range(state.step, end), run.batches(index, within), strict=False
+            ):
                 loss = train_step(run, net, optimizer, batch, step)
                 bar.advance(
                     note=f"{stage.name} loss {float(loss.total):.3f} dice {state.score:.3f}"
@@ -90,6 +94,8 @@ def fit(run: Run, model: PSPNet) -> TrainState:
                 report_step(run, loss, optimizer, step, index)
                 if step + 1 == end or (step + 1) % train.eval_every == 0:
                     state = evaluate_and_save(run, model, optimizer, state, step + 1)
+            if state.step != end:
+                raise TrainError(f"stage {stage.name}: the batches ended before step {end}")
     return state
 
 
@@ -108,7 +114,7 @@ def train_step(
     """Forward, loss of the global batch, backward, one optimiser step.
 
     Raises:
-        NonFiniteLossError: On all ranks alike, since all hold the same loss.
+        NonFiniteLossError: On all ranks alike, since all hold the same loss and gradient.
     """
     config = run.config
     torch.manual_seed(config.seed * 1_000_003 + step * 4099 + run.world.rank)  # dropout
@@ -122,19 +128,24 @@ def train_step(
     if aux is not None:
         extra = segmentation_loss(aux, label, config.loss, run.weights, sum_over_ranks)
         total = total + config.loss.aux * extra.total
-    value = float(total.detach())
-    if not math.isfinite(value):
-        raise NonFiniteLossError(
-            f"step {step}: loss is {value}; lower train.stages lr, or check the windows "
-            "of the shards"
-        )
+    _require_finite(step, "loss", total)
     optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(
+    norm = torch.nn.utils.clip_grad_norm_(
         [p for p in net.parameters() if p.grad is not None], config.train.clip_norm
     )
+    _require_finite(step, "gradient", norm)  # so that no checkpoint ever holds NaN
     optimizer.step()
     return loss.detach()
+
+
+def _require_finite(step: int, name: str, number: Tensor) -> None:
+    value = float(number.detach())
+    if not math.isfinite(value):
+        raise NonFiniteLossError(
+            f"step {step}: {name} is {value}; lower train.stages lr, or check the windows "
+            "of the shards"
+        )
 
 
 def report_step(
@@ -160,6 +171,7 @@ def evaluate_and_save(
     """Score the validation split, draw, and write checkpoints."""
     config = run.config
     classes = len(config.data.classes)
+    share_buffers(model)
     counts = sum_counts(evaluate(model, run.val_batches(), classes, run.device), run.device)
     dice = dice_per_class(counts)
     score = mean_foreground(dice)
@@ -187,13 +199,12 @@ def evaluate_and_save(
             step, run.examples.image[:, 0].numpy(), run.examples.label.numpy(), predicted
         )
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        # named ones first: should we die in between, the newest is still the newest
-        if score > state.best or state.step == 0:
-            save_checkpoint(run.checkpoints, "best", tensors, new)
         last = step == sum(s.steps for s in config.train.stages[: index + 1])
         if last:
             save_checkpoint(run.checkpoints, f"stage-{index}-{stage.name}", tensors, new)
-        save_checkpoint(run.checkpoints, f"step-{step:08d}", tensors, new)
+        path = save_checkpoint(run.checkpoints, f"step-{step:08d}", tensors, new)
+        if score > state.best:
+            mark_best(path)
         prune(run.checkpoints)
     barrier()
     return new
@@ -242,4 +253,6 @@ def resume(run: Run, model: PSPNet, optimizer: torch.optim.Optimizer) -> TrainSt
         )
     model.load_state_dict(tensors["model"])
     optimizer.load_state_dict(tensors["optimizer"])
+    if run.leads and state.score == state.best:  # killed between saving and marking
+        mark_best(path)
     return state

@@ -1,0 +1,105 @@
+"""One small phantom archive and its shards, made once; a test that changes them takes a copy.
+
+Eight patients of 4 slices of 48 x 48 in shards of 6, so every second series straddles two shards.
+With this key, patients 0 and 5 are in test, 1 and 4 in val, the others in train, where 20 % is
+patient 3, and 60 % is patients 3 and 6.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from launch.phantom import CLASSES, Phantom, write_archive
+from medpsp.config import Config
+from medpsp.identity import create_key
+
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
+KEY = "key of the tests 58"
+
+
+@pytest.fixture(scope="session")
+def key() -> bytes:
+    return KEY.encode()
+
+
+@pytest.fixture(scope="session")
+def phantom() -> Phantom:
+    return Phantom(shape=(4, 48, 48))
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Config]:
+    """Archive folder (with dicom, masks and key below it), out folder and changes to a Config."""
+
+    def make(root: Path, out: Path, **data: Any) -> Config:
+        create_key(root / "key", KEY)
+        tree = {
+            "archive": root / "dicom",
+            "labels": root / "masks",
+            "classes": CLASSES,
+            "key_file": root / "key",
+            "split": {"val": 0.25, "test": 0.25},
+            "shard_slices": 6,
+            "max_reject_fraction": 0.1,
+        }
+        train = {"size": [32, 32], "batch_size": 4}
+        return Config.model_validate({"out": out, "data": {**tree, **data}, "train": train})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory, phantom: Phantom) -> Path:
+    root = tmp_path_factory.mktemp("archive")
+    write_archive(root, 8, phantom)
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_once() -> Iterator[None]:
+    """Ray takes seconds to start: `build_shards` uses one that runs, and starts its own if not."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def made(
+    archive: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_config: Callable[..., Config],
+    ray_once: None,
+) -> Config:
+    """Configuration of shards that exist."""
+    from shards.build import build_shards
+
+    config = make_config(archive, tmp_path_factory.mktemp("made"))
+    build_shards(config)
+    return config
+
+
+@pytest.fixture
+def copied(made: Config, tmp_path: Path) -> Config:
+    """The same with shards of its own, free to be damaged."""
+    config = made.model_copy(update={"out": tmp_path / "copied"})
+    shutil.copytree(made.shards, config.shards)
+    return config

@@ -1,0 +1,181 @@
+"""Shards to batches: the same for any number of loader workers and ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+
+from launch.phantom import draw
+from medpsp.config import Config
+from medpsp.errors import ShardError
+from medpsp.identity import pseudonym
+from medpsp.train.batch import Batch
+from medpsp.types import World
+from shards.dataset import example_batch, read_unit, stage_rows, train_batches, whole_slices
+from shards.index import SliceRow, class_pixels, read_index
+from shards.reader import ShardReader
+
+
+@pytest.fixture
+def rows(made: Config) -> tuple[SliceRow, ...]:
+    return read_index(made.shards)
+
+
+def trained_on(made: Config, **train: object) -> Config:
+    """Three stages of 5 steps of 4 crops of 32 x 32, with and without augmentation."""
+    stages = [
+        {"name": "a", "steps": 5, "lr": 1e-3, "fraction": 0.2, "augment": "high"},
+        {"name": "b", "steps": 5, "lr": 1e-3, "fraction": 0.6, "augment": "none"},
+        {"name": "c", "steps": 5, "lr": 1e-3, "fraction": 1.0, "augment": "low"},
+    ]
+    tree = made.model_dump()
+    tree["train"].update({"stages": stages, **train})
+    return Config.model_validate(tree)
+
+
+def assert_same(ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:
+    pairs = list(zip(ours, theirs, strict=True))
+    assert pairs
+    for one, other in pairs:
+        assert torch.equal(one.image, other.image)
+        assert torch.equal(one.label, other.label)
+        assert one.patients == other.patients
+
+
+def test_batches_do_not_depend_on_the_number_of_loader_workers(
+    made: Config, rows: tuple[SliceRow, ...]
+):
+    alone, two = (trained_on(made, loader_workers=n) for n in (0, 2))
+    ours = list(train_batches(made.shards, rows, alone, World(), (0, 0)))
+    assert_same(ours, train_batches(made.shards, rows, two, World(), (0, 0)))
+    assert len(ours) == 5
+    assert ours[0].image.shape == (4, 1, 32, 32)
+    assert ours[0].image.dtype == torch.float32
+    assert ours[0].label.shape == (4, 32, 32)
+    assert ours[0].label.dtype == torch.uint8
+    assert 0 <= float(ours[0].image.min()) < float(ours[0].image.max()) <= 1
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_shares_of_the_ranks_make_the_batch_of_one(
+    made: Config, rows: tuple[SliceRow, ...], size: int
+):
+    config = trained_on(made)
+
+    def batches(world: World) -> list[Batch]:
+        return list(train_batches(made.shards, rows, config, world, (2, 0)))
+
+    whole = batches(World())
+    shares = [batches(World(rank=r, size=size)) for r in range(size)]
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert [len(p.label) for p in parts] == [4 // size] * size
+        assert torch.equal(torch.cat([p.image for p in parts]), batch.image)
+        assert torch.equal(torch.cat([p.label for p in parts]), batch.label)
+        assert tuple(name for p in parts for name in p.patients) == batch.patients
+
+
+def test_going_on_within_a_stage_gives_the_tail(made: Config, rows: tuple[SliceRow, ...]):
+    config = trained_on(made)
+    straight = list(train_batches(made.shards, rows, config, World(), (0, 0)))
+    assert_same(straight[3:], train_batches(made.shards, rows, config, World(), (0, 3)))
+
+
+def test_an_epoch_holds_every_slice_once_and_only_of_its_stage(
+    made: Config, rows: tuple[SliceRow, ...], key: bytes
+):
+    """At 20 % only patient 3 trains: its 4 slices fill each batch of 4."""
+    batches = list(train_batches(made.shards, rows, trained_on(made), World(), (0, 0)))
+    third = pseudonym(key, "patient", "PHANTOM003")
+    assert [b.patients for b in batches] == [(third,) * 4] * 5
+    # at 100 %, 16 slices: four steps make an epoch
+    batches = list(train_batches(made.shards, rows, trained_on(made), World(), (2, 0)))
+    seen = Counter(name for b in batches[:4] for name in b.patients)
+    assert seen == {pseudonym(key, "patient", f"PHANTOM00{n}"): 4 for n in (2, 3, 6, 7)}
+
+
+def test_epochs_stages_and_seeds_crop_and_augment_anew(made: Config, rows: tuple[SliceRow, ...]):
+    config = trained_on(made)
+
+    def pixels(config: Config, stage: int) -> list[bytes]:
+        batches = train_batches(made.shards, rows, config, World(), (stage, 0))
+        return [image.numpy().tobytes() for b in batches for image in b.image]
+
+    first = pixels(config, 0)
+    assert len(set(first)) == 20  # 4 slices, five epochs: no two alike
+    assert pixels(config, 0) == first
+    assert set(pixels(config.model_copy(update={"seed": 1}), 0)).isdisjoint(first)
+
+
+def test_without_augmentation_a_crop_is_a_piece_of_the_slice(
+    made: Config, rows: tuple[SliceRow, ...], key: bytes
+):
+    config = trained_on(made, size=[48, 48])
+    (batch, *_) = train_batches(made.shards, rows, config, World(), (1, 0))
+    for image, label, name in zip(batch.image, batch.label, batch.patients, strict=True):
+        number = next(n for n in (3, 6) if name == pseudonym(key, "patient", f"PHANTOM00{n}"))
+        hu, truth = draw_small(number)
+        unit = ((hu + 160) / 400).clip(0, 1)  # window 40/400: -160 HU is black, 240 HU white
+        match = [i for i in range(4) if np.array_equal(truth[i], label.numpy())]
+        assert match
+        assert any(np.allclose(unit[i], image[0].numpy(), atol=1e-6) for i in match)
+
+
+def draw_small(number: int) -> tuple[np.ndarray, np.ndarray]:
+    from launch.phantom import Phantom
+
+    hu, label = draw(Phantom(shape=(4, 48, 48)), number)
+    return hu.astype(np.float32), label
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_whole_slices_cover_each_row_once_over_the_ranks(
+    made: Config, rows: tuple[SliceRow, ...], size: int
+):
+    reader = ShardReader(made.shards)
+    expected = Counter(read_unit(reader, row)[0].tobytes() for row in rows)
+    found: Counter[bytes] = Counter()
+    for rank in range(size):
+        batches = list(whole_slices(made.shards, rows, World(rank=rank, size=size)))
+        assert all(len(b.label) <= 8 and b.image.shape[2:] == (48, 48) for b in batches)
+        found += Counter(image.numpy().tobytes() for b in batches for image in b.image)
+    assert sum(found.values()) == 32
+    assert found == expected
+
+
+def test_stages_are_nested_by_the_hash_of_the_patient(rows: tuple[SliceRow, ...], key: bytes):
+    def patients(fraction: float) -> set[str]:
+        return {row.patient for row in stage_rows(rows, fraction)}
+
+    def named(*numbers: int) -> set[str]:
+        return {pseudonym(key, "patient", f"PHANTOM00{n}") for n in numbers}
+
+    assert patients(0.2) == named(3)
+    assert patients(0.6) == named(3, 6)
+    assert patients(1.0) == named(2, 3, 6, 7)
+    assert patients(0.01) == named(3)  # nobody is below: the lowest one stands in
+    sizes = [len(stage_rows(rows, f / 20)) for f in range(1, 21)]
+    assert sizes == sorted(sizes)
+
+
+def test_without_a_labelled_training_slice_there_is_no_stage(rows: tuple[SliceRow, ...]):
+    with pytest.raises(ShardError, match="no labelled training slice"):
+        stage_rows([row for row in rows if row.split != "train"], 1.0)
+
+
+def test_examples_are_the_slices_with_most_foreground_one_a_patient(
+    made: Config, rows: tuple[SliceRow, ...]
+):
+    val = [row for row in rows if row.split == "val"]
+    batch = example_batch(made.shards, val, made.model_copy(deep=True))
+    assert sorted(batch.patients) == sorted({row.patient for row in val})
+    assert batch.image.shape == (2, 1, 32, 32)
+
+
+def test_class_pixels_add_up(rows: tuple[SliceRow, ...]):
+    truth = sum(np.bincount(draw_small(n)[1].ravel(), minlength=4) for n in range(8))
+    assert class_pixels(rows, 4).tolist() == np.asarray(truth).tolist()
