@@ -45,7 +45,7 @@ def plan_jobs(config: Config) -> tuple[JobSpec, ...]:
 def describe(plan: tuple[JobSpec, ...], config: Path) -> str:
     """One line a job."""
     return "\n".join(
-        f"{job.name:9} {job.cores} cores, {job.minutes} min"
+        f"{job.name:9} {job.cores} core{'s' if job.cores > 1 else ''}, {job.minutes} min"
         f"{', after ' + ', '.join(job.after) if job.after else ''}: medpsp {job.name} {config}"
         for job in plan
     )

@@ -61,15 +61,16 @@ def run_with_devices(name: str, config: Path, devices: str | None) -> tuple[int,
 
 def _outcome(job: Any) -> tuple[int, str]:
     """What `run_command` returned, or why it did not."""
-    from submitit.core.utils import FailedJobError, UncompletedJobError
+    from submitit.core.utils import FailedJobError
 
+    where = f"its output is in {job.paths.stderr}"
+    if not job.paths.result_pickle.exists():  # submitit would wait 15 s for it to turn up
+        return 1, f"died without a word (killed?); {where}"
     try:
         code, reason = job.result()
     except FailedJobError as error:  # its text holds the job's trace between two rules
         last = str(error).split("-" * 22)[1].strip().splitlines()[-1]
-        return 1, f"failed ({last}); its output is in {job.paths.stderr}"
-    except UncompletedJobError:
-        return 1, f"died without a word (killed?); its output is in {job.paths.stderr}"
+        return 1, f"failed ({last}); {where}"
     return code, reason
 
 

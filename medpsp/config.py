@@ -205,7 +205,9 @@ class ExportConfig(Node):
 
     opset: Literal[18, 19, 20] = 18
     calibration_slices: Annotated[int, Field(ge=1)] = 64
-    parity_tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    parity_tolerance: Annotated[float, Field(gt=0)] = Field(
+        default=1e-4, description="Difference of logits from the network's, over the largest one."
+    )
     int8_min_dice: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.9, description="Mean Dice of the int8 masks against the fp32 masks."
     )

@@ -26,11 +26,12 @@ def to_unit(values: NDArray[np.generic], window: Window, inverted: bool = False)
         inverted: True for MONOCHROME1, where low values are bright (PS3.3 C.7.6.3.1.2).
 
     Returns:
-        float32 of the same shape; values outside the window clip to 0 or 1.
+        float32 of the same shape; values outside the window clip to 0 or 1, NaN counts as low.
     """
     low = np.float32(window.center - window.width / 2)
     unit = (values.astype(np.float32) - low) / np.float32(window.width)
-    np.clip(unit, 0.0, 1.0, out=unit)
+    np.fmax(unit, 0.0, out=unit)  # unlike clip, it turns NaN into 0: one would spoil a whole step
+    np.fmin(unit, 1.0, out=unit)
     return 1.0 - unit if inverted else unit
 
 

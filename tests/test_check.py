@@ -14,7 +14,7 @@ from launch.jobs import check_job
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from shards.check import check_shards
-from shards.index import SliceRow, file_sha256, read_index, read_manifest, write_table
+from shards.index import SliceRow, file_sha256, read_index, write_table
 
 IMAGE, LABEL = "48x48_int16/image", "48x48_int16/label"
 

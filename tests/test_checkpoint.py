@@ -117,7 +117,7 @@ def test_a_damaged_newest_gives_way_to_an_older_one(tmp_path: Path) -> None:
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     for step in (100, 200):
         (save(tmp_path, step) / STATE).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="delete .* to start anew"):
+    with pytest.raises(CheckpointError, match=r"delete .* to start anew"):
         latest_checkpoint(tmp_path)
 
 

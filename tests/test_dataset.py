@@ -168,12 +168,20 @@ def test_without_a_labelled_training_slice_there_is_no_stage(rows: tuple[SliceRo
 
 
 def test_examples_are_the_slices_with_most_foreground_one_a_patient(
-    made: Config, rows: tuple[SliceRow, ...]
+    made: Config, rows: tuple[SliceRow, ...], key: bytes
 ):
     val = [row for row in rows if row.split == "val"]
-    batch = example_batch(made.shards, val, made.model_copy(deep=True))
-    assert sorted(batch.patients) == sorted({row.patient for row in val})
-    assert batch.image.shape == (2, 1, 32, 32)
+    batch = example_batch(made.shards, val, trained_on(made, size=[48, 48]))
+    best = {}
+    for number in (1, 4):
+        truth = draw_small(number)[1]
+        best[pseudonym(key, "patient", f"PHANTOM00{number}")] = max(
+            truth, key=lambda mask: int((mask > 0).sum())
+        )
+    order = sorted(best, key=lambda name: int((best[name] > 0).sum()), reverse=True)
+    assert batch.patients == tuple(order)
+    for label, name in zip(batch.label.numpy(), order, strict=True):
+        np.testing.assert_array_equal(label, best[name])
 
 
 def test_class_pixels_add_up(rows: tuple[SliceRow, ...]):

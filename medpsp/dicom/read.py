@@ -6,6 +6,7 @@ a corrupt image then comes back as a full array from a more forgiving codec.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from pydicom.uid import UID, JPEGLSTransferSyntaxes
 
 from medpsp.errors import DicomError
 from medpsp.types import PixelDtype, SliceRef, Window
+
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote element values
 
 DECODERS: dict[str, str] = {
     "1.2.840.10008.1.2": "",  # Implicit VR Little Endian
@@ -151,8 +154,11 @@ def _open(path: Path, *, stop_before_pixels: bool) -> Dataset:
 def _check_image(ds: Dataset) -> None:
     if "Rows" in ds and "Columns" in ds:
         return
-    kind = UID(str(ds.file_meta.get("MediaStorageSOPClassUID", ""))).name
-    if kind.endswith("Image Storage"):  # pydicom reads a cut file without a word
+    kind = str(ds.file_meta.get("MediaStorageSOPClassUID") or ds.get("SOPClassUID") or "")
+    # pydicom reads a cut file without a word
+    if not kind:
+        raise DicomError("HDR_TRUNCATED", "an object without SOPClassUID (0008,0016)")
+    if UID(kind).name.endswith("Image Storage"):
         raise DicomError("HDR_TRUNCATED", "an image object without Rows (0028,0010)")
     raise DicomError("NOT_IMAGE", "no Rows and Columns (0028,0010), (0028,0011)")
 

@@ -37,7 +37,7 @@ def scan_voc(
     patient in two lists is an error, since its images would leak across the split.
 
     Raises:
-        ArchiveError: Image or mask folder missing or empty.
+        ArchiveError: Image or mask folder missing, empty, or with two images of one stem.
         ConfigError: ``patient_pattern`` is no expression with one group, a split list is no
             text, or a patient is in two lists.
     """
@@ -158,14 +158,20 @@ def _image_ref(path: Path, name: str, patient: str) -> SliceRef:
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ArchiveError(f"VOC archive: no folder {folder}; set data.voc.images and .masks")
-    found = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES}
+    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+    found = {p.stem: p for p in paths}
     if not found:
         raise ArchiveError(f"VOC archive: {folder} holds no image ({', '.join(SUFFIXES)})")
+    if len(found) < len(paths):
+        raise ArchiveError(
+            f"VOC archive: {folder} holds {len(paths) - len(found)} images whose name differs "
+            "from another's in the suffix only; keep one of each"
+        )
     return found
 
 
 def _is_grey(image: Image.Image) -> bool:
-    return image.mode == "1" or image.mode.startswith(("L", "I", "F")) and "A" not in image.mode
+    return len(image.getbands()) == 1 and image.mode != "P"
 
 
 def _read_lists(folder: Path) -> dict[str, set[Split]]:

@@ -1,0 +1,463 @@
+"""Stored bits to modality values, exactly, or a reason code that quotes nothing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from launch.phantom import Phantom, write_series
+from medpsp.dicom.read import read_header, read_pixels
+from medpsp.errors import DicomError
+from medpsp.types import Window
+from tests.factory import one_slice, ramp, rle_that_overruns, set_frame, set_raw, stored, values_of
+
+PYDICOM_FILES = Path(pydicom.__file__).parent / "data" / "test_files"
+NATIVE = (
+    ImplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+)
+ENCAPSULATED = (RLELossless, JPEG2000Lossless, JPEGLSLossless)
+
+
+def code_of(path: Path) -> str:
+    with pytest.raises(DicomError) as caught:
+        values_of(path)
+    return caught.value.code
+
+
+def test_ct_becomes_exact_int16_hu(tmp_path: Path) -> None:
+    path = stored(tmp_path / "f", [[0, 1], [1024, 4095]])
+    values = values_of(path)
+    assert values.dtype == np.int16
+    assert values.tolist() == [[-1024, -1023], [0, 3071]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "slope", "intercept", "dtype"),
+    [
+        (12, 0, "1", "-1024", "int16"),
+        (12, 0, "2", "0", "float32"),
+        (12, 0, "1", "0.5", "float32"),
+        (15, 0, "1", "0", "int16"),  # at most 32767
+        (15, 0, "1", "1", "float32"),  # 32768 does not fit
+        (16, 0, "1", "0", "float32"),  # 65535 does not fit
+        (16, 0, "1", "-32768", "int16"),  # -32768 .. 32767
+        (16, 1, "1", "0", "int16"),
+        (16, 1, "1", "-1", "float32"),  # -32769 does not fit
+    ],
+)
+def test_int16_only_where_every_value_the_header_allows_fits(
+    tmp_path: Path, bits: int, signed: int, slope: str, intercept: str, dtype: str
+) -> None:
+    raw = np.array([[0, 1, 2 ** (bits - signed) - 1]])
+    path = stored(tmp_path / "f", raw, bits, signed, RescaleSlope=slope, RescaleIntercept=intercept)
+    assert read_header(path, "id").dtype == dtype
+    values = values_of(path)
+    assert values.dtype == dtype
+    assert values.tolist() == (raw * float(slope) + float(intercept)).tolist()
+
+
+def test_fractional_slope_and_intercept(tmp_path: Path) -> None:
+    path = stored(tmp_path / "f", [[3, 100]], RescaleSlope="0.5", RescaleIntercept="0.25")
+    assert values_of(path).tolist() == [[1.75, 50.25]]
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_without_rescale_the_stored_value_stands(tmp_path: Path, empty: str | None) -> None:
+    path = stored(tmp_path / "f", [[7, 4095]], RescaleSlope=empty, RescaleIntercept=empty)
+    values = values_of(path)
+    assert values.dtype == np.int16
+    assert values.tolist() == [[7, 4095]]
+
+
+def test_modality_lut_goes_before_the_rescale(tmp_path: Path) -> None:
+    item = Dataset()
+    item.LUTDescriptor, item.ModalityLUTType = [4, 10, 16], "US"
+    item.LUTData = [100, 200, 300, 401]
+    item["LUTDescriptor"].VR = item["LUTData"].VR = "US"
+    path = stored(tmp_path / "f", [[0, 10], [12, 99]], ModalityLUTSequence=[item])
+    values = values_of(path)
+    assert values.dtype == np.float32
+    assert values.tolist() == [[100, 100], [300, 401]]  # ends of the table hold beyond it
+
+
+def test_twelve_signed_bits_below_garbage(tmp_path: Path) -> None:
+    raw = [[0x0FFF, 0x0800, 0x07FF], [0xF7FF, 0x1001, 0xA800]]
+    path = stored(tmp_path / "f", raw, 12, 1, RescaleIntercept="0")
+    assert values_of(path).tolist() == [[-1, -2048, 2047], [2047, 1, -2048]]
+
+
+def test_high_bit_elsewhere_is_refused(tmp_path: Path) -> None:
+    assert code_of(stored(tmp_path / "f", [[16]], HighBit=15)) == "BITS_UNSUPPORTED"
+
+
+@pytest.mark.parametrize("syntax", NATIVE + ENCAPSULATED, ids=lambda s: s.keyword)
+@pytest.mark.parametrize("bits", [12, 16])
+def test_every_transfer_syntax_is_bit_exact(tmp_path: Path, syntax: UID, bits: int) -> None:
+    phantom = Phantom(shape=(2, 40, 36), syntax=syntax, bits=bits)
+    source = ramp(phantom.shape)
+    for path, plane in zip(write_series(tmp_path, "P", source, phantom), source, strict=True):
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
+        assert (values_of(path) == plane).all()
+
+
+@pytest.mark.parametrize("syntax", ENCAPSULATED, ids=lambda s: s.keyword)
+@pytest.mark.parametrize("bits", [12, 16])
+def test_signed_values_survive_the_codecs(tmp_path: Path, syntax: UID, bits: int) -> None:
+    source = np.arange(40 * 36).reshape(40, 36) - 700
+
+    def edit(ds: Dataset) -> None:
+        ds.PixelRepresentation, ds.BitsStored, ds.HighBit = 1, bits, bits - 1
+        ds.RescaleIntercept = "0"
+        ds.PixelData = source.astype("<i2").tobytes()
+        ds.compress(syntax, generate_instance_uid=False)
+
+    values = values_of(one_slice(tmp_path / "f", edit))
+    assert values.dtype == np.int16
+    assert (values == source).all()
+
+
+def test_monochrome1_is_recorded_and_never_inverted(tmp_path: Path) -> None:
+    path = stored(tmp_path / "f", [[0, 1024, 4095]], PhotometricInterpretation="MONOCHROME1")
+    ref = read_header(path, "id")
+    assert ref.photometric == "MONOCHROME1"
+    assert read_pixels(ref).tolist() == [[-1024, 0, 3071]]
+
+
+@pytest.mark.parametrize(
+    ("center", "width", "window"),
+    [
+        ("40", "400", Window(center=40, width=400)),
+        (["300", "40"], ["0", "350"], Window(center=40, width=350)),  # the first has no width
+        (["40", "300"], "400", Window(center=40, width=400)),
+        ("40", None, None),
+        ("40", "-1", None),
+        ("", "", None),
+    ],
+)
+def test_first_usable_window(
+    tmp_path: Path, center: object, width: object, window: Window | None
+) -> None:
+    path = stored(tmp_path / "f", [[0]], WindowCenter=center, WindowWidth=width)
+    assert read_header(path, "id").window == window
+
+
+def test_header_fields(tmp_path: Path) -> None:
+    phantom = Phantom(shape=(1, 40, 36), spacing=(5.0, 2.5, 0.75))
+    ref = read_header(one_slice(tmp_path / "f", phantom=phantom), "the id")
+    assert (ref.file_id, ref.patient_id, ref.modality) == ("the id", "PATIENT", "CT")
+    assert (ref.rows, ref.columns, ref.pixel_spacing) == (40, 36, (2.5, 0.75))
+    assert ref.position == (-13.5, -50.0, -700.0)  # half of 36 * 0.75 and of 40 * 2.5
+    assert ref.orientation == (1, 0, 0, 0, 1, 0)
+
+
+def set_values(**elements: object) -> Callable[[Dataset], None]:
+    def edit(ds: Dataset) -> None:
+        for keyword, value in elements.items():
+            setattr(ds, keyword, value)
+
+    return edit
+
+
+def drop(keyword: str) -> Callable[[Dataset], None]:
+    return lambda ds: ds.__delattr__(keyword)
+
+
+def raw(keyword: str, value: bytes) -> Callable[[Dataset], None]:
+    return lambda ds: set_raw(ds, keyword, value)
+
+
+def halve_pixels(ds: Dataset) -> None:
+    ds.PixelData = ds.PixelData[:1440]
+
+
+def two_values_of_colour(ds: Dataset) -> None:
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0
+    ds.PixelData = ds.PixelData + ds.PixelData + ds.PixelData
+
+
+def lossless_jpeg(ds: Dataset) -> None:
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.70"
+    set_frame(ds, b"\xff\xd8\xff\xd9")
+
+
+def broken_rle(ds: Dataset) -> None:
+    ds.Rows, ds.Columns = 8, 8
+    ds.file_meta.TransferSyntaxUID = RLELossless
+    set_frame(ds, rle_that_overruns())
+
+
+REFUSED: list[tuple[str, Callable[[Dataset], None]]] = [
+    ("PIX_TRUNCATED", halve_pixels),
+    ("PIX_TRUNCATED", drop("PixelData")),
+    ("DEC_ERROR", broken_rle),
+    ("MULTIFRAME_UNSUPPORTED", set_values(NumberOfFrames=2)),
+    ("PHOTOMETRIC_UNSUPPORTED", two_values_of_colour),
+    ("PHOTOMETRIC_UNSUPPORTED", set_values(PhotometricInterpretation="PALETTE COLOR")),
+    ("PHOTOMETRIC_UNSUPPORTED", drop("PhotometricInterpretation")),
+    ("TS_UNSUPPORTED", lossless_jpeg),
+    ("TS_UNSUPPORTED", raw("TransferSyntaxUID", b"1.2.3.4")),
+    ("HDR_TRUNCATED", drop("Rows")),
+    ("HDR_TRUNCATED", drop("Columns")),
+    ("HDR_REQUIRED_MISSING", drop("BitsAllocated")),
+    ("HDR_REQUIRED_MISSING", drop("BitsStored")),
+    ("HDR_REQUIRED_MISSING", drop("PixelRepresentation")),
+    ("HDR_REQUIRED_MISSING", drop("SeriesInstanceUID")),
+    ("HDR_REQUIRED_MISSING", drop("SOPInstanceUID")),
+    ("HDR_REQUIRED_MISSING", raw("SeriesInstanceUID", b"")),
+    ("HDR_REQUIRED_MISSING", raw("SOPInstanceUID", b"")),
+    ("SIZE_LIMIT", set_values(Rows=0)),
+    ("SIZE_LIMIT", set_values(Columns=65535)),
+    ("ELEM_INVALID", raw("Rows", b"")),
+    ("ELEM_INVALID", raw("Rows", b"\x28\x00\x28\x00")),
+    ("ELEM_INVALID", raw("Rows", b"abc")),
+    ("ELEM_INVALID", raw("NumberOfFrames", b"1A")),
+    ("ELEM_INVALID", raw("RescaleSlope", b"one")),
+    ("ELEM_INVALID", raw("RescaleSlope", b"1\\2 ")),
+    ("ELEM_INVALID", raw("RescaleIntercept", b"nan ")),
+    ("ELEM_INVALID", raw("RescaleIntercept", b"inf ")),
+    ("ELEM_INVALID", raw("RescaleSlope", b"1e300 ")),
+    ("ELEM_INVALID", raw("PixelSpacing", b"2.6 ")),
+    ("ELEM_INVALID", raw("PixelSpacing", b"2,6\\2,6 ")),
+    ("ELEM_INVALID", raw("ImagePositionPatient", b"0\\0 ")),
+    ("ELEM_INVALID", raw("ImagePositionPatient", b"0\\0\\nan")),
+    ("ELEM_INVALID", raw("ImageOrientationPatient", b"1\\0\\0\\0\\1")),
+    ("ELEM_INVALID", raw("ImageOrientationPatient", b"1\\0\\0\\0\\one\\0")),
+]
+
+
+@pytest.mark.parametrize(("code", "edit"), REFUSED)
+def test_reason_codes(tmp_path: Path, code: str, edit: Callable[[Dataset], None]) -> None:
+    assert code_of(one_slice(tmp_path / "f", edit)) == code
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "FILE_EMPTY"),
+        (b"not an image\n", "NOT_DICOM"),
+        (b"\0" * 400, "NOT_DICOM"),
+        (b"\0" * 128 + b"DICM", "HDR_TRUNCATED"),
+        (b"\0" * 128 + b"DICM" + b"\xff" * 40, "HDR_TRUNCATED"),
+    ],
+)
+def test_files_that_are_no_dicom(tmp_path: Path, content: bytes, code: str) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(content)
+    assert code_of(path) == code
+
+
+def test_fragments_under_a_native_syntax(tmp_path: Path) -> None:
+    path = write_series(
+        tmp_path, "P", ramp((1, 40, 36)), Phantom(shape=(1, 40, 36), syntax=RLELossless)
+    )[0]
+    whole = path.read_bytes()
+    assert whole.count(RLELossless.encode()) == 1
+    path.write_bytes(whole.replace(RLELossless.encode(), ExplicitVRLittleEndian.encode()))
+    assert code_of(path) == "TS_MISMATCH"
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert code_of(tmp_path / "gone") == "FILE_UNREADABLE"
+    assert code_of(tmp_path) == "FILE_UNREADABLE"
+
+
+def test_file_that_changed_between_header_and_pixels(tmp_path: Path) -> None:
+    ref = read_header(stored(tmp_path / "f", [[1, 2]]), "id")
+    stored(tmp_path / "f", [[1], [2]])
+    with pytest.raises(DicomError, match="DEC_ERROR"):
+        read_pixels(ref)
+
+
+CANARY = b"CANARY7"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "code"),
+    [
+        ("TransferSyntaxUID", "TS_UNSUPPORTED"),
+        ("PhotometricInterpretation", "PHOTOMETRIC_UNSUPPORTED"),
+        ("SamplesPerPixel", "ELEM_INVALID"),
+        ("Rows", "ELEM_INVALID"),
+        ("Columns", "ELEM_INVALID"),
+        ("BitsStored", "ELEM_INVALID"),
+        ("HighBit", "ELEM_INVALID"),
+        ("PixelRepresentation", "ELEM_INVALID"),
+        ("NumberOfFrames", "ELEM_INVALID"),
+        ("RescaleSlope", "ELEM_INVALID"),
+        ("RescaleIntercept", "ELEM_INVALID"),
+        ("PixelSpacing", "ELEM_INVALID"),
+        ("ImagePositionPatient", "ELEM_INVALID"),
+        ("ImageOrientationPatient", "ELEM_INVALID"),
+    ],
+)
+def test_a_malformed_value_is_never_quoted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keyword: str, code: str
+) -> None:
+    path = one_slice(tmp_path / "f", raw(keyword, CANARY))
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("always")
+        with pytest.raises(DicomError) as caught:
+            values_of(path)
+    assert caught.value.code == code
+    assert not warned
+    assert "CANARY" not in repr(caught.value) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    ["PatientID", "PatientName", "PatientBirthDate", "SpecificCharacterSet", "WindowCenter"],
+)
+def test_a_value_nobody_needs_is_neither_fatal_nor_quoted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keyword: str
+) -> None:
+    path = one_slice(tmp_path / "f", raw(keyword, CANARY + b"\xff\\=^1A"))
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("always")
+        assert values_of(path).shape == (40, 36)
+    assert not warned
+    assert "CANARY" not in caplog.text
+
+
+@pytest.mark.parametrize("code", ["PIX_TRUNCATED", "DEC_ERROR", "HDR_TRUNCATED", "ELEM_INVALID"])
+def test_the_patient_is_in_no_message(tmp_path: Path, code: str) -> None:
+    broken = next(edit for name, edit in REFUSED if name == code)
+
+    def edit(ds: Dataset) -> None:
+        ds.PatientID = ds.PatientName = ds.AccessionNumber = "CANARY7"
+        broken(ds)
+
+    with pytest.raises(DicomError) as caught:
+        values_of(one_slice(tmp_path / "f", edit))
+    assert "CANARY" not in repr(caught.value)
+
+
+@pytest.mark.parametrize("syntax", NATIVE[1:3] + ENCAPSULATED, ids=lambda s: s.keyword)
+def test_a_file_cut_anywhere_gives_a_code_or_the_whole_image(tmp_path: Path, syntax: UID) -> None:
+    phantom = Phantom(shape=(1, 40, 36), syntax=syntax)
+    source = ramp(phantom.shape)
+    path = write_series(tmp_path, "P", source, phantom)[0]
+    whole, codes = path.read_bytes(), set()
+    for length in [*range(0, len(whole), 19), *range(len(whole) - 20, len(whole))]:
+        path.write_bytes(whole[:length])
+        try:
+            assert (values_of(path) == source[0]).all()  # only the end marker is lost
+        except DicomError as error:
+            codes.add(error.code)
+    assert {"FILE_EMPTY", "NOT_DICOM", "HDR_TRUNCATED"} <= codes
+
+
+@pytest.mark.parametrize("syntax", ENCAPSULATED, ids=lambda s: s.keyword)
+def test_a_cut_codestream_is_refused(tmp_path: Path, syntax: UID) -> None:
+    path = write_series(
+        tmp_path, "P", ramp((1, 40, 36)), Phantom(shape=(1, 40, 36), syntax=syntax)
+    )[0]
+    ds = pydicom.dcmread(path)
+    frame = next(generate_frames(ds.PixelData, number_of_frames=1))
+    for length in range(2, len(frame) - 8, 40):
+        set_frame(ds, frame[:length])
+        ds.save_as(path)
+        assert code_of(path) in ("DEC_ERROR", "PIX_TRUNCATED")
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, *ENCAPSULATED], ids=lambda s: s.keyword)
+def test_damaged_bytes_give_a_code_or_an_image_and_nothing_else(
+    tmp_path: Path, syntax: UID
+) -> None:
+    phantom = Phantom(shape=(1, 40, 36), syntax=syntax)
+    path = write_series(tmp_path, "P", ramp(phantom.shape), phantom)[0]
+    whole, rng, outcomes = path.read_bytes(), np.random.default_rng(7), set()
+    for turn in range(240):
+        damaged = bytearray(whole)
+        for _ in range(int(rng.integers(1, 6))):
+            place = int(rng.integers(132 if turn % 2 else 1130, len(damaged)))
+            damaged[place] = int(rng.integers(256))
+        path.write_bytes(damaged)
+        try:
+            values = values_of(path)
+            outcomes.add("image")
+            assert values.dtype in (np.int16, np.float32)
+        except DicomError as error:
+            outcomes.add(error.code)
+    assert {"image", "ELEM_INVALID"} <= outcomes
+
+
+def pydicom_files() -> list[str]:
+    names = [p.relative_to(PYDICOM_FILES) for p in PYDICOM_FILES.rglob("*") if p.is_file()]
+    return sorted(name.as_posix() for name in names)
+
+
+@pytest.mark.parametrize("name", pydicom_files())
+def test_pydicoms_own_files_agree_or_are_refused(name: str) -> None:
+    path = PYDICOM_FILES / name
+    values = None
+    with suppress(DicomError):
+        values = values_of(path)
+    if values is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ds = pydicom.dcmread(path)
+        expected = ds.pixel_array * float(ds.get("RescaleSlope", 1))
+    expected = expected + float(ds.get("RescaleIntercept", 0))
+    assert (values == expected.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MR_small_implicit.dcm",
+        "MR_small_bigendian.dcm",
+        "MR_small_expb.dcm",
+        "MR_small_padded.dcm",
+        "MR_small_RLE.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+    ],
+)
+def test_one_image_in_eight_encodings(name: str) -> None:
+    values = values_of(PYDICOM_FILES / name)
+    assert (values == values_of(PYDICOM_FILES / "MR_small.dcm")).all()
+    assert values[0, 0] == 905
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("MR_truncated.dcm", "PIX_TRUNCATED"),
+        ("badVR.dcm", "ELEM_INVALID"),
+        ("JPGExtended.dcm", "TS_UNSUPPORTED"),
+        ("examples_rgb_color.dcm", "PHOTOMETRIC_UNSUPPORTED"),
+        ("examples_palette.dcm", "PHOTOMETRIC_UNSUPPORTED"),
+        ("rtdose.dcm", "MULTIFRAME_UNSUPPORTED"),
+        ("rtplan.dcm", "NOT_IMAGE"),
+        ("test-SR.dcm", "NOT_IMAGE"),
+        ("waveform_ecg.dcm", "NOT_IMAGE"),
+        ("dicomdirtests/DICOMDIR", "NOT_IMAGE"),
+        ("no_meta.dcm", "NOT_DICOM"),
+        ("zipMR.gz", "NOT_DICOM"),
+    ],
+)
+def test_codes_of_known_files(name: str, code: str) -> None:
+    assert code_of(PYDICOM_FILES / name) == code

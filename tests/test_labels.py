@@ -1,0 +1,416 @@
+"""NIfTI masks land on the right voxels, or are refused."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from launch.phantom import Phantom, draw, write_mask, write_series
+from medpsp.dicom.labels import LPS_TO_RAS, map_labels, mask_path, place_mask, read_nifti_mask
+from medpsp.dicom.nifti import write_nifti_mask
+from medpsp.dicom.series import group_series
+from medpsp.errors import ConfigError, LabelError
+from tests.factory import headers
+from tests.test_series import slices_at
+
+Affine = NDArray[np.float64]
+SEEDS = st.integers(0, 2**32 - 1)
+PLAIN = np.diag([3.0, 2.0, 5.0, 1.0])  # column 3 mm, row 2 mm, slice 5 mm
+SHAPE = (4, 5, 6)
+
+
+def classes(shape: tuple[int, int, int] = SHAPE) -> NDArray[np.uint8]:
+    return (np.arange(np.prod(shape)).reshape(shape) % 4).astype(np.uint8)
+
+
+def turned(axis: NDArray[np.float64], angle: float) -> Affine:
+    """Rotation by Rodrigues' formula."""
+    x, y, z = axis / np.linalg.norm(axis)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    out = np.eye(4)
+    out[:3, :3] += np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    return out
+
+
+def random_grid(rng: np.random.Generator, at_least: int) -> tuple[Affine, tuple[int, int, int]]:
+    """An oblique, anisotropic, in half the cases sheared grid, and its (N, H, W)."""
+    affine = turned(rng.normal(size=3), rng.uniform(0, np.pi))
+    affine[:3, :3] *= rng.uniform(0.4, 6, 3)
+    affine[:3, 2] += affine[:3, 1] * (rng.uniform(-0.4, 0.4) if rng.random() < 0.5 else 0)
+    affine[:3, 3] = rng.uniform(-500, 500, 3)
+    slices, rows, columns = (int(v) for v in rng.integers(at_least, at_least + 6, 3))
+    return affine, (slices, rows, columns)
+
+
+def as_saved(volume: NDArray[Any], affine_lps: Affine, rng: np.random.Generator) -> tuple[Any, Any]:
+    """The same voxels as a mask whose axes are permuted and flipped, and its RAS affine."""
+    mask, index = volume.transpose(2, 1, 0), np.eye(4)
+    order = rng.permutation(3)
+    mask, index = mask.transpose(order), index[:, [*order, 3]]
+    for axis in np.flatnonzero(rng.random(3) < 0.5):
+        index[:, 3] += index[:, axis] * (mask.shape[axis] - 1)
+        index[:, axis] *= -1
+        mask = np.flip(mask, axis)
+    return mask, LPS_TO_RAS @ affine_lps @ index
+
+
+def refusal_of(mask: NDArray[Any], ras: Affine, lps: Affine, shape: tuple[int, int, int]) -> str:
+    with pytest.raises(LabelError) as caught:
+        place_mask(mask, ras, lps, shape)
+    return caught.value.code
+
+
+@given(SEEDS)
+@settings(max_examples=80)
+def test_any_order_of_axes_is_placed_exactly(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    affine, shape = random_grid(rng, 2)
+    volume = rng.integers(0, 5, shape)
+    mask, ras = as_saved(volume, affine, rng)
+    assert (place_mask(mask, ras, affine, shape) == volume).all()
+
+
+@given(SEEDS)
+@settings(max_examples=80)
+def test_any_other_grid_is_refused(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    affine, shape = random_grid(rng, 8)
+    mask, ras = as_saved(rng.integers(0, 5, shape), affine, rng)
+    shifted, scaled = ras.copy(), ras.copy()
+    shifted[:3, 3] += 0.4 * ras[:3, rng.integers(3)] * rng.choice([-1, 1])
+    scaled[:3, :3] *= rng.choice([1 / 1.05, 1.05])
+    centre = np.eye(4)
+    centre[:3, 3] = (ras @ [*((np.array(mask.shape) - 1) / 2), 1])[:3]
+    rotation = centre @ turned(rng.normal(size=3), 0.05) @ np.linalg.inv(centre)
+    for wrong in (shifted, scaled, rotation @ ras):
+        assert refusal_of(mask, wrong, affine, shape) == "MASK_GRID_MISMATCH"
+
+
+def test_equal_shape_is_no_argument() -> None:
+    mask = classes().transpose(2, 1, 0).astype(np.int64)
+    assert refusal_of(mask, np.eye(4), PLAIN, SHAPE) == "MASK_GRID_MISMATCH"
+
+
+def test_rows_and_columns_swapped_is_refused() -> None:
+    square = (3, 6, 6)
+    swapped = np.diag([-2.0, -3.0, 5.0, 1.0])
+    mask = np.ones((6, 6, 3), dtype=np.int64)
+    assert refusal_of(mask, swapped, PLAIN, square) == "MASK_GRID_MISMATCH"
+
+
+def test_flip_by_hand() -> None:
+    # one row of three voxels at LPS x = 0, 3, 6, so RAS x = 0, -3, -6; the mask starts at RAS -6
+    ras = np.diag([3.0, -2.0, 5.0, 1.0])
+    ras[0, 3] = -6
+    mask = np.array([7, 8, 9]).reshape(3, 1, 1)
+    assert place_mask(mask, ras, PLAIN, (1, 1, 3)).tolist() == [[[9, 8, 7]]]
+
+
+def test_cropped_mask_is_pasted() -> None:
+    volume = np.zeros(SHAPE, dtype=np.int64)
+    volume[1:3, 2:4, 1:5] = classes((2, 2, 4)) + 1
+    ras = LPS_TO_RAS @ PLAIN
+    ras[:3, 3] = (ras @ [1, 2, 1, 1])[:3]
+    cropped = volume[1:3, 2:4, 1:5].transpose(2, 1, 0)
+    assert (place_mask(cropped, ras, PLAIN, SHAPE) == volume).all()
+
+
+def test_padded_mask_is_cropped_and_labels_outside_are_counted() -> None:
+    volume = classes().astype(np.int64)
+    padded = np.pad(volume, 2)
+    ras = LPS_TO_RAS @ PLAIN
+    ras[:3, 3] = (ras @ [-2, -2, -2, 1])[:3]
+    assert (place_mask(padded.transpose(2, 1, 0), ras, PLAIN, SHAPE) == volume).all()
+    padded[0, 0, :3] = padded[-1, -1, -1] = 1
+    with pytest.raises(LabelError, match="MASK_OUTSIDE_IMAGE: 4 labelled voxels"):
+        place_mask(padded.transpose(2, 1, 0), ras, PLAIN, SHAPE)
+
+
+def test_mask_wholly_elsewhere() -> None:
+    ras = LPS_TO_RAS @ PLAIN
+    ras[2, 3] += 500
+    assert refusal_of(np.ones((6, 5, 4), np.int64), ras, PLAIN, SHAPE) == "MASK_OUTSIDE_IMAGE"
+    empty = np.zeros((6, 5, 4), np.int64)
+    assert not place_mask(empty, ras, PLAIN, SHAPE).any()
+
+
+GEOMETRIES = [
+    Phantom(shape=(6, 40, 36)),
+    Phantom(shape=(6, 40, 36), spacing=(4.0, 2.0, 0.7)),
+    Phantom(shape=(6, 40, 36), oblique_deg=25),
+    Phantom(shape=(6, 40, 36), tilt_deg=15),
+    Phantom(shape=(6, 40, 36), spacing=(4.0, 1.0, 2.0), oblique_deg=-40, tilt_deg=-20),
+]
+
+
+@pytest.mark.parametrize("phantom", GEOMETRIES)
+def test_mask_of_a_dicom_series(tmp_path: Path, phantom: Phantom) -> None:
+    hu, label = draw(phantom, 3)
+    write_series(tmp_path / "dicom", "P", hu, phantom)
+    write_mask(tmp_path / "mask.nii.gz", label, phantom)
+    (series,), refused = group_series(headers(tmp_path / "dicom"))
+    assert not refused
+    placed = read_nifti_mask(tmp_path / "mask.nii.gz", np.array(series.affine), phantom.shape)
+    assert (placed == label).all()
+
+
+@pytest.mark.parametrize("phantom", GEOMETRIES)
+@pytest.mark.parametrize("name", ["m.nii", "m.nii.gz"])
+def test_nifti_round_trip(tmp_path: Path, phantom: Phantom, name: str) -> None:
+    label, affine = classes(phantom.shape), phantom.affine_lps()
+    write_nifti_mask(tmp_path / name, label, affine)
+    assert (read_nifti_mask(tmp_path / name, affine, phantom.shape) == label).all()
+    header: Any = nib.load(tmp_path / name).header
+    assert int(header["sform_code"]) == 1
+    assert int(header["qform_code"]) == (0 if phantom.tilt_deg else 1)
+
+
+def nifti(
+    path: Path, values: NDArray[Any], sform: Affine | None = None, qform: Affine | None = None
+) -> Path:
+    image = nib.Nifti1Image(values, None)
+    image.set_sform(sform, code=0 if sform is None else 1)
+    image.set_qform(qform, code=0 if qform is None else 1)
+    nib.save(image, path)
+    return path
+
+
+RAS = LPS_TO_RAS @ PLAIN
+FAR = RAS + np.array([[0, 0, 0, 300.0], [0] * 4, [0] * 4, [0] * 4])
+NEAR = RAS + np.array([[0, 0, 0, 0.2], [0] * 4, [0] * 4, [0] * 4])  # 0.07 voxel
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform"), [(RAS, None), (None, RAS), (RAS, RAS), (RAS, NEAR), (NEAR, RAS)]
+)
+def test_either_form_places_the_mask(
+    tmp_path: Path, sform: Affine | None, qform: Affine | None
+) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), sform, qform)
+    assert (read_nifti_mask(path, PLAIN, SHAPE) == classes()).all()
+
+
+def test_sform_goes_first(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), NEAR, RAS)
+    far_lps = LPS_TO_RAS @ (NEAR + (NEAR - RAS) * 0.45)  # 0.03 voxel from NEAR, 0.1 from RAS
+    assert (read_nifti_mask(path, far_lps, SHAPE) == classes()).all()
+
+
+SINGULAR = np.diag([3.0, 2.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("sform", "qform", "code"),
+    [
+        (None, None, "MASK_NO_XFORM"),
+        (SINGULAR, None, "MASK_NO_XFORM"),
+        (RAS, FAR, "MASK_SQ_DISAGREE"),
+        (FAR, RAS, "MASK_SQ_DISAGREE"),
+    ],
+)
+def test_unusable_forms(
+    tmp_path: Path, sform: Affine | None, qform: Affine | None, code: str
+) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), sform, qform)
+    with pytest.raises(LabelError, match=code):
+        read_nifti_mask(path, PLAIN, SHAPE)
+
+
+def test_form_that_is_no_number(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), RAS)
+    whole = bytearray(path.read_bytes())
+    whole[280:284] = np.float32(np.nan).tobytes()  # first of srow_x
+    path.write_bytes(whole)
+    with pytest.raises(LabelError, match="MASK_NO_XFORM"):
+        read_nifti_mask(path, PLAIN, SHAPE)
+
+
+def test_qform_that_straightens_a_shear_disagrees(tmp_path: Path) -> None:
+    sheared = RAS.copy()
+    sheared[1, 2] = 1.3
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), sheared, RAS)
+    with pytest.raises(LabelError, match="MASK_SQ_DISAGREE"):
+        read_nifti_mask(path, LPS_TO_RAS @ sheared, SHAPE)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_whole_numbers_of_any_type(tmp_path: Path, dtype: type) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0).astype(dtype), RAS)
+    placed = read_nifti_mask(path, PLAIN, SHAPE)
+    assert placed.dtype == np.int64
+    assert (placed == classes()).all()
+
+
+def test_scaled_values_are_scaled(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(classes().transpose(2, 1, 0), RAS)
+    image.header.set_slope_inter(2, 1)
+    nib.save(image, tmp_path / "m.nii")
+    placed = read_nifti_mask(tmp_path / "m.nii", PLAIN, SHAPE)
+    assert (placed == 2 * classes() + 1).all()
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, np.inf, 1 + 2j])
+def test_values_that_are_no_classes(tmp_path: Path, value: complex) -> None:
+    values = classes().transpose(2, 1, 0).astype(np.result_type(value, np.float32))
+    values[1, 2, 3] = value
+    path = nifti(tmp_path / "m.nii", values, RAS)
+    with pytest.raises(LabelError, match="MASK_NOT_INTEGRAL"):
+        read_nifti_mask(path, PLAIN, SHAPE)
+
+
+def test_trailing_axis_of_one_is_dropped(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0)[..., None], RAS)
+    assert (read_nifti_mask(path, PLAIN, SHAPE) == classes()).all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((6, 5, 4, 2), np.uint8),
+        np.zeros((6, 5), np.uint8),
+        np.zeros((6, 5, 4), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])),
+    ],
+    ids=["4-D", "2-D", "RGB"],
+)
+@pytest.mark.parametrize("qform", [None, RAS], ids=["sform", "both"])
+def test_masks_of_another_kind(tmp_path: Path, values: NDArray[Any], qform: Affine | None) -> None:
+    path = nifti(tmp_path / "m.nii", values, RAS, qform)
+    with pytest.raises(LabelError, match="MASK_NOT_3D"):
+        read_nifti_mask(path, PLAIN, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.nii", b"no mask"),
+        ("m.nii", b""),
+        ("m.nii.gz", b"no mask"),
+        ("m.nii.gz", gzip.compress(b"no mask")),
+        ("m.png", b"\x89PNG"),
+    ],
+)
+def test_files_that_are_no_nifti(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LabelError, match="MASK_UNREADABLE"):
+        read_nifti_mask(tmp_path / name, PLAIN, SHAPE)
+
+
+def test_missing_mask(tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="MASK_MISSING"):
+        read_nifti_mask(tmp_path / "m.nii", PLAIN, SHAPE)
+    with pytest.raises(LabelError, match="MASK_MISSING"):
+        read_nifti_mask(tmp_path, PLAIN, SHAPE)
+
+
+def test_damaged_headers_and_cut_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.nii"
+    write_nifti_mask(path, classes(), PLAIN)
+    whole, rng, codes = path.read_bytes(), np.random.default_rng(1), set()
+    for turn in range(400):
+        damaged = bytearray(whole)
+        for _ in range(int(rng.integers(1, 4))):
+            damaged[int(rng.integers(352))] = int(rng.integers(256))
+        path.write_bytes(damaged[: int(rng.integers(len(whole)))] if turn % 4 == 0 else damaged)
+        try:
+            read_nifti_mask(path, PLAIN, SHAPE)
+            codes.add("read")
+        except LabelError as error:
+            codes.add(error.code)
+    assert {"read", "MASK_UNREADABLE", "MASK_SQ_DISAGREE"} <= codes
+
+
+def test_cut_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "m.nii.gz"
+    write_nifti_mask(path, classes((8, 20, 20)), PLAIN)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 8, 9):  # the last 8 bytes are a checksum
+        path.write_bytes(whole[:length])
+        with pytest.raises(LabelError, match="MASK_UNREADABLE"):
+            read_nifti_mask(path, PLAIN, (8, 20, 20))
+
+
+def test_values_are_classes_without_a_map() -> None:
+    mapped = map_labels(np.array([[0, 2], [255, 1]]), {}, 3)
+    assert mapped.dtype == np.uint8
+    assert mapped.tolist() == [[0, 2], [255, 1]]
+
+
+def test_label_map() -> None:
+    values = np.array([0, 500, -1, 7])
+    assert map_labels(values, {0: 0, 500: 1, -1: 255, 7: 1}, 2).tolist() == [0, 1, 255, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "label_map", "named"),
+    [
+        ([0, 1, 3], {}, r"\[3\]"),
+        ([0, -1], {}, r"\[-1\]"),
+        ([0, 1], {1: 1}, r"\[0\]"),
+        ([0, 255], {0: 0}, r"\[255\]"),
+        ([10**12, 0], {}, r"\[1000000000000\]"),
+    ],
+)
+def test_unknown_labels_are_named(values: list[int], label_map: dict[int, int], named: str) -> None:
+    with pytest.raises(LabelError, match=f"MASK_LABEL_UNKNOWN: values {named}"):
+        map_labels(np.array(values), label_map, 3)
+
+
+REF = replace(slices_at(0)[0], path="/archive/a/b/IM1", patient_id="p 7", series_uid="1.2.3")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{PatientID}.nii.gz", "/masks/p 7.nii.gz"),
+        ("{Modality}/{SeriesInstanceUID}.nii", "/masks/CT/1.2.3.nii"),
+        ("{folder}/mask.nii.gz", "/masks/a/b/mask.nii.gz"),
+        ("all.nii", "/masks/all.nii"),
+    ],
+)
+def test_label_pattern(pattern: str, expected: str) -> None:
+    assert mask_path(Path("/masks"), pattern, REF, Path("/archive")) == Path(expected)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{PatientName}.nii", "{}.nii", "{0}", "{PatientID", "{folder.x}"]
+)
+def test_unknown_fields_of_the_pattern(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.label_pattern .* fields are \{PatientID\}"):
+        mask_path(Path("/masks"), pattern, REF, Path("/archive"))
+
+
+@pytest.mark.parametrize(
+    ("patient", "code"),
+    [
+        ("../../etc/CANARY", "MASK_OUTSIDE_ROOT"),
+        ("..", "MASK_OUTSIDE_ROOT"),
+        ("a/../../CANARY", "MASK_OUTSIDE_ROOT"),
+        ("/etc/CANARY", "MASK_OUTSIDE_ROOT"),
+        ("CANARY\0", "LABEL_NONE"),
+        ("CANARY" * 50, "LABEL_NONE"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["{PatientID}", "{PatientID}/mask.nii.gz"])
+def test_a_patient_id_leads_nowhere(patient: str, code: str, pattern: str) -> None:
+    ref = replace(REF, patient_id=patient)
+    with pytest.raises(LabelError) as caught:
+        mask_path(Path("/masks"), pattern, ref, Path("/archive"))
+    assert caught.value.code == code
+    assert "CANARY" not in str(caught.value)
+
+
+def test_masks_may_be_links_to_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    nifti(tmp_path / "elsewhere.nii", classes().transpose(2, 1, 0), RAS)
+    (tmp_path / "masks" / "p 7.nii").symlink_to(tmp_path / "elsewhere.nii")
+    path = mask_path(tmp_path / "masks", "{PatientID}.nii", REF, Path("/archive"))
+    assert (read_nifti_mask(path, PLAIN, SHAPE) == classes()).all()
