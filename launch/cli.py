@@ -131,26 +131,20 @@ def backbones(
     from medpsp.config import ModelConfig
     from medpsp.model.cost import ARTICLE, USES, cost_table
 
-    table = Table(title=f"PSPNet, refine head, stride 32, {classes} classes")
-    for name in (
-        "backbone",
-        "backbone M params",
-        "whole M params",
-        f"GMACs at {height}x{width}",
-        "quoted (backbone, 224²)",
-        "use",
-    ):
-        table.add_column(name)
+    table = Table(title=f"PSPNet, refine head, {classes} classes; GMACs at {height} x {width}")
+    for name in ("backbone", "M params", "of it backbone", "GMACs", "quoted", "use"):
+        table.add_column(name, no_wrap=name == "backbone")
     for row in cost_table(ModelConfig(), classes, (height, width)):
         params, macs = ARTICLE[row.backbone]
         table.add_row(
             row.backbone,
-            f"{row.backbone_params:.2f}",
             f"{row.params:.2f}",
+            f"{row.backbone_params:.2f}",
             f"{row.macs:.2f}",
             f"{params} M, {macs} G",
             USES[row.backbone],
         )
+    table.caption = "quoted: the backbone alone at 224 x 224, as usually given; MACs, not FLOPs"
     Console().print(table)
 
 

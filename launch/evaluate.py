@@ -20,6 +20,12 @@ log = logging.getLogger("medpsp")
 
 def evaluate_job(config: Config) -> dict[str, Any]:
     """Score the held-out patients in 3-D, beside the best mask that never looks at the image."""
+    rows = labelled_rows(config)
+    split = "test" if any(row.split == "test" for row in rows) else "val"
+    held_out = [row for row in rows if row.split == split]
+    if not held_out:
+        raise ShardError(f"shards {config.shards}: no held-out patient; raise data.split.test")
+    model, step = load_trained(config)
     import torch
 
     from medpsp.progress import Bar
@@ -28,12 +34,6 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     from shards.dataset import stage_rows, whole_slices
     from shards.reader import ShardReader
 
-    rows = labelled_rows(config)
-    split = "test" if any(row.split == "test" for row in rows) else "val"
-    held_out = [row for row in rows if row.split == split]
-    if not held_out:
-        raise ShardError(f"shards {config.shards}: no held-out patient; raise data.split.test")
-    model, step = load_trained(config)
     classes = len(config.data.classes)
     constant, reader = ConstantMask(classes), ShardReader(config.shards)
     for row in stage_rows(rows, 1.0):

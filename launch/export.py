@@ -27,14 +27,14 @@ def export_job(config: Config) -> None:
         ParityError: fp32 differs from the network.
         ExportError: int8 masks agree too little with the fp32 masks.
     """
+    run, rows = RunDir(config.out), labelled_rows(config)
+    model, step = load_trained(config)
     from medpsp.deploy.export import export_onnx
     from medpsp.deploy.quantize import quantize_int8
     from medpsp.deploy.verify import check_parity, mask_agreement
     from shards.dataset import stage_rows
     from shards.index import read_manifest
 
-    run, rows = RunDir(config.out), labelled_rows(config)
-    model, step = load_trained(config)
     window = config.data.window
     metadata = {
         "tool": f"medpsp {__version__}",

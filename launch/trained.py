@@ -41,15 +41,15 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     Raises:
         CheckpointError: Not trained yet, or trained with another network.
     """
+    path = RunDir(config.out).checkpoints / "best"
+    if not path.is_dir():  # said before torch takes its seconds to import
+        raise CheckpointError(f"checkpoint {path}: not there; run `medpsp train` first")
     import torch
 
     from medpsp.model.psp import build_model
     from medpsp.train.checkpoint import load_checkpoint
     from medpsp.train.loop import identify
 
-    path = RunDir(config.out).checkpoints / "best"
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path}: not there; run `medpsp train` first")
     tensors, state = load_checkpoint(path, torch.device("cpu"))
     if state.model != identify(config):
         raise CheckpointError(f"checkpoint {path}: made with another model or other classes")

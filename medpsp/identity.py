@@ -24,7 +24,8 @@ def load_key(path: Path | None) -> bytes:
     """The project key: from a file, from MEDPSP_KEY, or made once below ~/.config/medpsp.
 
     Raises:
-        ConfigError: File readable by others, or key shorter than 16 bytes.
+        ConfigError: File missing or readable by others, key shorter than 16 bytes, or no place
+            to make one.
     """
     variable = os.environ.get(KEY_VARIABLE)
     if path is None and variable:
@@ -33,7 +34,8 @@ def load_key(path: Path | None) -> bytes:
         base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         path = base / "medpsp" / "project.key"
         try:
-            create_key(path, secrets.token_hex(32))
+            if not path.exists():
+                create_key(path, secrets.token_hex(32))
         except OSError as error:
             raise ConfigError(
                 f"{path}: cannot be written ({type(error).__name__}); "

@@ -7,6 +7,7 @@ patient 3, and 60 % is patients 3 and 6.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -103,3 +104,16 @@ def copied(made: Config, tmp_path: Path) -> Config:
     config = made.model_copy(update={"out": tmp_path / "copied"})
     shutil.copytree(made.shards, config.shards)
     return config
+
+
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """Jobs that run in this process add handlers to the logger: take them off again."""
+    logger = logging.getLogger("medpsp")
+    before, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    for handler in set(logger.handlers) - set(before):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(level)
+    logger.propagate = propagate

@@ -79,14 +79,16 @@ def test_key_is_made_once(tmp_path: Path) -> None:
 
 def test_key_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "config").write_text("a file where a folder should be", encoding="utf-8")
-    with pytest.raises(ConfigError, match="cannot be written .*; set data.key_file or MEDPSP_KEY"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be written .*; set data\.key_file or MEDPSP_KEY"
+    ):
         load_key(None)
 
 
 def test_pseudonym_is_a_keyed_hash() -> None:
     expected = hmac.new(KEY, b"patient\0Jane", hashlib.sha256).hexdigest()[:16]
     assert pseudonym(KEY, "patient", "Jane") == expected
-    assert pseudonym(KEY, "patient", "Jane") == "c6d4a3b4d3c6a0d5"
+    assert pseudonym(KEY, "patient", "Jane") == "8a59327a410b682e"  # as openssl has it
     assert fingerprint(KEY) == hmac.new(KEY, b"fingerprint\0", hashlib.sha256).hexdigest()[:8]
 
 

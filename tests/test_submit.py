@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,21 +24,9 @@ from launch.submit import DEVICES, _lines, run_with_devices, submit_plan
 from medpsp.config import Config
 from medpsp.errors import ConfigError, LaunchError, ShardError
 
+pytestmark = pytest.mark.usefixtures("own_handlers")
 Make = Callable[..., Config]
 DEADLINE_S = 120
-
-
-@pytest.fixture(autouse=True)
-def own_handlers() -> Iterator[None]:
-    """Jobs that run in this process add handlers to the logger: take them off again."""
-    logger = logging.getLogger("medpsp")
-    before, level, propagate = list(logger.handlers), logger.level, logger.propagate
-    yield
-    for handler in set(logger.handlers) - set(before):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.setLevel(level)
-    logger.propagate = propagate
 
 
 def chain(*names: str) -> tuple[JobSpec, ...]:

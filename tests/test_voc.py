@@ -139,9 +139,14 @@ def test_two_images_of_one_stem(tmp_path: Path) -> None:
 
 
 def png_claiming(rows: int, columns: int) -> bytes:
-    """A PNG that is only a header of one bit a pixel."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", columns, rows, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + struct.pack(">I", zlib.crc32(head))
+    """A PNG of under 100 bytes with one bit a pixel."""
+    parts = (
+        b"IHDR" + struct.pack(">IIBBBBB", columns, rows, 1, 0, 0, 0, 0),
+        b"IDAT" + zlib.compress(b"\0"),
+        b"IEND",
+    )
+    chunks = [struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", png_claiming(60000, 60000)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,8 @@ def export_onnx(
     model.eval()
     sample = torch.zeros(2, channels, 64, 96)
     dynamic = {0: torch.export.Dim("N"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet("torch.onnx", logging.ERROR):
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             LogitsOnly(model),
             (sample,),
@@ -71,6 +72,18 @@ def export_onnx(
     if found != opset:
         raise ExportError(f"asked for opset {opset}, the exporter wrote {found}")
     write_model(proto, path, metadata)
+
+
+@contextmanager
+def quiet(name: str, level: int) -> Iterator[None]:
+    """A logger without what lies below ``level``, for as long as this lasts."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def write_model(proto: onnx.ModelProto, path: Path, metadata: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from medpsp.deploy.export import INPUT, write_model
+from medpsp.deploy.export import INPUT, quiet, write_model
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -49,8 +49,7 @@ def quantize_int8(
         images: Calibration inputs (1, C, H, W) from training patients; MinMax ranges.
         metadata: As in `export_onnx`.
     """
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet("", logging.WARNING):
         ready, raw = Path(folder) / "ready.onnx", Path(folder) / "int8.onnx"
         quant_pre_process(source, ready, skip_symbolic_shape=True)
         chosen = quantizable(onnx.load(ready))

@@ -1,0 +1,327 @@
+"""The command line: what it offers, and how it answers nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import onnx
+import pytest
+import typer.main
+import yaml
+from typer.testing import CliRunner
+
+from launch.cli import app
+from launch.phantom import Phantom, draw, write_mask, write_series
+from launch.plan import describe, plan_jobs
+from launch.rundir import find_config, shipped_configs
+from medpsp.config import BACKBONES, Config
+from medpsp.configio import dump_yaml, load_config
+
+pytestmark = pytest.mark.usefixtures("own_handlers")
+Make = Callable[..., Config]
+HEAVY = ("torch", "ray", "zarr", "albumentations", "numpy", "pydantic", "submitit", "pydicom")
+
+COMMANDS = {
+    "shards": ["config", "overrides"],
+    "check": ["config", "overrides"],
+    "train": ["config", "overrides"],
+    "evaluate": ["config", "overrides"],
+    "export": ["config", "overrides"],
+    "run": ["config", "overrides", "--dry-run", "--no-dry-run"],
+    "demo": ["out", "overrides"],
+    "predict": ["model", "source", "out", "--threads"],
+    "backbones": ["--height", "--width", "--classes"],
+    "config schema": [],
+    "config list": [],
+    "config show": ["config", "overrides"],
+}
+
+# name: (exit code, what the one line says, command); words in braces are keys of `places`.
+NONSENSE = {
+    "unknown configuration": (2, "config 'dmeo': .*did you mean 'demo'", "shards dmeo"),
+    "not YAML": (2, r"not YAML \(line 2\)", "shards {not_yaml}"),
+    "a list": (2, "expected a mapping at the top", "check {a_list}"),
+    "a folder": (2, "no such file", "check {root}"),
+    "unknown key": (
+        2,
+        r"train\.batchsize: .*did you mean 'batch_size'",
+        "train {c} train.batchsize=1",
+    ),
+    "bad override": (2, "override 'train.size': expected key=value", "train {c} train.size"),
+    "out of range": (2, r"train\.batch_size", "train {c} train.batch_size=0"),
+    "unknown backbone": (2, "did you mean 'resnet18'", "train {c} model.backbone=resnet81"),
+    "ranks and batch": (2, "cannot be shared by 2", "train {c} train.ranks=2 train.batch_size=5"),
+    "no labels folder": (2, "data.labels .*: no such folder", "shards {c} data.labels={root}/no"),
+    "no key": (2, "data.key_file .*: cannot be read", "shards {c} data.key_file={root}/no"),
+    "no validation": (2, "raise data.split.val", "shards {c} data.split.val=0"),
+    "crosswalk in shards": (
+        2,
+        "lies inside the shards",
+        "shards {c} data.crosswalk={out}/{number}/shards/x",
+    ),
+    "show nonsense": (2, "unknown key", "config show {c} nonsense=1"),
+    "missing archive": (1, "no such folder", "shards {c} data.archive={root}/nowhere"),
+    "empty archive": (1, "holds no file", "shards {c} data.archive={empty}"),
+    "out below a file": (1, "out .*: cannot be written", "shards {c} out={file}/run"),
+    "check before shards": (1, "no manifest.json; run `medpsp shards`", "check {c}"),
+    "train before shards": (1, "no manifest.json; run `medpsp shards`", "train {c}"),
+    "two ranks before shards": (1, "no manifest.json", "train {c} train.ranks=2"),
+    "evaluate before shards": (1, "no manifest.json", "evaluate {c}"),
+    "export before shards": (1, "no manifest.json", "export {c}"),
+    "other classes": (1, "made for classes", "train {made} data.classes=[a,b]"),
+    "evaluate before train": (1, "run `medpsp train` first", "evaluate {made}"),
+    "export before train": (1, "run `medpsp train` first", "export {made}"),
+    "mask of another shape": (
+        1,
+        "4 MASK_GRID_MISMATCH",
+        "shards {c} data.archive={two}/dicom data.labels={two}/masks",
+    ),
+    "chain on a missing archive": (
+        1,
+        "shards: archive .*no such folder",
+        "run {c} data.archive={root}/nowhere",
+    ),
+    "chain with a wrong folder": (2, "shards: data.labels", "run {c} data.labels={root}/no"),
+    "demo below a file": (1, "Not a directory: ", "demo {file}/demo"),
+    "no model": (1, "model .*: no such file", "predict {root}/no.onnx {dicom} {out}/p"),
+    "a text as model": (1, "onnxruntime cannot load it", "predict {not_yaml} {dicom} {out}/p"),
+    "a model from elsewhere": (1, "not from `medpsp export`", "predict {foreign} {dicom} {out}/p"),
+    "predict nothing": (1, "holds no file", "predict {ours} {empty} {out}/p"),
+    "predict nowhere": (1, "no such folder", "predict {ours} {root}/nowhere {out}/p"),
+    "predict a text": (1, "nothing to segment among 1 files", "predict {ours} {texts} {out}/p"),
+    "predict below a file": (1, "Not a directory: ", "predict {ours} {dicom} {file}/p"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(
+    tmp_path_factory: pytest.TempPathFactory,
+    archive: Path,
+    make_config: Make,
+    made: Config,
+    phantom: Phantom,
+) -> dict[str, Path]:
+    """Everything that the commands above name."""
+    root = tmp_path_factory.mktemp("cli")
+    names = ("out", "c.yaml", "made.yaml", "not.yaml", "list.yaml", "empty", "file", "texts")
+    out, c, whole, not_yaml, a_list, empty, file, texts = (root / name for name in names)
+    c.write_text(dump_yaml(make_config(archive, out)))
+    whole.write_text(dump_yaml(made))
+    not_yaml.write_text("a: b\n  c: [d\n")
+    a_list.write_text("- a\n")
+    empty.mkdir()
+    file.write_text("")
+    texts.mkdir()
+    (texts / "notes.txt").write_text("hello")
+    two = root / "two"
+    for number, spacing in ((1, 3.0), (3, 2.6)):  # patient 1 is all of val
+        hu, label = draw(phantom, number)
+        write_series(two / "dicom" / f"{number}", f"PHANTOM00{number}", hu, phantom)
+        grid = Phantom(shape=(4, 40, 40), spacing=(5.0, spacing, spacing))
+        write_mask(two / "masks" / f"PHANTOM00{number}.nii.gz", label[:, 4:44, 4:44], grid)
+    foreign, ours = root / "foreign.onnx", root / "ours.onnx"
+    write_identity(foreign, {})
+    write_identity(
+        ours, {"medpsp": json.dumps({"classes": ["a", "b"], "modalities": ["CT"], "window": None})}
+    )
+    return {
+        "root": root,
+        "out": out,
+        "c": c,
+        "made": whole,
+        "not_yaml": not_yaml,
+        "a_list": a_list,
+        "empty": empty,
+        "file": file,
+        "texts": texts,
+        "two": two,
+        "foreign": foreign,
+        "ours": ours,
+        "dicom": two / "dicom",
+    }
+
+
+def write_identity(path: Path, metadata: dict[str, str]) -> None:
+    """The smallest network: logits are the image."""
+    kind = onnx.TensorProto.FLOAT
+    shape = ["N", 1, "H", "W"]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["image"], ["logits"])],
+        "identity",
+        [onnx.helper.make_tensor_value_info("image", kind, shape)],
+        [onnx.helper.make_tensor_value_info("logits", kind, shape)],
+    )
+    model = onnx.helper.make_model(
+        graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 18)]
+    )
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+
+
+@pytest.fixture(scope="module")
+def answers(places: dict[str, Path]) -> dict[str, subprocess.CompletedProcess[str]]:
+    """All of it, three processes at a time; each run folder is its own."""
+
+    def ask(item: tuple[int, str]) -> tuple[str, subprocess.CompletedProcess[str]]:
+        number, name = item
+        words = [word.format(**places, number=number) for word in NONSENSE[name][2].split()]
+        if str(places["c"]) in words and not any(word.startswith("out=") for word in words):
+            words.append(f"out={places['out']}/{number}")
+        command = [sys.executable, "-m", "launch.cli", *words]
+        return name, subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=300
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(pool.map(ask, enumerate(NONSENSE)))
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_ends_in_one_clear_line(
+    name: str, answers: dict[str, subprocess.CompletedProcess[str]]
+):
+    code, text, _ = NONSENSE[name]
+    done = answers[name]
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if line.startswith("medpsp:")]
+    assert len(said) == 1, done.stderr
+    assert lines[-1] == said[0]
+    assert re.search(text, said[0]), said[0]
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    if code == 2 and not name.startswith("chain") and name != "no validation":
+        assert len([line for line in lines if not line.startswith("scan ")]) == 1
+
+
+def test_commands_and_flags_are_frozen():
+    """A rename breaks scripts: it needs a line in the change log, and a change here."""
+    group = typer.main.get_command(app)
+    found = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            found[name] = flags(command)
+        else:
+            found |= {f"{name} {sub}": flags(leaf) for sub, leaf in inner.items()}
+    assert found == COMMANDS
+
+
+def flags(command: object) -> list[str]:
+    names: list[str] = []
+    for param in command.params:  # type: ignore[attr-defined]
+        if param.param_type_name == "argument":
+            names.append(param.name)
+        else:
+            names += [*param.opts, *param.secondary_opts]
+    return names
+
+
+def test_help_imports_nothing_heavy_for_any_command():
+    calls = [["--help"], ["-h"], *([*name.split(), "--help"] for name in COMMANDS)]
+    code = (
+        "import sys, launch.cli\n"
+        f"for words in {calls!r}:\n"
+        "    sys.argv[1:] = words\n"
+        "    try:\n        launch.cli.main()\n"
+        "    except SystemExit as end:\n        assert end.code == 0, words\n"
+        "    print('MODULES', *sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    texts = re.split("^MODULES.*$", done.stdout, flags=re.MULTILINE)
+    modules = [set(line.split()) for line in re.findall("^MODULES.*$", done.stdout, re.MULTILINE)]
+    assert len(modules) == len(calls)
+    for text, words in zip(texts, calls, strict=False):
+        assert "Usage:" in text
+        assert all(word in text for word in words[:-1])
+    assert modules[0] & set(HEAVY) == set()
+    assert modules[-1] & set(HEAVY) <= {"pydantic"}  # typer reads types of arguments with it
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(places: dict[str, Path], tmp_path: Path):
+    done = CliRunner().invoke(app, ["run", str(places["c"]), f"out={tmp_path}", "--dry-run"])
+    config = load_config(tmp_path / "config.yaml")
+    assert done.exit_code == 0
+    assert done.stdout == describe(plan_jobs(config), tmp_path / "config.yaml") + "\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "logs"]
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_config_commands_print_what_others_can_read():
+    run = CliRunner().invoke
+    schema = json.loads(run(app, ["config", "schema"]).stdout)
+    assert set(schema["properties"]) == set(Config.model_fields)
+    assert run(app, ["config", "list"]).stdout.split() == shipped_configs()
+    shown = yaml.safe_load(run(app, ["config", "show", "demo", "seed=5"]).stdout)
+    expected = load_config(find_config("demo"), ("seed=5",))
+    assert Config.model_validate(shown) == expected
+    assert expected.seed == 5
+
+
+def test_backbones_have_a_row_each(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    done = CliRunner().invoke(app, ["backbones", "--height", "64", "--width", "64"])
+    assert done.exit_code == 0
+    for name in BACKBONES:
+        assert re.search(rf"{name} +│ +\d+\.\d\d +│ +\d+\.\d\d +│ +\d+\.\d\d +│", done.stdout)
+
+
+def test_check_says_that_all_is_well_and_keeps_a_log(made: Config, places: dict[str, Path]):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "check", str(places["made"])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    bar, end = done.stderr.splitlines()
+    assert re.fullmatch(r"check 32/32 slices, [\d.]+ slices/s, ETA 0 s", bar)
+    assert end == "check: every digest, slice and split is as the manifest says"
+    assert done.stdout == ""
+    assert end in (made.out / "logs" / "check.log").read_text()
+
+
+def test_a_terminal_gets_a_bar_on_stderr_and_log_lines_above_it():
+    code = (
+        "import logging\n"
+        "from launch.jobs import setup_logging\n"
+        "from medpsp.progress import Bar\n"
+        "setup_logging()\n"
+        "with Bar('slicing', 4, 'slices') as bar:\n"
+        "    bar.resume_at(2)\n"
+        "    logging.getLogger('medpsp').info('a line of the log')\n"
+        "    bar.advance(2, note='all done')\n"
+        "print('the result')\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while piece := os.read(ours, 4096):
+                shown += piece
+        except OSError:  # the other end is closed
+            pass
+        out, _ = process.communicate()
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert process.returncode == 0
+    assert out == "the result\n"
+    lines = [line.strip() for line in re.split("[\r\n]+", text)]
+    assert "a line of the log" in lines  # on a line of its own, not behind the bar
+    last = [line for line in lines if line.startswith("slicing ")][-1]
+    for word in ("100%", "4/4", "slices/s all done"):
+        assert word in last

@@ -1,0 +1,315 @@
+"""DICOM in, masks out, by a network whose answer a person can work out.
+
+Its logits are straight lines of the input x: class 1 above 40.5 HU, class 2 above 160.5 HU in
+the window 40/400, which shows h HU as x = (h + 160) / 400.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import onnx
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from launch.phantom import Phantom, draw, to_mr, write_series
+from medpsp.deploy.export import export_onnx
+from medpsp.deploy.predict import Predictor
+from medpsp.errors import ArchiveError, ModelFileError
+from medpsp.intensity import CT_WINDOW, overlay, percentile_window, to_unit
+
+CLASSES = ["background", "organ", "bone"]
+LOW, HIGH = (40.5 + 160) / 400, (160.5 + 160) / 400
+METADATA = {"classes": CLASSES, "modalities": ["CT"], "window": None}
+
+
+class Lines(nn.Module):
+    """Logits 0, x - LOW and 2 x - LOW - HIGH: the largest changes at LOW and at HIGH."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 1)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1, 1, 1))
+            self.conv.bias.copy_(torch.tensor([0.0, -LOW, -LOW - HIGH]))  # type: ignore[union-attr]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, None]:
+        return self.conv(image), None
+
+
+def expected(x: np.ndarray) -> np.ndarray:
+    return (x > LOW).astype(np.uint8) + (x > HIGH)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "lines.onnx"
+    export_onnx(Lines(), path, 1, 18, METADATA)
+    return path
+
+
+def with_metadata(model: Path, path: Path, **properties: str) -> Path:
+    """The same network with other metadata."""
+    proto = onnx.load(model)
+    del proto.metadata_props[:]
+    for key, value in properties.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.save(proto, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"oblique_deg": 10.0}, {"tilt_deg": 12.0, "spacing": (4.0, 2.0, 3.0)}]
+)
+def test_the_mask_lies_where_the_patient_lay(
+    model: Path, tmp_path: Path, phantom: Phantom, how: dict[str, Any]
+):
+    """A voxel of the NIfTI at the place in mm that the DICOM header gives a pixel, bit-exact."""
+    scan = replace(phantom, **how)
+    hu, _ = draw(scan, 3)
+    files = write_series(tmp_path / "in", "P", hu, scan)
+    (prediction,), rows = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    assert rows == []
+    truth = expected((hu + 160) / 400)
+    assert set(np.unique(truth)) == {0, 1, 2}
+    assert prediction.pixels == tuple(int((truth == k).sum()) for k in range(3))
+    image = nib.load(prediction.files[0])
+    values = np.asarray(image.dataobj)
+    assert values.dtype == np.uint8
+    assert image.get_sform(coded=True)[1] == 1
+    to_index = np.linalg.inv(image.affine)
+    seen: set[int] = set()
+    for path in files:
+        ds = pydicom.dcmread(path)
+        shown = expected((ds.pixel_array.astype(np.float64) - 1024 + 160) / 400)
+        across, down = np.array(ds.ImageOrientationPatient, dtype=float).reshape(2, 3)
+        for row, column in ((0, 0), (11, 37), (24, 20), (30, 31), (47, 47)):
+            lps = np.array(ds.ImagePositionPatient, dtype=float)
+            lps = lps + across * column * ds.PixelSpacing[1] + down * row * ds.PixelSpacing[0]
+            index = to_index @ [-lps[0], -lps[1], lps[2], 1]  # NIfTI counts R, A, S
+            place = tuple(round(v) for v in index[:3])
+            np.testing.assert_allclose(index[:3], place, atol=1e-3)
+            assert values[place] == shown[row, column]
+            seen.add(int(values[place]))
+    assert len(seen) > 1
+
+
+def test_overlays_show_each_slice_with_its_classes_tinted(
+    model: Path, tmp_path: Path, phantom: Phantom
+):
+    hu, _ = draw(phantom, 0)
+    write_series(tmp_path / "in", "P", hu, phantom)
+    (prediction,), _ = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    assert prediction.files[0] == tmp_path / "out" / "series-000.nii.gz"
+    assert all(f.is_file() for f in prediction.files)
+    slices = sorted((tmp_path / "out" / "series-000").iterdir())
+    assert [p.name for p in slices] == [f"{i:04d}.png" for i in range(4)]
+    assert set(slices) < set(prediction.files)
+    unit = to_unit(hu, CT_WINDOW)
+    for index, path in enumerate(slices):
+        with Image.open(path) as picture:
+            drawn = np.asarray(picture)
+        np.testing.assert_array_equal(drawn, overlay(unit[index], expected(unit[index])))
+
+
+def test_several_series_get_a_mask_each_under_names_that_name_nobody(
+    model: Path, tmp_path: Path, phantom: Phantom
+):
+    truth = Counter()
+    for number, name in enumerate(("Doe^Jane", "Roe^Richard", "Poe^Edgar")):
+        hu, _ = draw(phantom, number)
+        write_series(tmp_path / "in" / name, name, hu, phantom)
+        truth[tuple(np.bincount(expected((hu + 160) / 400).ravel()).tolist())] += 1
+    named: list[str] = []
+    predictions, rows = Predictor(model).folder(tmp_path / "in", tmp_path / "out", named.append)
+    assert rows == []
+    assert named == ["series-000", "series-001", "series-002"]
+    assert Counter(p.pixels for p in predictions) == truth
+    assert all(p.slices == 4 for p in predictions)
+    written = [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")]
+    assert not [p for p in written if any(n in p for n in ("Doe", "Roe", "Poe"))]
+    for path in (tmp_path / "out").rglob("*.nii.gz"):
+        assert b"Doe" not in bytes(nib.load(path).header.binaryblock)
+
+
+def test_a_damaged_slice_takes_its_series_out_and_no_other(
+    model: Path, tmp_path: Path, phantom: Phantom
+):
+    hu, _ = draw(phantom, 0)
+    write_series(tmp_path / "in" / "a", "A", hu, phantom)
+    broken = write_series(tmp_path / "in" / "b", "B", hu, phantom)[1]
+    broken.write_bytes(broken.read_bytes()[:-100])
+    write_series(tmp_path / "in" / "c", "C", hu, phantom)
+    (tmp_path / "in" / "notes.txt").write_text("hello")
+    predictions, rows = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    assert [p.name for p in predictions] == ["series-000", "series-002"]
+    assert Counter((row.status, row.code) for row in rows) == {
+        ("quarantined", "PIX_TRUNCATED"): 4,
+        ("skipped", "NOT_DICOM"): 1,
+    }
+    assert not list((tmp_path / "out").glob("series-001*"))
+
+
+def test_one_slice_alone_is_a_volume_too(model: Path, tmp_path: Path, phantom: Phantom):
+    hu, _ = draw(phantom, 0)
+    write_series(tmp_path / "in", "P", hu[:1], phantom)
+    (prediction,), _ = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    image = nib.load(prediction.files[0])
+    assert image.shape == (48, 48, 1)
+    assert abs(np.linalg.det(image.affine)) > 0
+
+
+def test_the_window_of_the_model_file_is_the_one_that_is_used(
+    model: Path, tmp_path: Path, phantom: Phantom
+):
+    """Window 100/1000: h HU is x = (h + 400) / 1000, so class 1 begins at 101.25 HU."""
+    other = {**METADATA, "window": {"center": 100, "width": 1000}}
+    path = with_metadata(model, tmp_path / "m.onnx", medpsp=json.dumps(other))
+    hu, _ = draw(phantom, 0)
+    write_series(tmp_path / "in", "P", hu, phantom)
+    (prediction,), _ = Predictor(path).folder(tmp_path / "in", tmp_path / "out")
+    assert prediction.pixels[0] == int((hu <= 101).sum())
+
+
+def test_mr_is_shown_by_the_percentiles_of_its_series(
+    model: Path, tmp_path: Path, phantom: Phantom
+):
+    path = with_metadata(
+        model, tmp_path / "m.onnx", medpsp=json.dumps({**METADATA, "modalities": ["MR"]})
+    )
+    values = to_mr(draw(phantom, 0)[0], 0)
+    write_series(tmp_path / "in", "P", values, replace(phantom, modality="MR"))
+    (prediction,), _ = Predictor(path).folder(tmp_path / "in", tmp_path / "out")
+    truth = expected(to_unit(values, percentile_window(values)))
+    np.testing.assert_array_equal(nib.load(prediction.files[0]).get_fdata(), truth.T)
+
+
+def test_monochrome1_is_shown_with_low_values_bright(model: Path, tmp_path: Path, phantom: Phantom):
+    hu, _ = draw(phantom, 0)
+    for path in write_series(tmp_path / "in", "P", hu, phantom):
+        ds = pydicom.dcmread(path)
+        ds.PhotometricInterpretation = "MONOCHROME1"
+        ds.save_as(path)
+    (prediction,), _ = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    unit = 1 - ((hu + 160) / 400).clip(0, 1)
+    assert prediction.pixels == tuple(np.bincount(expected(unit).ravel()).tolist())
+
+
+def test_a_folder_of_plain_images_gets_masks_and_overlays(model: Path, tmp_path: Path):
+    source = tmp_path / "in"
+    source.mkdir()
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(values).save(source / "ramp.png")
+    Image.fromarray(np.full((16, 16, 3), (9, 8, 7), np.uint8)).save(source / "colour.jpg")
+    (source / "broken.png").write_bytes(b"\x89PNG")
+    (source / "notes.txt").write_text("hello")
+    predictions, rows = Predictor(model).folder(source, tmp_path / "out")
+    assert [p.name for p in predictions] == ["ramp"]
+    assert sorted((row.file_id, row.code) for row in rows) == [
+        ("broken.png", "IMAGE_UNREADABLE"),
+        ("colour.jpg", "COLOUR_UNSUPPORTED"),
+        ("notes.txt", "NOT_DICOM"),
+    ]
+    mask, drawn = predictions[0].files
+    truth = expected(values / 255)  # the full range of 8 bits
+    with Image.open(mask) as image:
+        np.testing.assert_array_equal(np.asarray(image), truth)
+    with Image.open(drawn) as image:
+        assert image.size == (16, 16)
+    assert predictions[0].pixels == tuple(np.bincount(truth.ravel()).tolist())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "ramp.mask.png",
+        "ramp.overlay.png",
+    ]
+
+
+def not_onnx(model: Path, path: Path) -> Path:
+    path.write_text("certainly no protobuf")
+    return path
+
+
+def cut(model: Path, path: Path) -> Path:
+    path.write_bytes(model.read_bytes()[:-50])
+    return path
+
+
+def empty(model: Path, path: Path) -> Path:
+    path.write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda model, path: path, "no such file; give the .onnx of `medpsp export`"),
+        (lambda model, path: path.parent, "no such file"),
+        (not_onnx, "onnxruntime cannot load it"),
+        (cut, "onnxruntime cannot load it"),
+        (empty, "onnxruntime cannot load it"),
+        (lambda m, p: with_metadata(m, p, author="elsewhere"), "not from `medpsp export`"),
+        (lambda m, p: with_metadata(m, p, medpsp="{"), r"metadata is damaged \(JSONDecodeError\)"),
+        (lambda m, p: with_metadata(m, p, medpsp="[]"), r"metadata is damaged \(TypeError\)"),
+        (lambda m, p: with_metadata(m, p, medpsp="{}"), r"metadata is damaged \(KeyError\)"),
+        (
+            lambda m, p: with_metadata(m, p, medpsp=json.dumps({**METADATA, "window": {"w": 1}})),
+            r"metadata is damaged \(TypeError\)",
+        ),
+    ],
+)
+def test_a_file_that_is_no_model_of_ours_is_refused(
+    model: Path, tmp_path: Path, make: Any, match: str
+):
+    with pytest.raises(ModelFileError, match=match):
+        Predictor(make(model, tmp_path / "m.onnx"))
+
+
+def test_a_folder_with_nothing_to_segment_is_an_error_with_the_reasons(
+    model: Path, tmp_path: Path, phantom: Phantom
+):
+    predictor = Predictor(model)
+    with pytest.raises(ArchiveError, match="no such folder"):
+        predictor.folder(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ArchiveError, match="holds no file"):
+        predictor.folder(tmp_path / "in", tmp_path / "out")
+    mr = replace(phantom, modality="MR")
+    write_series(tmp_path / "in", "P", to_mr(draw(mr, 0)[0], 0), mr)
+    with pytest.raises(
+        ArchiveError, match=r"nothing to segment among 4 files \(MODALITY_SKIPPED\); .* takes CT"
+    ):
+        predictor.folder(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_device_needs_neither_torch_nor_the_cluster(
+    model: Path, tmp_path: Path, phantom: Phantom
+):
+    """The whole command in a process of its own, which then says what it has loaded."""
+    write_series(tmp_path / "in", "P", draw(phantom, 0)[0], phantom)
+    code = (
+        "import sys, launch.cli\n"
+        f"sys.argv[1:] = ['predict', {str(model)!r}, {str(tmp_path / 'in')!r}, "
+        f"{str(tmp_path / 'out')!r}]\n"
+        "try:\n    launch.cli.main()\n"
+        "finally:\n    print(*sys.modules, sep='\\n', file=open('modules', 'w'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"{tmp_path / 'out/series-000.nii.gz'}  4 slices, pixels: organ ")
+    modules = set((tmp_path / "modules").read_text().split())
+    assert {"onnxruntime", "pydicom", "medpsp.deploy.predict"} <= modules
+    heavy = {"torch", "ray", "zarr", "pyarrow", "timm", "albumentations", "submitit", "onnx"}
+    assert modules & heavy == set()
