@@ -252,6 +252,16 @@ def test_reason_codes(tmp_path: Path, code: str, edit: Callable[[Dataset], None]
     assert code_of(one_slice(tmp_path / "f", edit)) == code
 
 
+@pytest.mark.parametrize("value", [b"nan ", b"inf ", b"-inf"])
+@pytest.mark.parametrize("keyword", ["RescaleSlope", "RescaleIntercept", "PixelSpacing"])
+def test_numbers_that_are_none_are_refused_before_any_pixel(
+    tmp_path: Path, keyword: str, value: bytes
+) -> None:
+    path = one_slice(tmp_path / "f", raw(keyword, value))
+    with pytest.raises(DicomError, match="ELEM_INVALID"):
+        read_header(path, "id")
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [
@@ -378,7 +388,8 @@ def test_a_cut_codestream_is_refused(tmp_path: Path, syntax: UID) -> None:
     for length in range(2, len(frame) - 8, 40):
         set_frame(ds, frame[:length])
         ds.save_as(path)
-        assert code_of(path) in ("DEC_ERROR", "PIX_TRUNCATED")
+        # pyjpegls must not see a stream without an end: it reads on for seconds
+        assert code_of(path) == ("PIX_TRUNCATED" if syntax == JPEGLSLossless else "DEC_ERROR")
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, *ENCAPSULATED], ids=lambda s: s.keyword)

@@ -68,11 +68,17 @@ def test_without_a_pattern_every_image_is_a_patient(tmp_path: Path) -> None:
 def test_sizes_and_types_of_one_patient_are_series_of_their_own(tmp_path: Path) -> None:
     archive(tmp_path, "p1-a", "p1-b")
     save(tmp_path / "JPEGImages" / "p1-c.png", GREY[:4])
-    save(tmp_path / "JPEGImages" / "p1-d.png", GREY.astype(np.uint16) * 256)
+    save(tmp_path / "JPEGImages" / "p1-d.png", GREY[:, :5])
+    save(tmp_path / "JPEGImages" / "p1-e.png", GREY.astype(np.uint16) * 256)
     series, _ = scan(tmp_path)
-    found = sorted((s.first.rows, s.first.dtype, len(s.slices)) for s in series)
-    assert found == [(4, "int16", 1), (6, "float32", 1), (6, "int16", 2)]
-    assert len({s.first.series_uid for s in series}) == 3
+    found = [(s.first.rows, s.first.columns, s.first.dtype, len(s.slices)) for s in series]
+    assert found == [
+        (4, 8, "int16", 1),
+        (6, 5, "int16", 1),
+        (6, 8, "float32", 1),
+        (6, 8, "int16", 2),
+    ]
+    assert len({s.first.series_uid for s in series}) == 4
     for item in series:
         for ref in item.slices:
             assert read_image(Path(ref.path)).dtype == ref.dtype
