@@ -115,11 +115,11 @@ def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
 
 
 def test_walk_is_sorted(tmp_path: Path) -> None:
-    for name in ("b/2", "b/10", "a", "c", "b/1"):
+    for name in ("d/1", "b/2", "b/10", "a", "c", "b/1"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = [path.relative_to(tmp_path).as_posix() for path in walk_files(tmp_path)]
-    assert found == ["a", "c", "b/1", "b/10", "b/2"]
+    assert found == ["a", "c", "b/1", "b/10", "b/2", "d/1"]
 
 
 def test_missing_and_empty_archives(tmp_path: Path) -> None:
