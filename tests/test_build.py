@@ -145,7 +145,7 @@ def test_a_row_names_its_file_by_pseudonym_and_its_reason_by_code(messy_made: Co
     for path, expected in {
         "README.txt": ("skipped", "NOT_DICOM"),
         "0/EMPTY": ("quarantined", "FILE_EMPTY"),
-        "NOMASK/IM0003": ("quarantined", "LABEL_NONE"),
+        "NOMASK/IM0003": ("skipped", "LABEL_NONE"),
         "ESCAPES/IM0001": ("quarantined", "MASK_OUTSIDE_ROOT"),
         "CUTPIX/IM0002": ("quarantined", "PIX_TRUNCATED"),
     }.items():

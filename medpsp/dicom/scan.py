@@ -11,7 +11,9 @@ from medpsp.dicom.series import group_series
 from medpsp.errors import ArchiveError, DicomError
 from medpsp.types import ScanRow, Series, SliceRef, Status
 
-NOT_DAMAGED = frozenset({"NOT_DICOM", "NOT_IMAGE", "MODALITY_SKIPPED", "NOT_REGULAR", "NOT_LISTED"})
+NOT_DAMAGED = frozenset(
+    {"NOT_DICOM", "NOT_IMAGE", "MODALITY_SKIPPED", "NOT_REGULAR", "NOT_LISTED", "LABEL_NONE"}
+)
 """Codes of objects that are whole but not for us; everything else refused is quarantined."""
 
 
