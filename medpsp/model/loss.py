@@ -80,8 +80,8 @@ def segmentation_loss(
 def focal_factor(log_pt: Tensor, gamma: float) -> Tensor:
     """(1 - p_t)^gamma (Lin et al. 2017, eq. 4); exactly 1 for gamma 0, with a gradient of 0.
 
-    The base stays above 0: below gamma 1 the slope there is infinite, and a sure pixel would turn
-    every weight into NaN while the loss itself looks sane.
+    The base stays above 0: below gamma 1 the slope there is infinite, and only the convention for
+    the slope of clamp at its own bound would keep NaN from the weights.
     """
     if gamma == 0:
         return torch.ones_like(log_pt)
