@@ -60,14 +60,17 @@ def run(
     """Run the whole chain: shards, check, train, evaluate, export."""
     from launch.jobs import setup_logging
     from launch.plan import describe, plan_jobs
-    from launch.rundir import open_run
+    from launch.rundir import RunDir, find_config, open_run
+    from medpsp.configio import load_config
 
     setup_logging()
-    resolved, folder = open_run(config, tuple(overrides or ()))
-    plan = plan_jobs(resolved)
-    if dry_run:
-        typer.echo(describe(plan, folder.config))
+    changes = tuple(overrides or ())
+    if dry_run:  # writes nothing
+        planned = load_config(find_config(config), changes)
+        typer.echo(describe(plan_jobs(planned), RunDir(planned.out).config))
         return
+    resolved, folder = open_run(config, changes)
+    plan = plan_jobs(resolved)
     from launch.submit import submit_plan
 
     submit_plan(plan, folder)
@@ -120,8 +123,8 @@ def predict(
 
 @app.command()
 def backbones(
-    height: Annotated[int, typer.Option(min=1, help="Rows of the image.")] = 256,
-    width: Annotated[int, typer.Option(min=1, help="Columns of the image.")] = 256,
+    height: Annotated[int, typer.Option(min=1, max=4096, help="Rows of the image.")] = 256,
+    width: Annotated[int, typer.Option(min=1, max=4096, help="Columns of the image.")] = 256,
     classes: Annotated[int, typer.Option(min=2)] = 4,
 ) -> None:
     """What each backbone costs, and what it is for."""
@@ -188,7 +191,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         _fail(LaunchError(f"{error.name} is not installed; pip install 'medpsp[all]'"), 1)
     except SystemExit as end:
-        if end.code == 130:  # how typer leaves after Ctrl-C
+        if end.code in (130, 143):  # Ctrl-C, as typer leaves, and SIGTERM
             sys.stderr.write("medpsp: interrupted; run the same command again to go on\n")
         raise
 

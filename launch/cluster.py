@@ -27,4 +27,6 @@ def detect_world() -> World:
         ) from None
     if not 0 <= rank < size:
         raise LaunchError(f"ranks: RANK {rank} is not below WORLD_SIZE {size}")
+    if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise LaunchError("ranks: MASTER_ADDR and MASTER_PORT are not set; start with torchrun")
     return World(rank=rank, size=size, local_rank=local)

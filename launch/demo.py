@@ -11,6 +11,7 @@ from launch.phantom import Phantom, write_archive
 from launch.plan import plan_jobs
 from launch.rundir import RunDir, open_run
 from launch.submit import submit_plan
+from launch.trained import shown
 from medpsp.config import Config
 from medpsp.identity import create_key
 
@@ -29,34 +30,35 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
     from medpsp.deploy.predict import Predictor
 
     archive = out / "archive"
+    key_file = out / "demo.key"
+    config, run = open_run(
+        "demo",
+        (
+            f"out={json.dumps(str(out))}",
+            f"data.archive={json.dumps(str(archive / 'dicom'))}",
+            f"data.labels={json.dumps(str(archive / 'masks'))}",
+            f"data.key_file={json.dumps(str(key_file))}",
+            *overrides,
+        ),
+    )
     if not archive.is_dir():
         partial = out / ".archive.partial"
         shutil.rmtree(partial, ignore_errors=True)
         write_archive(partial, PATIENTS, Phantom())
         partial.rename(archive)
         log.info("demo: %d phantom patients as DICOM in %s", PATIENTS, archive / "dicom")
-    key_file = out / "demo.key"
     create_key(key_file, KEY)
-    config, run = open_run(
-        "demo",
-        (
-            f"out={out}",
-            f"data.archive={archive / 'dicom'}",
-            f"data.labels={archive / 'masks'}",
-            f"data.key_file={key_file}",
-            *overrides,
-        ),
-    )
     submit_plan(plan_jobs(config), run)
     new, _ = write_archive(out / "new-patient", 1, Phantom(oblique_deg=10), seed=99)
+    shutil.rmtree(out / "masks", ignore_errors=True)
     predictions, _ = Predictor(run.int8).folder(new, out / "masks")
     return _artefacts(config, run, [f for p in predictions for f in p.files])
 
 
 def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
     scores = json.loads(run.evaluation.read_text(encoding="utf-8"))
-    dice = ", ".join(f"{name} {value:.3f}" for name, value in scores["dice"].items())
-    blind = ", ".join(f"{n} {v:.3f}" for n, v in scores["dice_constant_mask"].items())
+    dice = ", ".join(f"{name} {shown(value)}" for name, value in scores["dice"].items())
+    blind = ", ".join(f"{n} {shown(v)}" for n, v in scores["dice_constant_mask"].items())
     overlays = [f for f in files if f.suffix == ".png"]
     sheet = overlays.pop(0)
     return [

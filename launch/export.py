@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,9 @@ def export_job(config: Config) -> None:
         ParityError: fp32 differs from the network.
         ExportError: int8 masks agree too little with the fp32 masks.
     """
-    run, rows = RunDir(config.out), labelled_rows(config)
+    target, rows = RunDir(config.out), labelled_rows(config)
+    run = RunDir(config.out, export_name=".export.partial")  # nothing has its name before the gates
+    shutil.rmtree(run.export, ignore_errors=True)
     model, step = load_trained(config)
     from medpsp.deploy.export import export_onnx
     from medpsp.deploy.quantize import quantize_int8
@@ -39,7 +42,7 @@ def export_job(config: Config) -> None:
     metadata = {
         "tool": f"medpsp {__version__}",
         "classes": list(config.data.classes),
-        "modalities": list(config.data.modalities),
+        "modalities": sorted({row.modality for row in rows}),
         "window": {"center": window.center, "width": window.width} if window else None,
         "backbone": config.model.backbone,
         "head": config.model.head,
@@ -70,12 +73,13 @@ def export_job(config: Config) -> None:
         "bytes": {"fp32": run.fp32.stat().st_size, "int8": run.int8.stat().st_size},
     }
     run.export_report.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    if agreement < config.export.int8_min_dice:
+    if not agreement >= config.export.int8_min_dice:  # NaN: no foreground in either
         raise ExportError(
-            f"{run.int8}: masks agree with fp32 by Dice {agreement:.3f}, below "
-            f"{config.export.int8_min_dice} (export.int8_min_dice); train longer, or ship "
-            f"{run.fp32.name}"
+            f"{run.int8.name}: masks agree with fp32 by Dice {shown(number(agreement))}, expected "
+            f"at least {config.export.int8_min_dice} (export.int8_min_dice); train longer"
         )
+    shutil.rmtree(target.export, ignore_errors=True)
+    run.export.rename(target.export)
 
 
 def spread(rows: list[SliceRow], count: int) -> list[SliceRow]:

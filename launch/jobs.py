@@ -15,7 +15,7 @@ from launch.ranks import start_ranks
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
-from medpsp.configio import dump_yaml, load_config
+from medpsp.configio import load_config, without_paths
 from medpsp.errors import ConfigError, MedpspError, ShardError
 
 log = logging.getLogger("medpsp")
@@ -76,7 +76,8 @@ def shards_job(config: Config) -> None:
     Raises:
         ShardError: More objects were quarantined than ``data.max_reject_fraction``.
     """
-    from shards.build import build_shards, reject_fraction
+    from shards.build import build_shards
+    from shards.index import reject_fraction
 
     manifest = build_shards(config)
     counts = ", ".join(f"{n} {status}" for status, n in manifest.counts.items())
@@ -134,7 +135,7 @@ def train_job(config: Config) -> None:
     from medpsp.train.engine import process_group
     from medpsp.train.loop import Run, fit
     from shards.dataset import example_batch, stage_rows, train_batches, whole_slices
-    from shards.index import class_pixels
+    from shards.index import class_pixels, read_manifest
 
     run, root = RunDir(config.out), config.shards
     val = [row for row in rows if row.split == "val"]
@@ -145,15 +146,11 @@ def train_job(config: Config) -> None:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = build_model(config.model, len(config.data.classes)).to(device)
         board = Board(run.tensorboard if world.rank == 0 else None, first_step)
-        board.text("config", f"```\n{dump_yaml(config)}\n```")
+        board.text("config", f"```\n{without_paths(config)}\n```")
         weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
         if world.rank == 0:
-            log.info(
-                "train: %d ranks on %s, class weights %s",
-                world.size,
-                device.type,
-                [round(float(w), 2) for w in weights],
-            )
+            shares = ", ".join(f"{float(w):.2f}" for w in weights)
+            log.info("train: %d ranks on %s, class weights %s", world.size, device.type, shares)
         state = fit(
             Run(
                 config=config,
@@ -162,6 +159,7 @@ def train_job(config: Config) -> None:
                 checkpoints=run.checkpoints,
                 board=board,
                 weights=weights,
+                data_id=read_manifest(root).data_id,
                 examples=example_batch(root, val, config),
                 batches=lambda stage, first: train_batches(
                     root, rows, config, world, (stage, first)

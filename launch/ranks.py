@@ -27,6 +27,7 @@ def start_ranks(config: Config) -> None:
     """
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("no torch", name="torch")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -50,6 +51,8 @@ def start_ranks(config: Config) -> None:
     ]
     try:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]
+    except SignalException as stop:
+        raise SystemExit(128 + int(stop.sigval)) from None
     except ChildFailedError as error:
         rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
         reason = _left_reason(folder) or _exit_reason(first.exitcode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import logging
 import os
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from medpsp.config import Config
 from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError, LaunchError
 
+log = logging.getLogger("medpsp")
+_locked: set[Path] = set()
+
 
 @dataclass(frozen=True)
 class RunDir:
     """Places below the out folder of a run."""
 
     root: Path
+    export_name: str = "export"
 
     @classmethod
     def create(cls, config: Config) -> RunDir:
@@ -65,19 +70,49 @@ class RunDir:
         return self.root / "evaluation.json"
 
     @property
+    def export(self) -> Path:
+        """Folder of the ONNX files."""
+        return self.root / self.export_name
+
+    @property
     def fp32(self) -> Path:
         """ONNX, fp32."""
-        return self.root / "export" / "model.onnx"
+        return self.export / "model.onnx"
 
     @property
     def int8(self) -> Path:
         """ONNX, int8."""
-        return self.root / "export" / "model.int8.onnx"
+        return self.export / "model.int8.onnx"
 
     @property
     def export_report(self) -> Path:
         """Parity and agreement figures of the export."""
-        return self.root / "export" / "report.json"
+        return self.export / "report.json"
+
+    def lock(self) -> None:
+        """Keep other commands out of this folder until the process ends.
+
+        Raises:
+            LaunchError: Another one is at work here.
+        """
+        root = self.root.resolve()
+        if root in _locked:
+            return
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # open for good
+        except OSError as error:
+            raise LaunchError(f"out {self.root}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(
+                f"out {self.root}: another medpsp command is at work there; wait for it, or use "
+                "another out folder"
+            ) from None
+        except OSError:  # a file system without locks
+            log.warning("out %s: cannot be locked; start only one command on it", self.root)
+        _locked.add(root)
 
     def log_to(self, name: str) -> None:
         """Append log lines to ``logs/<name>.log`` as well."""
@@ -119,4 +154,12 @@ def find_config(name: str) -> Path:
 def open_run(name: str, overrides: tuple[str, ...]) -> tuple[Config, RunDir]:
     """Load a configuration and make its run folder."""
     config = load_config(find_config(name), overrides)
+    archive, root = config.data.archive.resolve(), config.out.resolve()
+    if config.data.source == "dicom" and root.is_relative_to(archive):
+        raise ConfigError(
+            f"out: {config.out} lies inside data.archive, where it would be scanned; take a folder "
+            "outside it"
+        )
+    if "RANK" not in os.environ:  # ranks work in the folder of the one that started them
+        RunDir(config.out).lock()
     return config, RunDir.create(config)

@@ -22,12 +22,14 @@ def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
         ShardError: The shards were made with other classes, or nothing is labelled.
     """
     from shards.index import read_index, read_manifest
+    from shards.layout import data_settings
 
     manifest = read_manifest(config.shards)
-    if manifest.classes != config.data.classes:
+    wanted = data_settings(config.data)
+    if changed := [f"data.{key}" for key in wanted if manifest.settings.get(key) != wanted[key]]:
         raise ShardError(
-            f"shards {config.shards}: made for classes {', '.join(manifest.classes)}, config has "
-            f"{', '.join(config.data.classes)}; run `medpsp shards` again"
+            f"shards {config.shards}: made with other {', '.join(changed)}; run `medpsp shards` "
+            "again, or set it back"
         )
     rows = tuple(row for row in read_index(config.shards) if row.labelled)
     if not rows:
@@ -49,10 +51,15 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     from medpsp.model.psp import build_model
     from medpsp.train.checkpoint import load_checkpoint
     from medpsp.train.loop import identify
+    from shards.index import read_manifest
 
     tensors, state = load_checkpoint(path, torch.device("cpu"))
-    if state.model != identify(config):
-        raise CheckpointError(f"checkpoint {path}: made with another model or other classes")
+    wanted = identify(config, read_manifest(config.shards).data_id)
+    if changed := [key for key in wanted if state.model.get(key) != wanted[key]]:
+        raise CheckpointError(
+            f"checkpoint {path}: made with other {', '.join(changed)}; use another out folder, or "
+            "delete its checkpoints and train again"
+        )
     model = build_model(
         config.model.model_copy(update={"pretrained": False}), len(config.data.classes)
     )

@@ -17,6 +17,7 @@ from pydantic import (
 
 BACKBONES = ("mobilenetv3_large_100", "efficientnet_b0", "resnet18", "convnext_tiny")
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Side = Annotated[int, Field(ge=32, le=4096)]
 
 
 class Node(BaseModel):
@@ -32,6 +33,8 @@ class Node(BaseModel):
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation in (int, float):  # pydantic reads yes as 1
             raise ValueError(f"expected a number, got {value}")
+        if "\0" in str(value):
+            raise ValueError("holds a zero byte")
         return value
 
 
@@ -128,7 +131,7 @@ class ModelConfig(Node):
     dropout: Fraction = 0.2
     aux: bool = True
     pretrained: bool | Path = False
-    in_channels: Annotated[int, Field(ge=1)] = 1
+    in_channels: Literal[1] = 1
 
     @model_validator(mode="after")
     def _wide_enough(self) -> ModelConfig:
@@ -159,6 +162,12 @@ class LossConfig(Node):
     aux: Annotated[float, Field(ge=0)] = 0.4
     class_weights: Literal["none", "inverse", "median_frequency"] = "median_frequency"
 
+    @model_validator(mode="after")
+    def _something_to_lose(self) -> LossConfig:
+        if self.dice + self.focal == 0:
+            raise ValueError("dice and focal are both 0: nothing would be learnt")
+        return self
+
 
 class StageConfig(Node):
     """One stage of the progressive schedule."""
@@ -187,7 +196,7 @@ class TrainConfig(Node):
     batch_size: Annotated[int, Field(ge=1)] = Field(
         default=16, description="Slices in one global step, over all ranks."
     )
-    size: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] = (256, 256)
+    size: tuple[Side, Side] = (256, 256)
     ranks: Annotated[int, Field(ge=1)] = 1
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

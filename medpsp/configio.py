@@ -61,12 +61,22 @@ def _override(tree: dict[str, Any], text: str) -> None:
             node = node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"override '{text}': '{where}' holds a value, not a section")
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):  # ValueError: 2024-13-45 looks like a date and is none
-        raise ConfigError(f"override '{text}': '{value}' is not a YAML value") from None
+    parsed = _value(text, value)
     last = parts[-1]
     node[_list_index(node, last, key) if isinstance(node, list) else last] = parsed
+
+
+def _value(text: str, value: str) -> Any:
+    """The YAML value of an override; a pattern such as ``{PatientID}.nii`` stays as it is."""
+    try:
+        parsed = yaml.safe_load(value)
+        if isinstance(parsed, dict) and parsed and not any(v is not None for v in parsed.values()):
+            return value
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45
+        if value.startswith("{") and "}" in value[1:-1] and isinstance(error, yaml.YAMLError):
+            return value
+        raise ConfigError(f"override '{text}': '{value}' is not a YAML value") from None
+    return parsed
 
 
 def _defaults(node: type[Node]) -> dict[str, Any]:
@@ -123,6 +133,12 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
 
 def _kind(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def without_paths(config: Config) -> str:
+    """As `dump_yaml`, without places of the data: event files travel further than a run folder."""
+    hidden: Any = {"data": {"archive", "labels", "key_file", "crosswalk"}, "out": True}
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=hidden), sort_keys=False)
 
 
 def dump_yaml(config: Config) -> str:

@@ -42,6 +42,8 @@ def load_key(path: Path | None) -> bytes:
                 f"set data.key_file or {KEY_VARIABLE}"
             ) from None
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for ever
+            raise ConfigError(f"data.key_file {path}: not a regular file")
         mode = stat.S_IMODE(path.stat().st_mode)
         text = path.read_bytes().strip()
     except OSError as error:

@@ -30,7 +30,7 @@ from shards.index import (
     write_bytes_durably,
     write_table,
 )
-from shards.layout import FORMAT, PlannedSeries, ShardPlan, plan_shards
+from shards.layout import FORMAT, PlannedSeries, ShardPlan, data_id, data_settings, plan_shards
 from shards.write import (
     Commit,
     WriteSettings,
@@ -89,7 +89,13 @@ def _require_places(data: DataConfig, root: Path) -> None:
     archive, shards = data.archive.resolve(), root.resolve()
     if data.source == "dicom" and shards.is_relative_to(archive):
         raise ConfigError(f"out: {root} lies inside data.archive; take a folder outside it")
+    if data.source == "dicom" and data.labels and not data.labels.is_dir():
+        raise ConfigError(f"data.labels {data.labels}: no such folder")
     if data.crosswalk:
+        if data.crosswalk.is_dir():
+            raise ConfigError(
+                f"data.crosswalk {data.crosswalk}: a folder, expected a file to write"
+            )
         for name, place in (("the shards", shards), ("data.archive", archive)):
             if data.crosswalk.resolve().is_relative_to(place):
                 raise ConfigError(
@@ -114,8 +120,6 @@ def _attach_masks(series: list[Series], data: DataConfig) -> tuple[list[Series],
     """Give each DICOM series its NIfTI mask; one without is left out, and counted."""
     if data.source == "voc" or data.labels is None:
         return series, []
-    if not data.labels.is_dir():
-        raise ConfigError(f"data.labels {data.labels}: no such folder")
     labelled: list[Series] = []
     rows: list[ScanRow] = []
     for item in series:
@@ -127,6 +131,8 @@ def _attach_masks(series: list[Series], data: DataConfig) -> tuple[list[Series],
                 continue
         except LabelError as error:
             code, detail = error.code, error.detail
+        except OSError:  # ENAMETOOLONG: its text would hold the PatientID
+            detail = "a header value makes no file name"
         rows += [refusal(ref.file_id, code, detail) for ref in item.slices]
     return labelled, rows
 
@@ -252,7 +258,8 @@ def _publish(config: Config, key: bytes, commits: list[Commit], rows: list[ScanR
         tool=f"medpsp {__version__}",
         classes=data.classes,
         key_fingerprint=fingerprint(key),
-        settings=json.dumps({"source": data.source, "label_map": data.label_map}, sort_keys=True),
+        settings=data_settings(data),
+        data_id=data_id(data, fingerprint(key), {(r["patient"], r["split"]) for r in kept}),
         shards=tuple({"name": c.name, "digest": c.digest, "files": c.files} for c in commits),
         counts=dict(counts),
         codes=dict(sorted(Counter(r["code"] for r in refused).items())),
@@ -272,12 +279,6 @@ def _conserve(data: DataConfig, manifest: Manifest) -> None:
                 f"archive {data.archive}: {found} files, but {told} accounted for; the archive "
                 "changed during the conversion: run again"
             )
-
-
-def reject_fraction(manifest: Manifest) -> float:
-    """Share of quarantined objects among kept and quarantined ones."""
-    bad = manifest.counts["quarantined"]
-    return bad / max(1, bad + manifest.counts["kept"])
 
 
 def _tally(rows: list[ScanRow]) -> str:

@@ -74,13 +74,17 @@ class Manifest:
     Attributes:
         shards: Name, digest of the plan and SHA-256 of the files of each.
         tables: SHA-256 of index, reject table and every zarr.json.
+        settings: `layout.data_settings` of the configuration.
+        data_id: Equal only where no patient can be in another split and no label or window can
+            differ: a checkpoint belongs to one.
     """
 
     version: int
     tool: str
     classes: tuple[str, ...]
     key_fingerprint: str
-    settings: str
+    settings: dict[str, Any]
+    data_id: str
     shards: tuple[dict[str, Any], ...]
     counts: dict[str, int]
     codes: dict[str, int]
@@ -189,3 +193,9 @@ def class_pixels(rows: Sequence[SliceRow], classes: int) -> NDArray[np.int64]:
     for row in rows:
         total += np.array(row.histogram[:classes], dtype=np.int64)
     return total
+
+
+def reject_fraction(manifest: Manifest) -> float:
+    """Share of quarantined objects among kept and quarantined ones."""
+    bad = manifest.counts["quarantined"]
+    return bad / max(1, bad + manifest.counts["kept"])

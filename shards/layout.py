@@ -11,7 +11,9 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from medpsp.config import DataConfig
 from medpsp.types import PixelDtype, Series, Split
 
 FORMAT = 1
@@ -69,6 +71,26 @@ class ShardPlan:
         """Hash of everything that decides the bytes of this shard, besides the source pixels."""
         text = json.dumps([FORMAT, settings, [asdict(p) for p in self.parts]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def data_settings(data: DataConfig) -> dict[str, Any]:
+    """What of the configuration decides slices, labels, windows and splits, as JSON values."""
+    keep = {"source", "classes", "label_map", "modalities", "window", "split"}
+    return data.model_dump(mode="json", include=keep)
+
+
+def data_id(data: DataConfig, key_fingerprint: str, splits: set[tuple[str, str]]) -> str:
+    """Hash that is equal only where no patient can have changed its split; see `Manifest`.
+
+    Args:
+        data: Of the configuration.
+        key_fingerprint: Thresholds of one key never move a patient; ...
+        splits: ... split lists of a VOC archive may: pairs of patient and split.
+    """
+    parts: list[Any] = [data_settings(data), key_fingerprint]
+    if data.source == "voc":
+        parts.append(sorted(splits))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def bucket_of(series: Series) -> str:

@@ -25,9 +25,9 @@ from medpsp.config import Config
 from medpsp.errors import ArchiveError, ConfigError, ShardError
 from medpsp.identity import pseudonym
 from medpsp.intensity import percentile_window
-from shards.build import build_shards, reject_fraction
+from shards.build import build_shards
 from shards.check import check_shards
-from shards.index import Manifest, SliceRow, read_index, read_manifest
+from shards.index import Manifest, SliceRow, read_index, read_manifest, reject_fraction
 
 Make = Callable[..., Config]
 BUCKET = "48x48_int16"
@@ -448,7 +448,7 @@ def test_a_split_whose_patients_all_turn_out_bad_is_an_error_with_the_reason(
         ({"archive": Path("/nowhere")}, ArchiveError, "/nowhere: no such folder"),
         ({"labels": Path("/nowhere")}, ConfigError, r"^data\.labels /nowhere: no such folder"),
         ({"label_pattern": "{Name}.nii"}, ConfigError, r"^data\.label_pattern"),
-        ({"label_pattern": "\0{PatientID}"}, ArchiveError, "nothing usable; .*32 LABEL_NONE"),
+        ({"label_pattern": "no/{PatientID}"}, ArchiveError, "nothing usable; .*32 LABEL_NONE"),
         ({"modalities": ["MR"]}, ArchiveError, "nothing usable; .*32 MODALITY_SKIPPED"),
     ],
 )

@@ -6,6 +6,7 @@ Run as a program, this file is one of two ranks.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from medpsp.train.batch import Batch
 from medpsp.train.board import Board
 from medpsp.train.checkpoint import TrainState, load_checkpoint, read_state, save_checkpoint
 from medpsp.train.engine import process_group, sum_over_ranks, wrap
-from medpsp.train.loop import Run, evaluate, fit, identify, train_step
+from medpsp.train.loop import Run, evaluate, fit, identify, resume, train_step
 from medpsp.train.metrics import dice_per_class
 from medpsp.types import World
 
@@ -211,17 +212,18 @@ def test_resuming_equals_never_having_stopped(tmp_path: Path, stop: int, saved: 
 
 
 def test_a_kill_between_saving_and_marking_the_best_is_made_good(tmp_path: Path) -> None:
-    config = make_config({"name": "full", "steps": 1})
-    run = make_run(config, tmp_path)
-    state = fit(run, network(config))
+    config = make_config({"name": "full", "steps": 3}, eval_every=1)
+    run, model = make_run(config, tmp_path), network(config)
+    with pytest.raises(Interrupted):
+        fit(interrupt(run, 1), model)
     (run.checkpoints / "best").unlink()
-    fit(run, network(config))
-    assert read_state(run.checkpoints / "best").step == 1
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = resume(run, model, optimizer)
+    assert read_state(run.checkpoints / "best") == state
     tensors, _ = load_checkpoint(run.checkpoints / "best", CPU)
-    save_checkpoint(
-        run.checkpoints, "step-00000002", tensors, replace(state, step=2, score=state.best - 0.1)
-    )
-    assert fit(run, network(config)).step == 2  # the newest is not the best
+    worse = replace(state, step=2, score=state.best - 0.1)
+    save_checkpoint(run.checkpoints, "step-00000002", tensors, worse)
+    assert resume(run, model, optimizer) == worse  # the newest is not the best
     assert read_state(run.checkpoints / "best").step == 1
 
 
@@ -460,18 +462,20 @@ def test_ranks_stay_equal_through_all_stages(ranks: Ranks) -> None:
 
 
 def test_one_rank_goes_on_where_two_stopped(ranks: Ranks, tmp_path: Path) -> None:
-    folder, (first, _) = ranks
-    config = make_config(*STAGES[:2], {**STAGES[2], "steps": 4})
-    run = replace(make_run(config, tmp_path), checkpoints=folder / "checkpoints")
+    config = make_config(*STAGES, eval_every=2)
+    run = make_run(config, tmp_path)
+    shutil.copytree(ranks[0] / "checkpoints", run.checkpoints, symlinks=True)
+    for name in ("step-00000008", "stage-2-full"):  # as if killed after step 6
+        shutil.rmtree(run.checkpoints / name)
+    tensors, state = load_checkpoint(run.checkpoints / "step-00000006", CPU)
     model = network(config, seed=9)
-    state = fit(run, model)
-    assert state.step == 9
+    assert (state.step, fit(run, model).step) == (6, 8)
     moved = [
         (model.state_dict()[name] - tensor).abs().max()
-        for name, tensor in first["fit"]["model"].items()
+        for name, tensor in tensors["model"].items()
         if name.endswith("weight")
     ]
-    assert 0 < max(moved) < 0.02  # one step of Adam from there, not a start from new weights
+    assert 0 < max(moved) < 0.02  # two steps of Adam from there, not a start from new weights
 
 
 if __name__ == "__main__":

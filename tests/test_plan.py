@@ -37,17 +37,25 @@ def test_each_job_comes_after_the_one_before_and_is_a_command():
 
 
 def world_of(monkeypatch: pytest.MonkeyPatch, **found: str) -> World:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     return detect_world()
 
 
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_ranks_without_a_meeting_point_are_refused(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(LaunchError, match="MASTER_ADDR"):
+        world_of(monkeypatch, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+
+
 def test_ranks_come_from_the_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch):
     assert world_of(monkeypatch) == World(rank=0, size=1, local_rank=0)
     assert world_of(monkeypatch, RANK="3") == World()  # without a world there is no rank
-    assert world_of(monkeypatch, RANK="5", WORLD_SIZE="8", LOCAL_RANK="1") == World(
+    assert world_of(monkeypatch, RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", **MASTER) == World(
         rank=5, size=8, local_rank=1
     )
 

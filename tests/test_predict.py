@@ -31,7 +31,7 @@ from medpsp.intensity import CT_WINDOW, overlay, percentile_window, to_unit
 
 CLASSES = ["background", "organ", "bone"]
 LOW, HIGH = (40.5 + 160) / 400, (160.5 + 160) / 400
-METADATA = {"classes": CLASSES, "modalities": ["CT"], "window": None}
+METADATA = {"classes": CLASSES, "modalities": ["CT", "IMAGE8"], "window": None}
 
 
 class Lines(nn.Module):
@@ -216,7 +216,7 @@ def test_a_folder_of_plain_images_gets_masks_and_overlays(model: Path, tmp_path:
     (source / "broken.png").write_bytes(b"\x89PNG")
     (source / "notes.txt").write_text("hello")
     predictions, rows = Predictor(model).folder(source, tmp_path / "out")
-    assert [p.name for p in predictions] == ["ramp"]
+    assert [p.name for p in predictions] == ["ramp.png"]
     assert sorted((row.file_id, row.code) for row in rows) == [
         ("broken.png", "IMAGE_UNREADABLE"),
         ("colour.jpg", "COLOUR_UNSUPPORTED"),
@@ -230,8 +230,8 @@ def test_a_folder_of_plain_images_gets_masks_and_overlays(model: Path, tmp_path:
         assert image.size == (16, 16)
     assert predictions[0].pixels == tuple(np.bincount(truth.ravel()).tolist())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "ramp.mask.png",
-        "ramp.overlay.png",
+        "ramp.png.mask.png",
+        "ramp.png.overlay.png",
     ]
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from medpsp.deploy.picture import write_sheet
 from medpsp.dicom.nifti import write_nifti_mask
 from medpsp.dicom.read import read_pixels
-from medpsp.dicom.scan import scan_folder
+from medpsp.dicom.scan import refusal, scan_folder
 from medpsp.dicom.voc import SUFFIXES, read_image
-from medpsp.errors import ArchiveError, ModelFileError, SourceError
+from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError, SourceError
 from medpsp.intensity import overlay, series_window, to_unit
 from medpsp.types import ScanRow, Series, Window
 
@@ -78,6 +78,20 @@ class Predictor:
             raise ModelFileError(
                 f"model {path}: its metadata is damaged ({type(error).__name__})"
             ) from None
+        if fault := self._misfit():
+            raise ModelFileError(f"model {path}: metadata and graph do not fit: {fault}")
+
+    def _misfit(self) -> str:
+        """Why masks would be named or windowed wrongly; empty where they would not."""
+        if self.window and not self.window.width > 0:
+            return f"window width {self.window.width}, expected above 0"
+        inputs = self.session.get_inputs()
+        if [i.name for i in inputs] != ["image"] or inputs[0].shape[1:2] != [1]:
+            return "the input is not image (N, 1, H, W)"
+        probe = np.zeros((1, 1, 32, 32), dtype=np.float32)
+        found = self.session.run(None, {"image": probe})[0].shape
+        wanted = (1, len(self.classes), 32, 32)
+        return "" if found == wanted else f"output {found}, expected {wanted}"
 
     def mask(self, unit: NDArray[np.float32]) -> NDArray[np.uint8]:
         """(N, H, W) in [0, 1] to (N, H, W) class indices."""
@@ -105,11 +119,20 @@ class Predictor:
 
         Writes ``<name>.nii.gz`` on the grid of the series, ``<name>/<slice>.png`` overlays and
         ``<name>.png``, some of them with a legend;
-        for a folder of plain images ``<stem>.mask.png`` and ``<stem>.overlay.png``.
+        for a folder of plain images ``<file name>.mask.png`` and ``<file name>.overlay.png``.
 
         Raises:
+            ConfigError: ``out`` holds something already, or lies inside the source.
             ArchiveError: Folder missing or empty, or nothing in it can be segmented.
         """
+        if out.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(
+                f"{out}: lies inside {source}; take a folder outside it for the masks"
+            )
+        if out.is_dir() and any(out.iterdir()):
+            raise ConfigError(
+                f"{out}: not empty; masks of other patients would stand among the new"
+            )
         series, rows = scan_folder(source, self.modalities, str)
         predictions: list[Prediction] = []
         for number, item in enumerate(series):
@@ -155,24 +178,26 @@ class Predictor:
 
     def _images(self, source: Path, out: Path, rows: list[ScanRow]) -> list[Prediction]:
         predictions = []
-        paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES)
+        paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         names = {path.name for path in paths}
         rows[:] = [row for row in rows if row.file_id not in names]  # no DICOM, but not skipped
         for path in paths:
             try:
                 values = read_image(path)[None]
+                modality = "IMAGE8" if values.dtype == np.int16 else "OT"
+                if modality not in self.modalities:
+                    raise DicomError("MODALITY_SKIPPED", "the model is for other modalities")
             except SourceError as error:
-                rows.append(ScanRow(file_id=path.name, status="quarantined", code=error.code))
+                rows.append(refusal(path.name, error.code, error.detail))
                 continue
-            modality = "IMAGE8" if values.dtype == np.int16 else "OT"
             window = series_window(modality, self.window, values)
             unit = to_unit(values, window).astype(np.float32, copy=False)
             mask = self.mask(unit)
             out.mkdir(parents=True, exist_ok=True)
-            files = [out / f"{path.stem}.mask.png", out / f"{path.stem}.overlay.png"]
+            files = [out / f"{path.name}.mask.png", out / f"{path.name}.overlay.png"]
             Image.fromarray(mask[0]).save(files[0])
             Image.fromarray(overlay(unit[0], mask[0])).save(files[1])
-            predictions.append(self._prediction(path.stem, mask, files))
+            predictions.append(self._prediction(path.name, mask, files))
         return predictions
 
     def _prediction(self, name: str, mask: NDArray[np.uint8], files: list[Path]) -> Prediction:

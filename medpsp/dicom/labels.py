@@ -88,6 +88,12 @@ def place_mask(
         LabelError: MASK_GRID_MISMATCH or MASK_OUTSIDE_IMAGE.
     """
     slices, rows, columns = shape
+    if slices == 1:  # one slice has no distance to the next: take the mask's along that direction
+        affine_lps = affine_lps.copy()
+        normal = affine_lps[:3, 2] / np.linalg.norm(affine_lps[:3, 2])
+        lengths = np.linalg.norm(mask_ras[:3, :3], axis=0)
+        along = np.abs((LPS_TO_RAS[:3, :3] @ normal) @ (mask_ras[:3, :3] / lengths))
+        affine_lps[:3, 2] = normal * lengths[int(along.argmax())]
     to_mask = np.linalg.inv(mask_ras) @ LPS_TO_RAS @ affine_lps
     turn = np.round(to_mask[:3, :3])
     offset = np.round(to_mask[:3, 3])

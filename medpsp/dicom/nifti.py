@@ -24,4 +24,9 @@ def write_nifti_mask(path: Path, mask: NDArray[np.uint8], affine_lps: NDArray[np
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(None if sheared else affine, code=0 if sheared else 1)
-    nib.save(image, path)
+    partial = path.with_name(f".partial-{path.name}")  # the suffix decides the format
+    try:
+        nib.save(image, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

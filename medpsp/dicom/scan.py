@@ -31,6 +31,9 @@ def walk_files(root: Path) -> Iterator[Path]:
 
     for folder, names, files in os.walk(root, onerror=refuse):
         names.sort()
+        for name in names:
+            if (Path(folder) / name).is_symlink():  # not followed, but not forgotten either
+                yield Path(folder) / name
         for name in sorted(files):
             yield Path(folder) / name
 

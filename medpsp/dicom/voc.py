@@ -158,7 +158,7 @@ def _image_ref(path: Path, name: str, patient: str) -> SliceRef:
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ArchiveError(f"VOC archive: no folder {folder}; set data.voc.images and .masks")
-    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES]
+    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and p.is_file()]
     found = {p.stem: p for p in paths}
     if not found:
         raise ArchiveError(f"VOC archive: {folder} holds no image ({', '.join(SUFFIXES)})")

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class TrainState:
     best: float
     score: float
     model: dict[str, Any]
+    schedule: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: TrainState) -> Path:

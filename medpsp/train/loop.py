@@ -47,6 +47,7 @@ class Run:
         val_batches: This rank's share of the validation slices, whole slices.
         examples: A few validation slices to draw.
         weights: (K,) class weights.
+        data_id: Of the shards; a checkpoint goes on only with the data it was made from.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class Run:
     val_batches: Callable[[], Iterable[Batch]]
     examples: Batch
     weights: Tensor
+    data_id: str = ""
 
     @property
     def leads(self) -> bool:
@@ -183,7 +185,8 @@ def evaluate_and_save(
         stage=stage.name,
         score=score,
         best=max(score, state.best),
-        model=identify(config),
+        model=identify(config, run.data_id),
+        schedule=schedule_of(config),
     )
     if run.leads:
         names = config.data.classes[1:]
@@ -203,7 +206,7 @@ def evaluate_and_save(
         if last:
             save_checkpoint(run.checkpoints, f"stage-{index}-{stage.name}", tensors, new)
         path = save_checkpoint(run.checkpoints, f"step-{step:08d}", tensors, new)
-        if score > state.best:
+        if score >= state.best:  # of two equal ones the later saw more
             mark_best(path)
         prune(run.checkpoints)
     barrier()
@@ -229,24 +232,43 @@ def predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> NDArr
     return mask
 
 
-def identify(config: Config) -> dict[str, Any]:
-    """What must be equal for weights to fit: network, classes."""
+def identify(config: Config, data_id: str = "") -> dict[str, Any]:
+    """What must be equal for weights to be used: network, classes, labels, windows, splits."""
     tree = config.model.model_dump(mode="json", exclude={"pretrained", "dropout"})
-    return {**tree, "classes": list(config.data.classes)}
+    return {**tree, "classes": list(config.data.classes), "data (labels, window, split)": data_id}
+
+
+def schedule_of(config: Config) -> dict[str, Any]:
+    """What gives a step number its meaning."""
+    stages = [[stage.name, stage.steps] for stage in config.train.stages]
+    return {"batch_size": config.train.batch_size, "stages": stages}
+
+
+def same_so_far(state: TrainState, config: Config) -> bool:
+    """Whether the steps done are the same in this schedule; later ones may differ."""
+    now, stages = schedule_of(config), config.train.stages
+    if state.step > total_steps(stages) or state.schedule.get("batch_size") != now["batch_size"]:
+        return False
+    index, _ = stage_at(stages, state.step - 1)
+    done: list[Any] = state.schedule["stages"]
+    return done[:index] == now["stages"][:index] and state.stage == stages[index].name
 
 
 def resume(run: Run, model: PSPNet, optimizer: torch.optim.Optimizer) -> TrainState:
     """Load the newest checkpoint, or start at step 0.
 
     Raises:
-        CheckpointError: It was made with another network or other classes.
+        CheckpointError: It was made with another network, other data or another schedule.
     """
     path = latest_checkpoint(run.checkpoints)
     if path is None:
-        return TrainState(step=0, stage="", best=-1.0, score=0.0, model=identify(run.config))
+        return TrainState(step=0, stage="", best=-1.0, score=0.0, model={})
     tensors, state = load_checkpoint(path, run.device)
-    if state.model != identify(run.config):
-        changed = [k for k, v in identify(run.config).items() if state.model.get(k) != v]
+    wanted = identify(run.config, run.data_id)
+    changed = [k for k, v in wanted.items() if state.model.get(k) != v]
+    if not same_so_far(state, run.config):
+        changed.append("train.stages or train.batch_size")
+    if changed:
         raise CheckpointError(
             f"checkpoint {path}: made with other {', '.join(changed)}; use another out folder, "
             "or delete its checkpoints"
