@@ -1,0 +1,110 @@
+"""What ties shards, checkpoints and a run folder together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.phantom import Phantom
+from launch.rundir import RunDir
+from launch.trained import labelled_rows
+from medpsp.config import Config
+from medpsp.configio import load_config, without_paths
+from medpsp.dicom.labels import LPS_TO_RAS, place_mask
+from medpsp.errors import LabelError, ShardError
+from medpsp.train.checkpoint import TrainState
+from medpsp.train.loop import same_so_far, schedule_of
+from shards.layout import data_id, data_settings
+
+
+def changed(config: Config, **data: object) -> Config:
+    tree = config.model_dump(mode="json")
+    return Config.model_validate({**tree, "data": {**tree["data"], **data}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("label_map", {0: 0, 1: 2, 2: 1, 3: 3}),
+        ("window", {"center": 600, "width": 50}),
+        ("modalities", ["MR"]),
+        ("split", {"val": 0.25, "test": 0.6}),
+    ],
+)
+def test_shards_of_another_configuration_are_not_used(made: Config, key: str, value: object):
+    assert labelled_rows(made)
+    with pytest.raises(ShardError, match=rf"made with other data\.{key}; run `medpsp shards`"):
+        labelled_rows(changed(made, **{key: value}))
+
+
+def test_data_id_changes_with_what_could_move_a_patient(made: Config):
+    data, pairs = made.data, {("p", "train")}
+    first = data_id(data, "k", pairs)
+    assert first == data_id(data, "k", {("p", "train"), ("new", "test")})  # thresholds move nobody
+    assert first != data_id(data, "another key", pairs)
+    assert first != data_id(changed(made, split={"val": 0.3, "test": 0.1}).data, "k", pairs)
+    voc = changed(made, source="voc").data
+    assert data_id(voc, "k", pairs) != data_id(voc, "k", {("p", "test")})  # split lists may
+    assert "archive" not in data_settings(data)
+
+
+def schedule(made: Config, *stages: tuple[str, int], **train: object) -> Config:
+    tree = made.model_dump(mode="json")
+    plan = [{"name": name, "steps": steps, "lr": 1e-3} for name, steps in stages]
+    return Config.model_validate({**tree, "train": {**tree["train"], "stages": plan, **train}})
+
+
+def test_later_stages_may_change_but_not_the_steps_done(made: Config):
+    trained = schedule(made, ("a", 4), ("b", 6))
+    state = TrainState(
+        step=7, stage="b", best=0.5, score=0.5, model={}, schedule=schedule_of(trained)
+    )
+    assert same_so_far(state, trained)
+    assert same_so_far(state, schedule(made, ("a", 4), ("b", 9), ("c", 2)))
+    assert not same_so_far(state, schedule(made, ("a", 3), ("b", 7)))
+    assert not same_so_far(state, schedule(made, ("z", 2)))
+    assert not same_so_far(state, schedule(made, ("a", 4), ("c", 6)))
+    assert not same_so_far(state, schedule(made, ("a", 4), ("b", 6), batch_size=2))
+
+
+def test_only_one_command_works_in_a_run_folder(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from launch.rundir import RunDir\n"
+        "RunDir(Path(sys.argv[1])).lock(); print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"locked\n"
+        second = subprocess.run(command, input=b"", capture_output=True, check=False)
+        assert second.returncode == 1
+        assert b"another medpsp command is at work there" in second.stderr
+        first.communicate()
+    RunDir(tmp_path).lock()  # free again
+
+
+@pytest.mark.parametrize("thickness", [0.5, 1.0, 5.0])
+def test_a_single_slice_gets_its_mask_whatever_its_thickness(thickness: float):
+    phantom = Phantom(shape=(1, 5, 7), spacing=(thickness, 2.0, 3.0), oblique_deg=20)
+    affine = phantom.affine_lps()
+    alone = affine.copy()
+    alone[:3, 2] /= thickness  # a lone DICOM slice says nothing of a distance
+    mask = np.arange(35).reshape(7, 5, 1)
+    placed = place_mask(mask, LPS_TO_RAS @ affine, alone, (1, 5, 7))
+    np.testing.assert_array_equal(placed, mask.transpose(2, 1, 0))
+    turned = Phantom(shape=(1, 5, 7), spacing=(thickness, 2.0, 3.0), oblique_deg=25).affine_lps()
+    with pytest.raises(LabelError, match="MASK_GRID_MISMATCH"):
+        place_mask(mask, LPS_TO_RAS @ turned, alone, (1, 5, 7))
+
+
+@pytest.mark.parametrize("pattern", ["{PatientID}.nii.gz", "{PatientID}", "{folder}/m.nii"])
+def test_a_label_pattern_needs_no_quotes_of_its_own(tmp_path: Path, pattern: str):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {archive: secret, classes: [a, b]}\n")
+    config = load_config(file, (f"data.label_pattern={pattern}",))
+    assert config.data.label_pattern == pattern
+    assert "secret" not in without_paths(config)
