@@ -8,8 +8,10 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import onnx
@@ -156,7 +158,8 @@ def write_identity(path: Path, metadata: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def answers(places: dict[str, Path]) -> dict[str, subprocess.CompletedProcess[str]]:
-    """All of it, three processes at a time; each run folder is its own."""
+    """All of it, three processes at a time; those that share a run folder take turns."""
+    turn = threading.Lock()
 
     def ask(item: tuple[int, str]) -> tuple[str, subprocess.CompletedProcess[str]]:
         number, name = item
@@ -164,9 +167,10 @@ def answers(places: dict[str, Path]) -> dict[str, subprocess.CompletedProcess[st
         if str(places["c"]) in words and not any(word.startswith("out=") for word in words):
             words.append(f"out={places['out']}/{number}")
         command = [sys.executable, "-m", "launch.cli", *words]
-        return name, subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=300
-        )
+        with turn if str(places["made"]) in words else nullcontext():
+            return name, subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=300
+            )
 
     with ThreadPoolExecutor(3) as pool:
         return dict(pool.map(ask, enumerate(NONSENSE)))
