@@ -151,6 +151,19 @@ def backbones(
     Console().print(table)
 
 
+key_app = typer.Typer(no_args_is_help=True, help="The key of the pseudonyms.")
+app.add_typer(key_app, name="key")
+
+
+@key_app.command("new")
+def key_new(path: Annotated[Path, typer.Argument(help="File to write, mode 0600.")]) -> None:
+    """Make a project key; whoever has it can find a patient's pseudonym, so keep it safe."""
+    from medpsp.identity import create_key
+
+    create_key(path)
+    typer.echo(f"{path}  (set data.key_file to it; a lost key means new pseudonyms and splits)")
+
+
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
 

@@ -47,7 +47,8 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
         write_archive(partial, PATIENTS, Phantom())
         partial.rename(archive)
         log.info("demo: %d phantom patients as DICOM in %s", PATIENTS, archive / "dicom")
-    create_key(key_file, KEY)
+    if not key_file.exists():
+        create_key(key_file, KEY)  # always the same: a demo that repeats, and no patients
     submit_plan(plan_jobs(config), run)
     new, _ = write_archive(out / "new-patient", 1, Phantom(oblique_deg=10), seed=99)
     shutil.rmtree(out / "masks", ignore_errors=True)

@@ -41,7 +41,8 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     counts: dict[str, Any] = defaultdict(lambda: np.zeros((classes, classes), dtype=np.int64))
     blind = np.zeros((classes, 2, 2), dtype=np.int64)
     with Bar("evaluate", len(held_out), "slices") as bar:
-        for batch in whole_slices(config.shards, held_out, World()):
+        slices = whole_slices(config.shards, held_out, World(), config.model.in_channels)
+        for batch in slices:
             predicted = predict_batch(model, batch, torch.device("cpu"))
             for patient, truth, mask in zip(
                 batch.patients, batch.label.numpy(), predicted, strict=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def export_job(config: Config) -> None:
         "bins": list(config.model.bins),
         "step": step,
         "in_channels": config.model.in_channels,
+        "policy": {k: v for k, v in asdict(config.data.policy).items() if k != "modalities"},
         "key_fingerprint": read_manifest(config.shards).key_fingerprint,
     }
     channels, limit = config.model.in_channels, config.export.calibration_slices
@@ -90,9 +92,10 @@ def spread(rows: list[SliceRow], count: int) -> list[SliceRow]:
 
 
 def unit_images(config: Config, rows: list[SliceRow]) -> Any:
-    """(1, 1, H, W) inputs of the network, one after another."""
+    """(1, C, H, W) inputs of the network, one after another."""
+    from medpsp.intensity import planes
     from shards.dataset import read_unit
     from shards.reader import ShardReader
 
-    reader = ShardReader(config.shards)
-    return (read_unit(reader, row)[0][None, None] for row in rows)
+    reader, channels = ShardReader(config.shards), config.model.in_channels
+    return (np.stack([planes(read_unit(reader, row)[0], channels)]) for row in rows)

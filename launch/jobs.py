@@ -81,14 +81,14 @@ def shards_job(config: Config) -> None:
 
     manifest = build_shards(config)
     counts = ", ".join(f"{n} {status}" for status, n in manifest.counts.items())
-    log.info("shards: %s -> %s (%s)", config.data.archive, config.shards, counts)
+    log.info("shards: %s (%d slices; objects: %s)", config.shards, manifest.slices, counts)
     if manifest.codes:
         log.info("not kept: %s", ", ".join(f"{n} {code}" for code, n in manifest.codes.items()))
     fraction, limit = reject_fraction(manifest), config.data.max_reject_fraction
     if fraction > limit:
         raise ShardError(
             f"shards {config.shards}: {fraction:.1%} of the objects were quarantined, "
-            f"data.max_reject_fraction allows {limit:.1%}; see rejects.parquet there"
+            f"data.max_reject_fraction allows {limit:.1%}; see objects.parquet there"
         )
 
 
@@ -102,7 +102,7 @@ def check_job(config: Config) -> None:
     from shards.check import check_shards
     from shards.index import read_manifest
 
-    with Bar("check", read_manifest(config.shards).counts["kept"], "slices") as bar:
+    with Bar("check", read_manifest(config.shards).slices, "slices") as bar:
         problems = check_shards(config.shards, bar.advance)
     for problem in problems:
         log.error("%s", problem)

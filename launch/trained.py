@@ -8,7 +8,7 @@ import numpy as np
 
 from launch.rundir import RunDir
 from medpsp.config import Config
-from medpsp.errors import CheckpointError, ShardError
+from medpsp.errors import CheckpointError, ConfigError, ShardError
 
 if TYPE_CHECKING:
     from medpsp.model.psp import PSPNet
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
-    """Rows of the index whose classes fit the configuration.
+    """Labelled rows of the index, which fit the configuration.
 
     Raises:
+        ConfigError: Some are in colour, and the network takes grey only.
         ShardError: The shards were made with other classes, or nothing is labelled.
     """
     from shards.index import read_index, read_manifest
@@ -34,6 +35,12 @@ def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
     rows = tuple(row for row in read_index(config.shards) if row.labelled)
     if not rows:
         raise ShardError(f"shards {config.shards}: no labelled slice; set data.labels")
+    colour = sum(row.bucket.endswith("_uint8") for row in rows)
+    if colour and config.model.in_channels == 1:
+        raise ConfigError(
+            f"model.in_channels 1: {colour} of {len(rows)} labelled slices are in colour; set "
+            "model.in_channels=3 (grey slices are then repeated)"
+        )
     return rows
 
 

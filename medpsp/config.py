@@ -6,113 +6,12 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, model_validator
+
+from medpsp.dataconfig import DataConfig, Fraction, Node
 
 BACKBONES = ("mobilenetv3_large_100", "efficientnet_b0", "resnet18", "convnext_tiny")
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Side = Annotated[int, Field(ge=32, le=4096)]
-
-
-class Node(BaseModel):
-    """Frozen, every key is known, and no number is infinite or a boolean."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_boolean_number(cls, value: object, info: ValidationInfo) -> object:
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation in (int, float):  # pydantic reads yes as 1
-            raise ValueError(f"expected a number, got {value}")
-        if "\0" in str(value):
-            raise ValueError("holds a zero byte")
-        return value
-
-
-class WindowConfig(Node):
-    """A fixed window in modality units (HU for CT)."""
-
-    center: float
-    width: Annotated[float, Field(gt=0)]
-
-
-class SplitConfig(Node):
-    """Shares of patients held out. A patient's place is a threshold of a keyed hash."""
-
-    val: Fraction = 0.2
-    test: Fraction = 0.2
-
-    @model_validator(mode="after")
-    def _leave_some_for_training(self) -> SplitConfig:
-        if self.val + self.test >= 1:
-            raise ValueError(f"val + test must stay below 1, got {self.val + self.test:g}")
-        return self
-
-
-class VocConfig(Node):
-    """Folder names of a VOC-style archive, below ``data.archive``."""
-
-    images: str = "JPEGImages"
-    masks: str = "SegmentationClass"
-    lists: str = "ImageSets/Segmentation"
-    patient_pattern: str = Field(
-        default="^(.+)$", description="Regular expression on the stem; group 1 is the patient."
-    )
-
-
-class DataConfig(Node):
-    """What to read and how to turn it into shards."""
-
-    source: Literal["dicom", "voc"] = "dicom"
-    archive: Path
-    labels: Path | None = Field(default=None, description="Root of the masks; none: unlabelled.")
-    label_pattern: str = Field(
-        default="{PatientID}.nii.gz",
-        description="Mask of a series below `labels`; fields: PatientID, SeriesInstanceUID, "
-        "Modality, folder (of the series, relative to the archive).",
-    )
-    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
-    label_map: dict[int, int] = Field(
-        default={}, description="Mask value to class index; empty: the value is the index."
-    )
-    modalities: tuple[str, ...] = ("CT", "MR")
-    window: WindowConfig | None = Field(
-        default=None,
-        description="None: 40/400 for CT, the full range for 8-bit images, else percentiles "
-        "0.5-99.5 of the series.",
-    )
-    split: SplitConfig = SplitConfig()
-    voc: VocConfig = VocConfig()
-    key_file: Path | None = Field(
-        default=None, description="Key of the pseudonyms, mode 0600; none: MEDPSP_KEY or ~/.config."
-    )
-    crosswalk: Path | None = Field(
-        default=None, description="If set, file_id to real path is written there, mode 0600."
-    )
-    shard_slices: Annotated[int, Field(ge=1, le=4096)] = 128
-    workers: Annotated[int, Field(ge=1)] = 2
-    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-
-    @model_validator(mode="after")
-    def _map_into_classes(self) -> DataConfig:
-        if len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"classes must differ, got {', '.join(self.classes)}")
-        for value, index in self.label_map.items():
-            if not (0 <= index < len(self.classes) or index == 255):
-                raise ValueError(
-                    f"label_map sends {value} to {index}; classes are 0..{len(self.classes) - 1} "
-                    "and 255 is ignore"
-                )
-        return self
 
 
 class ModelConfig(Node):
@@ -131,7 +30,7 @@ class ModelConfig(Node):
     dropout: Fraction = 0.2
     aux: bool = True
     pretrained: bool | Path = False
-    in_channels: Literal[1] = 1
+    in_channels: Literal[1, 3] = Field(default=1, description="3: RGB; grey slices are repeated.")
 
     @model_validator(mode="after")
     def _wide_enough(self) -> ModelConfig:

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from medpsp.config import Config, Node
+from medpsp.config import Config
+from medpsp.dataconfig import Node
 from medpsp.errors import ConfigError
 
 

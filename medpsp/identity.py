@@ -11,6 +11,7 @@ import hmac
 import os
 import secrets
 import stat
+from datetime import datetime
 from pathlib import Path
 
 from medpsp.errors import ConfigError
@@ -21,26 +22,19 @@ MIN_KEY_BYTES = 16
 
 
 def load_key(path: Path | None) -> bytes:
-    """The project key: from a file, from MEDPSP_KEY, or made once below ~/.config/medpsp.
+    """The project key: from a file, or from MEDPSP_KEY. It is never made in passing.
 
     Raises:
-        ConfigError: File missing or readable by others, key shorter than 16 bytes, or no place
-            to make one.
+        ConfigError: None given, file missing or readable by others, key shorter than 16 bytes.
     """
     variable = os.environ.get(KEY_VARIABLE)
     if path is None and variable:
         return _checked(os.fsencode(variable).strip(), f"environment variable {KEY_VARIABLE}")
     if path is None:
-        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        path = base / "medpsp" / "project.key"
-        try:
-            if not path.exists():
-                create_key(path, secrets.token_hex(32))
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be written ({type(error).__name__}); "
-                f"set data.key_file or {KEY_VARIABLE}"
-            ) from None
+        raise ConfigError(
+            f"data.key_file: no key; make one with `medpsp key new FILE` and name it, or set "
+            f"{KEY_VARIABLE}. Keep it: other keys give other pseudonyms and splits"
+        )
     try:
         if path.exists() and not path.is_file():  # a FIFO would wait for ever
             raise ConfigError(f"data.key_file {path}: not a regular file")
@@ -49,22 +43,28 @@ def load_key(path: Path | None) -> bytes:
     except OSError as error:
         raise ConfigError(
             f"data.key_file {path}: cannot be read ({type(error).__name__}); "
-            "make one with: (umask 077; openssl rand -hex 32 > FILE)"
+            "make one with `medpsp key new FILE`"
         ) from None
     if mode & 0o077:
         raise ConfigError(f"data.key_file {path}: mode {mode:04o}, expected 0600; chmod 600 it")
     return _checked(text, f"data.key_file {path}")
 
 
-def create_key(path: Path, text: str) -> None:
-    """Write a key file with mode 0600; an existing one is left alone."""
+def create_key(path: Path, text: str = "") -> None:
+    """Write a key file with mode 0600: 32 random bytes as hex unless ``text`` is given.
+
+    Raises:
+        ConfigError: The file exists; a key is never overwritten.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        return
+        raise ConfigError(
+            f"{path}: exists; a key is never overwritten, take another name"
+        ) from None
     with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(text + "\n")
+        file.write((text or secrets.token_hex(32)) + "\n")
 
 
 def _checked(key: bytes, where: str) -> bytes:
@@ -92,6 +92,21 @@ def fingerprint(key: bytes) -> str:
 def unit_hash(key: bytes, kind: str, value: str) -> float:
     """A number in [0, 1) with 53 random bits."""
     return int.from_bytes(_digest(key, kind, value)[:8], "big") / 2**64 * (1 - 2**-53)
+
+
+def shifted_day(key: bytes, patient_id: str, date: str) -> int:
+    """Proleptic ordinal of a DICOM date (YYYYMMDD), moved by a keyed offset of the patient.
+
+    1 to 3650 days back or forth, the same for all dates of a patient: order and intervals stay.
+    -1 where the date is none.
+    """
+    try:
+        day = datetime.strptime(date[:8], "%Y%m%d").toordinal()
+    except ValueError:
+        return -1
+    place = unit_hash(key, "date", patient_id)
+    offset = 1 + int(place * 7300) % 3650
+    return day + (offset if place < 0.5 else -offset)
 
 
 def split_of(key: bytes, patient_id: str, val: float, test: float) -> Split:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
 import numpy as np
 from numpy.typing import NDArray
 
+from medpsp.errors import DicomError
 from medpsp.types import FloatArray, Window
+
+VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+"""VOI LUT Function (0028,1056); an absent one means LINEAR."""
 
 CT_WINDOW = Window(center=40.0, width=400.0)
 """Soft tissue in HU; used for CT when the configuration names no window."""
@@ -14,14 +22,16 @@ PERCENTILES = (0.5, 99.5)
 """Range kept where the modality has no absolute scale (MR): nnU-Net uses the same pair."""
 
 EIGHT_BIT = Window(center=127.5, width=255.0)
-"""The full range of 8-bit images, as LINEAR_EXACT."""
+"""The full range of 8-bit images, colour or grey, as LINEAR_EXACT: v / 255."""
 
 
 def to_unit(values: NDArray[np.generic], window: Window, inverted: bool = False) -> FloatArray:
     """Map modality values to [0, 1] by a LINEAR_EXACT window (PS3.3 C.11.2.1.3.2).
 
+    This is what the network sees; `voi` and `voi_lut` are what a viewer shows.
+
     Args:
-        values: (..., H, W) modality values of any real dtype.
+        values: (..., H, W) modality values of any real dtype, or (..., H, W, 3) RGB.
         window: Centre and width in the same units; the width is above 0.
         inverted: True for MONOCHROME1, where low values are bright (PS3.3 C.7.6.3.1.2).
 
@@ -35,42 +45,161 @@ def to_unit(values: NDArray[np.generic], window: Window, inverted: bool = False)
     return 1.0 - unit if inverted else unit
 
 
-def percentile_window(values: NDArray[np.generic]) -> Window:
+def voi(
+    values: NDArray[np.generic], window: Window, function: VoiFunction = "LINEAR"
+) -> FloatArray:
+    """Map modality values to [0, 1] as a viewer does (PS3.3 C.11.2.1.2.1, C.11.2.1.3).
+
+    With centre c and width w: LINEAR (x - (c - 0.5)) / (w - 1) + 0.5, so that w is a number of
+    grey levels and a width of 1 a step above c - 0.5; LINEAR_EXACT (x - c) / w + 0.5;
+    SIGMOID 1 / (1 + exp(-4 (x - c) / w)). MONOCHROME1 is turned over after it: 1 - voi(...).
+
+    Args:
+        values: Modality values of any shape and real dtype.
+        window: Centre and width in the same units.
+        function: VOI LUT Function.
+
+    Returns:
+        float32 of the same shape; NaN counts as low.
+
+    Raises:
+        DicomError: VOI_INVALID where the width is below 1 for LINEAR or not above 0, or where
+            the function is none of the three.
+    """
+    if function not in get_args(VoiFunction):  # it may be text of a file: not quoted
+        raise DicomError("VOI_INVALID", "VOILUTFunction is not one of PS3.3 C.11.2.1.3")
+    x, width = values.astype(np.float64) - window.center, window.width
+    if not width > 0 or (function == "LINEAR" and width < 1):
+        raise DicomError("VOI_INVALID", f"WindowWidth {width:g} with VOILUTFunction {function}")
+    if function == "SIGMOID":
+        unit = 0.5 + 0.5 * np.tanh(2 * x / width)  # the same curve; exp would overflow
+    elif function == "LINEAR_EXACT":
+        unit = x / width + 0.5
+    elif width > 1:
+        unit = (x + 0.5) / (width - 1) + 0.5
+    else:
+        unit = (x > -0.5).astype(np.float64)
+    return np.fmin(np.fmax(unit, 0.0), 1.0).astype(np.float32)
+
+
+def voi_lut(
+    values: NDArray[np.generic], descriptor: tuple[int, int, int], table: NDArray[np.integer]
+) -> FloatArray:
+    """Map modality values to [0, 1] by an item of the VOI LUT Sequence (PS3.3 C.11.2.1.1).
+
+    Args:
+        values: Modality values of any shape and real dtype; a fraction takes the nearer entry.
+        descriptor: LUT Descriptor (0028,3002): number of entries, where 0 stands for 65536; first
+            value mapped, signed where the values are; bits of an entry, 8 to 16.
+        table: LUT Data (0028,3006), one unsigned entry a place.
+
+    Returns:
+        float32 of the same shape: entry / (2^bits - 1). Values below the first and above the last
+        place take the entry at that end, NaN the first.
+
+    Raises:
+        DicomError: VOI_INVALID where the table is shorter than its descriptor says, or the bits
+            are none of 8 to 16.
+    """
+    entries, first, bits = descriptor
+    entries = entries or 65536
+    if len(table) < entries or not 8 <= bits <= 16:
+        raise DicomError(
+            "VOI_INVALID", f"LUTData of {len(table)} entries of {bits} bits, expected {entries}"
+        )
+    unit: FloatArray = np.clip(table[:entries] / (2**bits - 1), 0, 1).astype(np.float32)
+    place = np.fmax(np.rint(values.astype(np.float64)) - first, 0)
+    shown: FloatArray = unit[np.fmin(place, entries - 1).astype(np.intp)]
+    return shown
+
+
+def valid_windows(
+    centers: Sequence[float | None], widths: Sequence[float | None]
+) -> tuple[Window, ...]:
+    """The usable pairs of Window Center and Window Width, in their order.
+
+    Args:
+        centers: (0028,1050), VM 1-n; None stands for an empty value.
+        widths: (0028,1051); what has no partner is left out.
+
+    Returns:
+        Windows of finite numbers with a width above 0; none where the file should be treated as
+        one without a window.
+    """
+    return tuple(
+        Window(center=center, width=width)
+        for center, width in zip(centers, widths, strict=False)
+        if center is not None
+        and width is not None
+        and math.isfinite(center)
+        and math.isfinite(width)
+        and width > 0
+    )
+
+
+def percentile_window(
+    values: NDArray[np.generic], valid: NDArray[np.bool_] | None = None
+) -> Window:
     """Window from the 0.5 and 99.5 percentiles of the non-zero, finite values of a series.
 
     A series that is constant or all zero gets a width of 1, so that nothing divides by zero.
+
+    Args:
+        values: Modality values of the whole series.
+        valid: Of the same shape; False for padding (PS3.3 C.7.5.1.1.2), which does not count.
     """
-    flat = values[np.isfinite(values) & (values != 0)]
+    counts = np.isfinite(values) & (values != 0)
+    flat = values[counts if valid is None else counts & valid]
     if flat.size == 0:
         return Window(center=0.5, width=1.0)
     low, high = (float(v) for v in np.percentile(flat, PERCENTILES))
     return Window(center=(low + high) / 2, width=max(high - low, 1.0 if high == low else 1e-6))
 
 
-def needs_series_values(modality: str, fixed: Window | None) -> bool:
+def needs_series_values(modality: str, fixed: Window | None, channels: int = 1) -> bool:
     """True where `series_window` looks at the pixels of the whole series."""
-    return fixed is None and modality not in ("CT", "IMAGE8")
+    return channels == 1 and fixed is None and modality not in ("CT", "IMAGE8")
 
 
-def series_window(modality: str, fixed: Window | None, values: NDArray[np.generic]) -> Window:
+def series_window(
+    modality: str,
+    fixed: Window | None,
+    values: NDArray[np.generic],
+    channels: int = 1,
+    valid: NDArray[np.bool_] | None = None,
+) -> Window:
     """The window a series is shown to the network with.
 
-    Order: the configured window, 40/400 HU for CT, the full range for 8-bit images
-    (pseudo-modality ``IMAGE8``), else percentiles of the series.
+    Colour is shown whole: v / 255. Grey: the configured window, 40/400 HU for CT, the full range
+    for 8-bit images (pseudo-modality ``IMAGE8``), else percentiles of the series.
 
     Args:
         modality: DICOM Modality (0008,0060).
         fixed: The configured window, if any.
         values: (N, H, W) modality values of the whole series; may be empty when
             `needs_series_values` is False.
+        channels: 1 grey or 3 RGB.
+        valid: Of the shape of the values; False for padding.
     """
+    if channels == 3:
+        return EIGHT_BIT
     if fixed is not None:
         return fixed
     if modality == "CT":
         return CT_WINDOW
     if modality == "IMAGE8":
         return EIGHT_BIT
-    return percentile_window(values)
+    return percentile_window(values, valid)
+
+
+def planes(unit: FloatArray, channels: int) -> FloatArray:
+    """Channels first, as networks take an image: (H, W) or (H, W, 3) to (C, H, W).
+
+    A grey image is repeated for a network of three channels; a view where it can be.
+    """
+    if unit.ndim == 3:
+        return unit.transpose(2, 0, 1)
+    return np.broadcast_to(unit, (channels, *unit.shape))
 
 
 CLASS_COLOURS = np.array(
@@ -90,9 +219,15 @@ CLASS_COLOURS = np.array(
 
 
 def overlay(image: FloatArray, mask: NDArray[np.uint8], opacity: float = 0.45) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image in [0, 1] with its classes tinted; background and 255 are not."""
-    grey = np.repeat(image[..., None] * 255, 3, axis=2)
+    """(H, W, 3) RGB of an image in [0, 1] with its classes tinted; background and 255 are not.
+
+    Args:
+        image: (H, W) or (H, W, 3).
+        mask: (H, W) class indices.
+        opacity: Share of the colour of the class.
+    """
+    rgb = np.repeat(image[..., None] * 255, 3, axis=2) if image.ndim == 2 else image * 255
     tinted = (mask > 0) & (mask != 255)
     colours = CLASS_COLOURS[1 + (mask[tinted] - 1) % (len(CLASS_COLOURS) - 1)]
-    grey[tinted] = grey[tinted] * (1 - opacity) + colours * opacity
-    return grey.clip(0, 255).astype(np.uint8)
+    rgb[tinted] = rgb[tinted] * (1 - opacity) + colours * opacity
+    return rgb.clip(0, 255).astype(np.uint8)

@@ -7,7 +7,7 @@ DICOM LPS in mm unless a name says RAS. Index order of an affine is (column, row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ IGNORE = 255
 """Label value that neither loss nor metrics count."""
 
 Split = Literal["train", "val", "test"]
-PixelDtype = Literal["int16", "float32"]
+PixelDtype = Literal["int16", "float32", "uint8"]  # uint8 is RGB, (H, W, 3)
+SpacingSource = Literal["patient", "calibrated", "detector", "ultrasound", ""]
+MaskKind = Literal["", "nifti", "png", "seg", "rtstruct"]
 Status = Literal["kept", "skipped", "quarantined", "duplicate"]
 FloatArray = NDArray[np.floating[Any]]
 
@@ -29,12 +31,52 @@ class Window:
     width: float
 
 
+class Place(NamedTuple):
+    """Where the bytes of an object are: a file, or a member of a zip or tar file."""
+
+    path: str
+    member: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPolicy:
+    """What the user decided about objects that are readable but doubtful; `DataConfig` says more.
+
+    Attributes:
+        modalities: To keep; None keeps all.
+        gaps: A series with a hole becomes two, stays one with marked holes, or is refused.
+        burned_in: Objects that may show a name in their pixels: refused, blanked outside the
+            ultrasound region (and refused where there is none), or kept.
+        non_volumes: Localizers, secondary captures and dose sheets.
+        colour: Colour images stay RGB, or become their brightness (ITU-R BT.601).
+    """
+
+    modalities: tuple[str, ...] | None = None
+    gaps: Literal["split", "fill", "reject"] = "split"
+    burned_in: Literal["quarantine", "blank", "keep"] = "quarantine"
+    non_volumes: Literal["skip", "keep"] = "skip"
+    colour: Literal["keep", "grey"] = "keep"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceRef:
-    """One image object as the header scan saw it; pixels are read later from ``path``.
+    """One frame of one image object as the header scan saw it; pixels are read later.
 
-    ``patient_id``, ``series_uid`` and ``path`` are the real ones: they stay in the memory of the
-    conversion and never reach a shard, a table or a log. ``file_id`` is the pseudonym.
+    ``patient_id``, the UIDs, ``study_date`` and the place are the real ones: they stay in the
+    memory of the conversion and never reach a shard, a table or a log. ``file_id`` is the
+    pseudonym of the object. An object of one frame has frame 0 of 1.
+
+    Attributes:
+        position, orientation: (0020,0032) mm LPS, (0020,0037) six direction cosines.
+        pixel_spacing: Between rows, between columns, mm; see ``spacing_source`` for its trust:
+            patient plane, calibrated projection, detector plane, ultrasound region.
+        series_split_key: Keeps slices of one SeriesInstanceUID apart: kind of image, frame of
+            reference, stack.
+        collision_key: Echo, temporal position, b-value, acquisition, kernel: separates slices
+            only where their positions collide.
+        flags: Codes of what is unusual but readable, for example RESCALE_ABSENT.
+        region: (first row, first column, rows, columns) that is shown, all else is blanked.
+        manufacturer, body_part: Of a closed vocabulary, or empty.
     """
 
     path: str
@@ -46,12 +88,33 @@ class SliceRef:
     columns: int
     dtype: PixelDtype
     photometric: str
-    position: tuple[float, float, float] | None = None  # (0020,0032), mm LPS
-    orientation: tuple[float, ...] | None = None  # (0020,0037), six direction cosines
-    pixel_spacing: tuple[float, float] | None = None  # (0028,0030): between rows, between columns
+    member: str = ""
+    frame: int = 0
+    frames: int = 1
+    position: tuple[float, float, float] | None = None
+    orientation: tuple[float, ...] | None = None
+    pixel_spacing: tuple[float, float] | None = None
+    spacing_source: SpacingSource = ""
     window: Window | None = None
     sop_uid: str = ""
-    series_split_key: str = ""  # what else keeps slices of one SeriesInstanceUID apart
+    frame_of_reference: str = ""
+    study_date: str = ""
+    series_split_key: str = ""
+    collision_key: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    region: tuple[int, int, int, int] | None = None
+    manufacturer: str = ""
+    body_part: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where the bytes are."""
+        return Place(self.path, self.member)
+
+    @property
+    def channels(self) -> int:
+        """1 grey or 3 RGB."""
+        return 3 if self.dtype == "uint8" else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,33 +123,53 @@ class Series:
 
     Attributes:
         slices: All of one matrix size, modality and dtype.
-        affine: (4, 4) index (column, row, slice) to mm LPS, as nested tuples; None where the
+        affine: (4, 4) index (column, row, grid) to mm LPS, as nested tuples; None where the
             slices are single images without patient geometry.
         z_mm: Distance of each slice along the normal, mm; empty without geometry.
-        masks: Mask files: one NIfTI for the series, or one PNG a slice; empty if unlabelled.
+        grid: Place of each slice on the regular grid of the affine; has gaps only where
+            ``ReadPolicy.gaps`` is ``fill``. Empty stands for 0, 1, 2 ...
+        masks: Mask objects: one or several for the series, or one PNG a slice; empty if
+            unlabelled. ``mask_kind`` says how to read them, ``mask_partial`` that they cover
+            other series too, so that what lies outside this one is no error.
         split: Set when a split list names it; None leaves it to the keyed hash of the patient.
+        flags: Codes of what is unusual about the series as a whole, for example GANTRY_TILT.
     """
 
     slices: tuple[SliceRef, ...]
     affine: tuple[tuple[float, ...], ...] | None
     z_mm: tuple[float, ...]
-    masks: tuple[str, ...] = ()
+    grid: tuple[int, ...] = ()
+    masks: tuple[Place, ...] = ()
+    mask_kind: MaskKind = ""
+    mask_partial: bool = False
     split: Split | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def first(self) -> SliceRef:
         """The first slice; every field that defines the series is the same in all."""
         return self.slices[0]
 
+    @property
+    def grid_index(self) -> tuple[int, ...]:
+        """``grid``, spelt out."""
+        return self.grid or tuple(range(len(self.slices)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, H, W) of the regular grid, holes counted."""
+        return self.grid_index[-1] + 1, self.first.rows, self.first.columns
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanRow:
-    """What became of one object of the archive; these rows add up to the objects found."""
+    """What became of one object of the archive, or of one of its frames."""
 
     file_id: str
     status: Status
     code: str
     detail: str = ""
+    frame: int = -1  # -1: the whole object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

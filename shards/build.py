@@ -6,34 +6,36 @@ import json
 import logging
 import os
 from collections import Counter
-from dataclasses import asdict, fields, replace
-from functools import partial
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from medpsp import __version__
-from medpsp.config import Config, DataConfig
-from medpsp.dicom.labels import mask_path
-from medpsp.dicom.scan import refusal, scan_folder, walk_files
-from medpsp.dicom.voc import scan_voc
-from medpsp.errors import ArchiveError, ConfigError, LabelError, ShardError
-from medpsp.identity import fingerprint, load_key, pseudonym, split_of, unit_hash
+from medpsp.config import Config
+from medpsp.dataconfig import DataConfig
+from medpsp.dicom.container import walk_objects
+from medpsp.dicom.names import name_rule
+from medpsp.errors import ArchiveError, ConfigError, ShardError
+from medpsp.identity import fingerprint, load_key
 from medpsp.progress import Bar
-from medpsp.types import ScanRow, Series, Window
+from medpsp.types import ScanRow, Window
+from shards.gather import Gathered, file_id, gather, tally
 from shards.index import (
     INDEX,
     MANIFEST,
-    REJECTS,
+    OBJECTS,
     Manifest,
+    ObjectRow,
     SliceRow,
     file_sha256,
+    object_rows,
     write_bytes_durably,
     write_table,
 )
-from shards.layout import FORMAT, PlannedSeries, ShardPlan, data_id, data_settings, plan_shards
+from shards.layout import FORMAT, ShardPlan, data_id, data_settings, plan_shards
+from shards.source import WriteSettings
 from shards.write import (
     Commit,
-    WriteSettings,
     clear_stale,
     create_bucket,
     metadata_files,
@@ -57,21 +59,9 @@ def build_shards(config: Config) -> Manifest:
     data, root = config.data, config.shards
     _require_places(data, root)
     key = load_key(data.key_file)
-    series, rows = _scan(data, key)
-    series, unlabelled = _attach_masks(series, data)
-    rows += unlabelled
-    if not series:
-        raise ArchiveError(f"archive {data.archive}: nothing usable; found {_tally(rows)}")
-    planned = [_planned(s, data, key) for s in series]
-    _require_splits(planned, data)
-    plans = plan_shards(planned, data.shard_slices)
-    settings = WriteSettings(
-        source=data.source,
-        classes=len(data.classes),
-        label_map=tuple(sorted(data.label_map.items())),
-        window=Window(center=data.window.center, width=data.window.width) if data.window else None,
-        shard_slices=data.shard_slices,
-    )
+    gathered = gather(data, key)
+    plans = plan_shards(gathered.planned, data.shard_slices)
+    settings = _settings(data)
     root.mkdir(parents=True, exist_ok=True)
     (root / MANIFEST).unlink(missing_ok=True)  # no manifest while shards change below it
     clear_stale(root, plans)
@@ -81,7 +71,22 @@ def build_shards(config: Config) -> Manifest:
     commits = _convert(root, plans, settings, data.workers)
     if data.crosswalk:
         _write_crosswalk(data, key)
-    return _publish(config, key, commits, rows)
+    return _publish(config, key, commits, gathered)
+
+
+def _settings(data: DataConfig) -> WriteSettings:
+    return WriteSettings(
+        source=data.source,
+        labels=name_rule(data),
+        label_map=tuple(sorted(data.label_map.items())),
+        mask_geometry=data.mask_geometry,
+        mask_resample=data.mask_resample,
+        window=Window(center=data.window.center, width=data.window.width) if data.window else None,
+        padding=data.padding,
+        shard_slices=data.shard_slices,
+        decode_seconds=data.decode_seconds,
+        decode_memory_mib=data.decode_memory_mib,
+    )
 
 
 def _require_places(data: DataConfig, root: Path) -> None:
@@ -101,75 +106,6 @@ def _require_places(data: DataConfig, root: Path) -> None:
                 raise ConfigError(
                     f"data.crosswalk {data.crosswalk}: lies inside {name}; take a path outside"
                 )
-
-
-def _file_id(key: bytes, relative: str) -> str:
-    # a name that is not UTF-8 holds surrogates, which have no bytes
-    return pseudonym(key, "file", relative.encode("utf-8", "backslashreplace").decode())
-
-
-def _scan(data: DataConfig, key: bytes) -> tuple[list[Series], list[ScanRow]]:
-    file_id = partial(_file_id, key)
-    if data.source == "voc":
-        return scan_voc(data.archive, data.voc, file_id)
-    with Bar("scan", 0, "files") as bar:
-        return scan_folder(data.archive, data.modalities, file_id, bar.advance)
-
-
-def _attach_masks(series: list[Series], data: DataConfig) -> tuple[list[Series], list[ScanRow]]:
-    """Give each DICOM series its NIfTI mask; one without is left out, and counted."""
-    if data.source == "voc" or data.labels is None:
-        return series, []
-    labelled: list[Series] = []
-    rows: list[ScanRow] = []
-    for item in series:
-        code, detail = "LABEL_NONE", "no mask where data.label_pattern points"
-        try:
-            path = mask_path(data.labels, data.label_pattern, item.first, data.archive)
-            if path.is_file():
-                labelled.append(replace(item, masks=(str(path),)))
-                continue
-        except LabelError as error:
-            code, detail = error.code, error.detail
-        except OSError:  # ENAMETOOLONG: its text would hold the PatientID
-            detail = "a header value makes no file name"
-        rows += [refusal(ref.file_id, code, detail) for ref in item.slices]
-    return labelled, rows
-
-
-def _planned(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
-    first = series.first
-    patient = first.patient_id
-    split = series.split or split_of(key, patient, data.split.val, data.split.test)
-    sources = (*(s.path for s in series.slices), *series.masks)
-    stats = [os.stat(p) for p in sources if Path(p).is_file()]
-    return PlannedSeries(
-        series=series,
-        split=split,
-        order=unit_hash(key, "stage", patient),
-        patient=pseudonym(key, "patient", patient),
-        # one SeriesInstanceUID may hold several series: planes, localizers
-        name=pseudonym(key, "series", f"{first.series_uid} {first.sop_uid}"),
-        stamp=pseudonym(key, "stamp", json.dumps([(s.st_size, s.st_mtime_ns) for s in stats])),
-    )
-
-
-def _require_splits(planned: list[PlannedSeries], data: DataConfig) -> None:
-    patients: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
-    for item in planned:
-        patients[item.split].add(item.patient)
-    counts = {split: len(found) for split, found in patients.items()}
-    listed = any(item.series.split for item in planned)
-    if not counts["train"] or not counts["val"]:
-        raise ConfigError(
-            f"data.split: patients fall to {counts}, train and val need at least one each; "
-            + (
-                "check the split lists"
-                if listed
-                else "raise data.split.val, add patients, or use another key"
-            )
-        )
-    log.info("patients: %s", ", ".join(f"{n} {split}" for split, n in counts.items()))
 
 
 def _convert(
@@ -236,23 +172,27 @@ def _cause(error: Exception) -> str:
     return f"worker failed ({type(cause).__name__})"
 
 
-def _publish(config: Config, key: bytes, commits: list[Commit], rows: list[ScanRow]) -> Manifest:
+def _publish(config: Config, key: bytes, commits: list[Commit], gathered: Gathered) -> Manifest:
     data, root = config.data, config.shards
     kept = [row for commit in commits for row in commit.rows]
+    refused = [*gathered.rows, *(ScanRow(**r) for commit in commits for r in commit.refused)]
     if empty := {"train", "val"} - {row["split"] for row in kept}:
-        codes = _tally([ScanRow(**r) for c in commits for r in c.refused])
         raise ArchiveError(
-            f"archive {data.archive}: no usable slice for {' and '.join(sorted(empty))}; "
-            f"found {codes}"
+            f"data.archive: no usable slice for {' and '.join(sorted(empty))}; "
+            f"found {tally(refused)}"
         )
-    refused = [asdict(row) for row in rows] + [r for commit in commits for r in commit.refused]
-    refused.sort(key=lambda r: r["file_id"])
+    objects = object_rows(Counter(str(row["file_id"]) for row in kept), refused)
+    if len(objects) != gathered.objects:
+        raise ShardError(
+            f"data.archive: {gathered.objects} objects found, but {len(objects)} accounted for; "
+            "this is a fault of medpsp, please report it"
+        )
     write_table(root / INDEX, kept, [f.name for f in fields(SliceRow)])
-    write_table(root / REJECTS, refused, [f.name for f in fields(ScanRow)])
+    write_table(root / OBJECTS, [asdict(o) for o in objects], [f.name for f in fields(ObjectRow)])
     buckets = {commit.name.rsplit("-", 1)[0] for commit in commits}
-    tables = {INDEX, REJECTS, *(name for b in buckets for name in metadata_files(b))}
-    counts = Counter({"kept": len(kept), "skipped": 0, "quarantined": 0, "duplicate": 0})
-    counts.update(str(row["status"]) for row in refused)
+    tables = {INDEX, OBJECTS, *(name for b in buckets for name in metadata_files(b))}
+    counts = Counter({"kept": 0, "skipped": 0, "quarantined": 0, "duplicate": 0})
+    counts.update(row.status for row in objects)
     manifest = Manifest(
         version=FORMAT,
         tool=f"medpsp {__version__}",
@@ -261,36 +201,34 @@ def _publish(config: Config, key: bytes, commits: list[Commit], rows: list[ScanR
         settings=data_settings(data),
         data_id=data_id(data, fingerprint(key), {(r["patient"], r["split"]) for r in kept}),
         shards=tuple({"name": c.name, "digest": c.digest, "files": c.files} for c in commits),
+        slices=len(kept),
         counts=dict(counts),
-        codes=dict(sorted(Counter(r["code"] for r in refused).items())),
+        codes=dict(sorted(Counter(row.code for row in objects if row.code).items())),
+        deid=_deid(data, key),
         tables={name: file_sha256(root / name) for name in sorted(tables)},
     )
-    _conserve(data, manifest)
     write_bytes_durably(root / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
     return manifest
 
 
-def _conserve(data: DataConfig, manifest: Manifest) -> None:
-    """Every file found is in exactly one row: kept + skipped + quarantined + duplicate."""
-    if data.source == "dicom":
-        found, told = sum(1 for _ in walk_files(data.archive)), sum(manifest.counts.values())
-        if found != told:
-            raise ShardError(
-                f"archive {data.archive}: {found} files, but {told} accounted for; the archive "
-                "changed during the conversion: run again"
-            )
-
-
-def _tally(rows: list[ScanRow]) -> str:
-    counts: dict[str, Any] = Counter(row.code for row in rows)
-    return ", ".join(f"{n} {code}" for code, n in sorted(counts.items())) or "no image"
+def _deid(data: DataConfig, key: bytes) -> dict[str, Any]:
+    """How the shards were de-identified, in the terms of PS3.15 Annex E (D10)."""
+    return {
+        "profile": "allow-list over the Basic Application Level Confidentiality Profile",
+        "options": ["Clean Pixel Data"] if data.burned_in == "blank" else [],
+        "pixel": {"quarantine": "flagged", "blank": "cleaned", "keep": "not_checked"}[
+            data.burned_in
+        ],
+        "temporal": "REMOVED" if data.dates == "none" else "MODIFIED",
+        "tool": f"medpsp {__version__}",
+        "key": fingerprint(key),
+    }
 
 
 def _write_crosswalk(data: DataConfig, key: bytes) -> None:
     """file_id to real path, for the data owner only: mode 0600, outside the shards."""
     if data.crosswalk is None:
         return
-    files = walk_files(data.archive)
-    names = sorted(path.relative_to(data.archive).as_posix() for path in files)
-    text = "".join(f"{_file_id(key, name)}\t{name!r}\n" for name in names)
+    names = sorted({found.name for found in walk_objects(data.archive)})
+    text = "".join(f"{file_id(key, name)}\t{name!r}\n" for name in names)
     write_bytes_durably(data.crosswalk, text.encode(), mode=0o600)

@@ -28,8 +28,8 @@ def check_shards(root: Path, advance: Callable[[], None] = lambda: None) -> list
     """
     manifest, rows = read_manifest(root), read_index(root)
     problems = _damaged_files(root, manifest) + _leaks(rows)
-    if len(rows) != manifest.counts["kept"]:
-        problems.append(f"index has {len(rows)} rows, manifest says {manifest.counts['kept']}")
+    if len(rows) != manifest.slices:
+        problems.append(f"index has {len(rows)} rows, manifest says {manifest.slices}")
     reader = ShardReader(root)
     for row in rows:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medpsp.config import Config
 from medpsp.errors import ShardError
-from medpsp.intensity import to_unit
+from medpsp.intensity import planes, to_unit
 from medpsp.stages import in_stage
 from medpsp.train.augment import augment
 from medpsp.train.batch import Batch, crop_or_pad
@@ -40,7 +41,8 @@ class TrainDataset(Dataset[Any]):
     def __getitem__(self, key: Key) -> tuple[NDArray[np.float32], NDArray[np.uint8], str]:
         epoch, sample = key
         row = self.rows[sample]
-        rng = np.random.default_rng([self.seed, self.stage, epoch, int(row.file_id, 16)])
+        name = int(row.file_id, 16) + row.frame  # frames of one object share its pseudonym
+        rng = np.random.default_rng([self.seed, self.stage, epoch, name])
         image, label = read_unit(self.reader, row)
         image, label = crop_or_pad(image, label, self.size, rng)
         image, label = augment(image, label, self.level, rng)
@@ -48,7 +50,7 @@ class TrainDataset(Dataset[Any]):
 
 
 def read_unit(reader: ShardReader, row: SliceRow) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """One slice as the network sees it: (H, W) in [0, 1], and its label."""
+    """One slice in [0, 1], (H, W) or in colour (H, W, 3), and its label (H, W)."""
     image, label = reader.read(row.bucket, row.slot)
     return to_unit(image, row.window, row.inverted).astype(np.float32, copy=False), label
 
@@ -99,7 +101,7 @@ def train_batches(
         dataset,
         batch_sampler=_Keys(keys),
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, channels=config.model.in_channels),
         multiprocessing_context="spawn" if workers else None,  # zarr's threads survive no fork
     )
 
@@ -114,24 +116,36 @@ class _Keys:
         return self.function()  # type: ignore[no-any-return]
 
 
-def _collate(items: list[tuple[NDArray[np.float32], NDArray[np.uint8], str]]) -> Batch:
+def _collate(
+    items: list[tuple[NDArray[np.float32], NDArray[np.uint8], str]], channels: int
+) -> Batch:
     images, labels, patients = zip(*items, strict=True)
     return Batch(
-        image=torch.from_numpy(np.stack(images)[:, None]),
+        image=torch.from_numpy(np.stack([planes(image, channels) for image in images])),
         label=torch.from_numpy(np.stack(labels)),
         patients=tuple(patients),
     )
 
 
-def whole_slices(root: Path, rows: Sequence[SliceRow], world: World) -> Iterator[Batch]:
-    """Whole slices of the rows, one rank's share, batched where sizes agree."""
+def whole_slices(
+    root: Path, rows: Sequence[SliceRow], world: World, channels: int = 1
+) -> Iterator[Batch]:
+    """Whole slices of the rows, one rank's share, batched where sizes agree.
+
+    Args:
+        root: Folder of the shards.
+        rows: Of the index.
+        world: Rank and number of ranks.
+        channels: ``model.in_channels``; grey slices are repeated to 3.
+    """
     reader = ShardReader(root)
     mine = sorted(rows, key=lambda row: (row.bucket, row.slot))[world.rank :: world.size]
     for _, group in groupby(mine, key=lambda row: row.bucket):
         members = list(group)
         for start in range(0, len(members), EVAL_BATCH):
             part = members[start : start + EVAL_BATCH]
-            yield _collate([(*read_unit(reader, row), row.patient) for row in part])
+            items = [(*read_unit(reader, row), row.patient) for row in part]
+            yield _collate(items, channels)
 
 
 def example_batch(root: Path, rows: Sequence[SliceRow], config: Config, count: int = 4) -> Batch:
@@ -147,7 +161,8 @@ def example_batch(root: Path, rows: Sequence[SliceRow], config: Config, count: i
         [
             (*crop_or_pad(*read_unit(reader, row), config.train.size, rng), row.patient)
             for row in chosen
-        ]
+        ],
+        config.model.in_channels,
     )
 
 

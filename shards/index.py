@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.errors import ShardError
-from medpsp.types import Split, Window
+from medpsp.types import ScanRow, Split, Window
 from shards.layout import FORMAT
 
-MANIFEST, INDEX, REJECTS = "manifest.json", "index.parquet", "rejects.parquet"
+MANIFEST, INDEX, OBJECTS = "manifest.json", "index.parquet", "objects.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +27,19 @@ class SliceRow:
     Attributes:
         bucket, slot: Where the slice lies.
         patient, series: Pseudonyms.
-        slice_index: Position along the normal within its series, from 0.
+        slice_index: Place on the regular grid of its series, from 0; the affine counts in it.
         z_mm: Distance along the normal, mm; NaN without geometry.
         spacing: (between rows, between columns, between slices), mm; NaN where unknown.
+        spacing_source: Trust of the first two; see `SliceRef.pixel_spacing`.
         affine: 16 numbers, rows first, index (column, row, slice) of the series to mm LPS.
         window_center, window_width: What the network is shown, modality units.
         voi_center, voi_width: What the file recorded (0028,1050), (0028,1051); NaN if absent.
         histogram: Pixels of each class, then of ignore.
+        file_id, frame: Pseudonym of the object, frame within it.
+        flags: Codes of what is unusual about slice or series.
+        padding: Share of the pixels that hold PixelPaddingValue.
+        study_day: Day of the study, moved by a keyed offset of the patient; -1 unless asked for.
+        manufacturer, body_part: Of a closed vocabulary, or empty.
     """
 
     bucket: str
@@ -55,6 +61,13 @@ class SliceRow:
     labelled: bool
     histogram: tuple[int, ...]
     file_id: str
+    frame: int = 0
+    spacing_source: str = ""
+    flags: tuple[str, ...] = ()
+    padding: float = 0.0
+    study_day: int = -1
+    manufacturer: str = ""
+    body_part: str = ""
 
     @property
     def window(self) -> Window:
@@ -68,12 +81,34 @@ class SliceRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectRow:
+    """One object of the archive: a file, or a member of a zip or tar file.
+
+    Attributes:
+        status: kept if any of its frames is.
+        code: Why it, or the first of its frames that is not, is not kept; empty if all are.
+        frames, kept: Number of frames that the scan saw, and that are in the shards.
+    """
+
+    file_id: str
+    status: str
+    code: str
+    detail: str
+    frames: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What the shards hold, how they were made, and what became of every object found.
 
     Attributes:
         shards: Name, digest of the plan and SHA-256 of the files of each.
-        tables: SHA-256 of index, reject table and every zarr.json.
+        tables: SHA-256 of index, object table and every zarr.json.
+        slices: Rows of the index.
+        counts: Objects by status: kept, skipped, quarantined, duplicate.
+        codes: Objects by reason code, also of kept ones that lost frames.
+        deid: How the shards were de-identified, in the terms of PS3.15 E.
         settings: `layout.data_settings` of the configuration.
         data_id: Equal only where no patient can be in another split and no label or window can
             differ: a checkpoint belongs to one.
@@ -86,8 +121,10 @@ class Manifest:
     settings: dict[str, Any]
     data_id: str
     shards: tuple[dict[str, Any], ...]
+    slices: int
     counts: dict[str, int]
     codes: dict[str, int]
+    deid: dict[str, Any]
     tables: dict[str, str]
 
 
@@ -134,6 +171,54 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[st
     write_bytes_durably(path, sink.getvalue().to_pybytes())
 
 
+def object_rows(kept: Mapping[str, int], refused: Sequence[ScanRow]) -> list[ObjectRow]:
+    """One row an object, in the order of ``file_id``.
+
+    Args:
+        kept: Number of slices in the shards, by object.
+        refused: Objects and frames that are not there. Of several rows of one object the gravest
+            gives the code: quarantined, duplicate, skipped.
+    """
+    gravity = ("kept", "skipped", "duplicate", "quarantined")
+    by_object: dict[str, list[ScanRow]] = {name: [] for name in kept}
+    for row in refused:
+        by_object.setdefault(row.file_id, []).append(row)
+    found = []
+    for name, rows in sorted(by_object.items()):
+        worst = max(rows, key=lambda r: (gravity.index(r.status), -r.frame), default=None)
+        lost = sum(1 for row in rows if row.frame >= 0)
+        count = kept.get(name, 0)
+        found.append(
+            ObjectRow(
+                file_id=name,
+                status="kept" if count else worst.status if worst else "quarantined",
+                code=worst.code if worst else "",
+                detail=worst.detail if worst else "",
+                frames=count + lost,
+                kept=count,
+            )
+        )
+    return found
+
+
+def read_objects(root: Path) -> list[ObjectRow]:
+    """Rows of the object table, in the order of ``file_id``.
+
+    Raises:
+        ShardError: No such table at ``root``, or not readable.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return [ObjectRow(**row) for row in pq.read_table(root / OBJECTS).to_pylist()]
+    except (OSError, pa.ArrowException, TypeError) as error:
+        raise ShardError(
+            f"shards {root}: {OBJECTS} cannot be read ({type(error).__name__}); "
+            "run `medpsp shards` first"
+        ) from None
+
+
 def read_index(root: Path, split: Split | None = None) -> tuple[SliceRow, ...]:
     """Rows of the index in the order of (bucket, slot), optionally of one split.
 
@@ -146,7 +231,7 @@ def read_index(root: Path, split: Split | None = None) -> tuple[SliceRow, ...]:
     path = root / INDEX
     try:
         rows = pq.read_table(path).to_pylist()
-        lists = ("spacing", "affine", "histogram")
+        lists = ("spacing", "affine", "histogram", "flags")
         return tuple(
             SliceRow(**{**row, **{key: tuple(row[key]) for key in lists}})
             for row in rows

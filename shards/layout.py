@@ -1,7 +1,7 @@
 """What goes into which shard: pure arithmetic over series, nothing is read or written.
 
-A bucket holds slices of one matrix size and dtype, ``<H>x<W>_<dtype>``. Within a bucket series
-follow one another in a fixed order and are cut every ``shard_slices`` slots.
+A bucket holds slices of one matrix size and dtype, ``<H>x<W>_<dtype>``; uint8 is RGB. Within a
+bucket series follow one another in a fixed order and are cut every ``shard_slices`` slots.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from medpsp.config import DataConfig
+from medpsp.dataconfig import DataConfig
 from medpsp.types import PixelDtype, Series, Split
 
-FORMAT = 1
+FORMAT = 2
 """Version of manifest and index; a reader refuses others."""
 
 
@@ -29,6 +29,7 @@ class PlannedSeries:
         name: Pseudonym of the series.
         order: Keyed hash of the patient in [0, 1); stages take patients below their fraction.
         stamp: Size and time of every source file, so that a changed file is converted anew.
+        study_day: See `SliceRow`.
     """
 
     series: Series
@@ -37,6 +38,7 @@ class PlannedSeries:
     split: Split
     order: float
     stamp: str
+    study_day: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,12 @@ class ShardPlan:
 
 def data_settings(data: DataConfig) -> dict[str, Any]:
     """What of the configuration decides slices, labels, windows and splits, as JSON values."""
-    keep = {"source", "classes", "label_map", "modalities", "window", "split"}
+    keep = {
+        *("source", "classes", "modalities", "window", "split", "unlabelled"),
+        *("label_format", "label_map", "label_names", "label_overlap", "seg_threshold"),
+        *("mask_geometry", "mask_resample"),
+        *("gaps", "burned_in", "non_volumes", "colour", "padding", "dates"),
+    }
     return data.model_dump(mode="json", include=keep)
 
 

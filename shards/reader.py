@@ -25,7 +25,7 @@ class ShardReader:
         self._arrays: dict[str, Any] = {}
 
     def read(self, bucket: str, slot: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        """Image (H, W) in modality values and label (H, W) in class indices.
+        """Image (H, W) in modality values or (H, W, 3) RGB, and label (H, W) in class indices.
 
         Raises:
             ShardError: The slice is missing or its CRC32C does not match.
@@ -39,7 +39,8 @@ class ShardReader:
             if path not in self._arrays:
                 self._arrays[path] = zarr.open_array(self.root / path, mode="r")
             array = self._arrays[path]
-            shard = self.root / path / f"c/{slot // array.shards[0]}/0/0"
+            place = [slot // array.shards[0], *(0 for _ in array.shape[1:])]
+            shard = self.root / path / "c" / "/".join(str(i) for i in place)
             if not shard.is_file():  # zarr would hand out the fill value
                 raise FileNotFoundError(shard.name)
             return np.asarray(array[slot])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,12 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from medpsp.dicom.labels import map_labels, read_nifti_mask
-from medpsp.dicom.read import read_pixels
-from medpsp.dicom.scan import refusal
-from medpsp.dicom.voc import read_image, read_mask
-from medpsp.errors import DicomError, LabelError, SourceError
-from medpsp.intensity import needs_series_values, series_window
-from medpsp.types import IGNORE, ScanRow, Series, SliceRef, Window
+from medpsp.types import IGNORE, ScanRow
 from shards.index import SliceRow, file_sha256, write_bytes_durably
 from shards.layout import Part, ShardPlan
+from shards.source import Slice, WriteSettings, read_part
 
 COMMITS = "commits"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteSettings:
-    """What decides the bytes of a shard besides its sources."""
-
-    source: str
-    classes: int
-    label_map: tuple[tuple[int, int], ...]
-    window: Window | None
-    shard_slices: int
-
-    @property
-    def text(self) -> str:
-        """Stable text of all fields, for the plan's digest."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +68,7 @@ def clear_stale(root: Path, plans: Iterable[ShardPlan]) -> None:
     for folder in root.glob("*x*_*"):
         if folder.name not in buckets:
             shutil.rmtree(folder)
-    for pattern in (f"{COMMITS}/*", "*x*_*/*/c/*/0/*", "**/.*.partial"):
+    for pattern in (f"{COMMITS}/*", "*x*_*/*/c/**/*", "**/.*.partial"):
         for path in list(root.glob(pattern)):
             if path not in keep and path.is_file():
                 path.unlink()
@@ -99,7 +78,7 @@ def _create(
     store: MemoryStore, path: str, name: str, plan: ShardPlan, sizes: tuple[int, int]
 ) -> zarr.Array[Any]:
     slots, shard_slices = sizes
-    frame = (plan.rows, plan.columns)
+    frame = _frame(plan, name)
     image = name == "image"
     dtype = plan.dtype if image else "uint8"
     # level above 1 buys under 1 % on CT noise; labels are runs, where shuffling only costs
@@ -121,7 +100,7 @@ def _create(
         overwrite=True,
         zarr_format=3,
         config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
-        dimension_names=("slice", "row", "column"),
+        dimension_names=("slice", "row", "column", "channel")[: 1 + len(frame)],
     )
 
 
@@ -144,16 +123,15 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
     Raises:
         OSError: The shard cannot be written (disk full, no permission).
     """
-    frame = (plan.rows, plan.columns)
-    images = np.zeros((plan.count, *frame), dtype=plan.dtype)
-    labels = np.full((plan.count, *frame), IGNORE, dtype=np.uint8)
+    images = np.zeros((plan.count, *_frame(plan, "image")), dtype=plan.dtype)
+    labels = np.full((plan.count, *_frame(plan, "label")), IGNORE, dtype=np.uint8)
     rows: list[SliceRow] = []
     refused: list[ScanRow] = []
     for part in plan.parts:
-        for number, image, label in _read_part(part, settings, refused):
-            slot = part.slot + number - part.start
-            images[slot - plan.first], labels[slot - plan.first] = image, label[0]
-            rows.append(_row(plan, part, (number, slot), label, settings))
+        for item in read_part(part, settings, refused):
+            row = _row(plan, part, item, settings.classes)
+            images[row.slot - plan.first], labels[row.slot - plan.first] = item.image, item.label
+            rows.append(row)
     digest = plan.digest(settings.text)
     files: dict[str, str] = {}
     for relative, name, block in zip(
@@ -173,8 +151,21 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
     return commit
 
 
+def _frame(plan: ShardPlan, name: str) -> tuple[int, ...]:
+    """Shape of one image or label; an image of uint8 is RGB."""
+    colour = name == "image" and plan.dtype == "uint8"
+    return (plan.rows, plan.columns, 3) if colour else (plan.rows, plan.columns)
+
+
+def _chunk(plan: ShardPlan, name: str, number: int) -> str:
+    """Name of a shard within its array: one number for each axis."""
+    return f"c/{number}" + "/0" * len(_frame(plan, name))
+
+
 def _files(plan: ShardPlan) -> tuple[str, str]:
-    image, label = (f"{plan.bucket}/{name}/c/{plan.number}/0/0" for name in ("image", "label"))
+    image, label = (
+        f"{plan.bucket}/{name}/{_chunk(plan, name, plan.number)}" for name in ("image", "label")
+    )
     return image, label
 
 
@@ -186,7 +177,7 @@ def _encode(plan: ShardPlan, name: str, block: NDArray[Any], shard_slices: int) 
     store = MemoryStore()
     array = _create(store, name, name, plan, (len(block), shard_slices))
     array[:] = block
-    return _stored(store, f"{name}/c/0/0/0")
+    return _stored(store, f"{name}/{_chunk(plan, name, 0)}")
 
 
 def _stored(store: MemoryStore, key: str) -> bytes:
@@ -196,102 +187,39 @@ def _stored(store: MemoryStore, key: str) -> bytes:
     return buffer.to_bytes()
 
 
-_Label = tuple[NDArray[np.uint8], bool, Window]
-
-
-def _read_part(
-    part: Part, settings: WriteSettings, refused: list[ScanRow]
-) -> Iterator[tuple[int, NDArray[Any], _Label]]:
-    """Yield (number in series, image, (label, labelled, window)) of every readable slice."""
-    series = part.planned.series
-    wanted = range(part.start, part.stop)
-    try:
-        volume = _series_labels(series, settings)
-    except LabelError as error:
-        refused.extend(refusal(series.slices[i].file_id, error.code, error.detail) for i in wanted)
-        return
-    whole = needs_series_values(series.first.modality, settings.window)
-    images: dict[int, NDArray[Any]] = {}
-    for number in range(len(series.slices)) if whole else wanted:
-        ref = series.slices[number]
-        try:
-            images[number] = _read_image(ref, settings.source, series.first.dtype)
-        except SourceError as error:
-            if number in wanted:
-                refused.append(refusal(ref.file_id, error.code, error.detail))
-    stack = np.stack(list(images.values())) if whole and images else np.zeros(0)
-    window = series_window(series.first.modality, settings.window, stack)
-    for number in wanted:
-        if number not in images:
-            continue
-        try:
-            label, labelled = _slice_label(series, number, volume, settings)
-        except LabelError as error:
-            refused.append(refusal(series.slices[number].file_id, error.code, error.detail))
-            continue
-        yield number, images[number], (label, labelled, window)
-
-
-def _read_image(ref: SliceRef, source: str, dtype: str) -> NDArray[Any]:
-    image = read_pixels(ref) if source == "dicom" else read_image(Path(ref.path))
-    if image.shape != (ref.rows, ref.columns) or image.dtype != dtype:  # numpy would cut it to fit
-        raise DicomError(
-            "PIX_UNLIKE_SERIES",
-            f"{image.shape} {image.dtype}, its series is {(ref.rows, ref.columns)} {dtype}",
-        )
-    return image
-
-
-def _series_labels(series: Series, settings: WriteSettings) -> NDArray[np.uint8] | None:
-    """(N, H, W) classes from the one NIfTI of a series; None for PNG masks and no mask."""
-    if series.affine is None or not series.masks:
-        return None
-    shape = (len(series.slices), series.first.rows, series.first.columns)
-    values = read_nifti_mask(Path(series.masks[0]), np.array(series.affine), shape)
-    return map_labels(values, dict(settings.label_map), settings.classes)
-
-
-def _slice_label(
-    series: Series, number: int, volume: NDArray[np.uint8] | None, settings: WriteSettings
-) -> tuple[NDArray[np.uint8], bool]:
-    shape = (series.first.rows, series.first.columns)
-    if volume is not None:
-        return volume[number], True
-    if not series.masks:
-        return np.full(shape, IGNORE, dtype=np.uint8), False
-    values = read_mask(Path(series.masks[number]), shape)
-    return map_labels(values, dict(settings.label_map), settings.classes), True
-
-
-def _row(
-    plan: ShardPlan, part: Part, place: tuple[int, int], label: _Label, settings: WriteSettings
-) -> SliceRow:
-    (number, slot), (mask, labelled, window) = place, label
+def _row(plan: ShardPlan, part: Part, item: Slice, classes: int) -> SliceRow:
     planned, series = part.planned, part.planned.series
-    ref = series.slices[number]
-    counts = np.bincount(mask.ravel(), minlength=256)
+    number, ref = item.number, series.slices[item.number]
+    counts = np.bincount(item.label.ravel(), minlength=256)
     nan = float("nan")
     affine = series.affine or ()
-    step = float(np.linalg.norm([row[2] for row in affine[:3]])) if affine else nan
-    spacing = (*(ref.pixel_spacing or (nan, nan)), step)
+    known = affine and "SINGLE_SLICE" not in series.flags
+    step = float(np.linalg.norm([row[2] for row in affine[:3]])) if known else nan
     return SliceRow(
         bucket=plan.bucket,
-        slot=slot,
+        slot=part.slot + number - part.start,
         patient=planned.patient,
         series=planned.name,
-        slice_index=number,
+        slice_index=series.grid_index[number],
         modality=ref.modality,
         photometric=ref.photometric,
         z_mm=series.z_mm[number] if series.z_mm else nan,
-        spacing=spacing,
+        spacing=(*(ref.pixel_spacing or (nan, nan)), step),
+        spacing_source=ref.spacing_source,
         affine=tuple(v for row in affine for v in row),
-        window_center=window.center,
-        window_width=window.width,
+        window_center=item.window.center,
+        window_width=item.window.width,
         voi_center=ref.window.center if ref.window else nan,
         voi_width=ref.window.width if ref.window else nan,
         split=planned.split,
         order=planned.order,
-        labelled=labelled,
-        histogram=(*(int(c) for c in counts[: settings.classes]), int(counts[IGNORE])),
+        labelled=item.labelled,
+        histogram=(*(int(c) for c in counts[:classes]), int(counts[IGNORE])),
         file_id=ref.file_id,
+        frame=ref.frame,
+        flags=tuple(sorted({*ref.flags, *series.flags, *item.flags})),
+        padding=item.padding,
+        study_day=planned.study_day,
+        manufacturer=ref.manufacturer,
+        body_part=ref.body_part,
     )

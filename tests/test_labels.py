@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from launch.phantom import Phantom, draw, write_mask, write_series
-from medpsp.dicom.labels import LPS_TO_RAS, map_labels, mask_path, place_mask, read_nifti_mask
+from medpsp.dicom.labels import map_labels, mask_path, read_nifti_mask
+from medpsp.dicom.names import LabelVolume
 from medpsp.dicom.nifti import write_nifti_mask
+from medpsp.dicom.placement import LPS_TO_RAS, Grid, place_mask, unsheared
 from medpsp.dicom.series import group_series
 from medpsp.errors import ConfigError, LabelError
 from tests.factory import headers
@@ -26,6 +28,18 @@ Affine = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)
 PLAIN = np.diag([3.0, 2.0, 5.0, 1.0])  # column 3 mm, row 2 mm, slice 5 mm
 SHAPE = (4, 5, 6)
+
+
+def volume_of(
+    path: Path, affine: Affine = PLAIN, shape: tuple[int, int, int] = SHAPE, **how: Any
+) -> LabelVolume:
+    return read_nifti_mask(path, Grid(shape=shape, affine=affine), **how)
+
+
+def read(path: Path, affine: Affine = PLAIN, shape: tuple[int, int, int] = SHAPE) -> NDArray[Any]:
+    found = volume_of(path, affine, shape)
+    assert not found.notes
+    return found.values
 
 
 def classes(shape: tuple[int, int, int] = SHAPE) -> NDArray[np.uint8]:
@@ -159,7 +173,7 @@ def test_mask_of_a_dicom_series(tmp_path: Path, phantom: Phantom) -> None:
     write_mask(tmp_path / "mask.nii.gz", label, phantom)
     (series,), refused = group_series(headers(tmp_path / "dicom"))
     assert not refused
-    placed = read_nifti_mask(tmp_path / "mask.nii.gz", np.array(series.affine), phantom.shape)
+    placed = read(tmp_path / "mask.nii.gz", np.array(series.affine), phantom.shape)
     assert (placed == label).all()
 
 
@@ -168,7 +182,7 @@ def test_mask_of_a_dicom_series(tmp_path: Path, phantom: Phantom) -> None:
 def test_nifti_round_trip(tmp_path: Path, phantom: Phantom, name: str) -> None:
     label, affine = classes(phantom.shape), phantom.affine_lps()
     write_nifti_mask(tmp_path / name, label, affine)
-    assert (read_nifti_mask(tmp_path / name, affine, phantom.shape) == label).all()
+    assert (read(tmp_path / name, affine, phantom.shape) == label).all()
     header: Any = nib.load(tmp_path / name).header
     assert int(header["sform_code"]) == 1
     assert int(header["qform_code"]) == (0 if phantom.tilt_deg else 1)
@@ -196,13 +210,13 @@ def test_either_form_places_the_mask(
     tmp_path: Path, sform: Affine | None, qform: Affine | None
 ) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), sform, qform)
-    assert (read_nifti_mask(path, PLAIN, SHAPE) == classes()).all()
+    assert (read(path) == classes()).all()
 
 
 def test_sform_goes_first(tmp_path: Path) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), NEAR, RAS)
     far_lps = LPS_TO_RAS @ (NEAR + (NEAR - RAS) * 0.45)  # 0.03 voxel from NEAR, 0.1 from RAS
-    assert (read_nifti_mask(path, far_lps, SHAPE) == classes()).all()
+    assert (read(path, far_lps, SHAPE) == classes()).all()
 
 
 SINGULAR = np.diag([3.0, 2.0, 0.0, 1.0])
@@ -222,7 +236,7 @@ def test_unusable_forms(
 ) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), sform, qform)
     with pytest.raises(LabelError, match=code):
-        read_nifti_mask(path, PLAIN, SHAPE)
+        read(path)
 
 
 def test_form_that_is_no_number(tmp_path: Path) -> None:
@@ -231,7 +245,7 @@ def test_form_that_is_no_number(tmp_path: Path) -> None:
     whole[280:284] = np.float32(np.nan).tobytes()  # first of srow_x
     path.write_bytes(whole)
     with pytest.raises(LabelError, match="MASK_NO_XFORM"):
-        read_nifti_mask(path, PLAIN, SHAPE)
+        read(path)
 
 
 def test_qform_that_straightens_a_shear_disagrees(tmp_path: Path) -> None:
@@ -239,13 +253,13 @@ def test_qform_that_straightens_a_shear_disagrees(tmp_path: Path) -> None:
     sheared[1, 2] = 1.3
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), sheared, RAS)
     with pytest.raises(LabelError, match="MASK_SQ_DISAGREE"):
-        read_nifti_mask(path, LPS_TO_RAS @ sheared, SHAPE)
+        read(path, LPS_TO_RAS @ sheared, SHAPE)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
 def test_whole_numbers_of_any_type(tmp_path: Path, dtype: type) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0).astype(dtype), RAS)
-    placed = read_nifti_mask(path, PLAIN, SHAPE)
+    placed = read(path)
     assert placed.dtype == np.int64
     assert (placed == classes()).all()
 
@@ -254,7 +268,7 @@ def test_scaled_values_are_scaled(tmp_path: Path) -> None:
     image = nib.Nifti1Image(classes().transpose(2, 1, 0), RAS)
     image.header.set_slope_inter(2, 1)
     nib.save(image, tmp_path / "m.nii")
-    placed = read_nifti_mask(tmp_path / "m.nii", PLAIN, SHAPE)
+    placed = read(tmp_path / "m.nii")
     assert (placed == 2 * classes() + 1).all()
 
 
@@ -264,12 +278,12 @@ def test_values_that_are_no_classes(tmp_path: Path, value: complex) -> None:
     values[1, 2, 3] = value
     path = nifti(tmp_path / "m.nii", values, RAS)
     with pytest.raises(LabelError, match="MASK_NOT_INTEGRAL"):
-        read_nifti_mask(path, PLAIN, SHAPE)
+        read(path)
 
 
 def test_trailing_axis_of_one_is_dropped(tmp_path: Path) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0)[..., None], RAS)
-    assert (read_nifti_mask(path, PLAIN, SHAPE) == classes()).all()
+    assert (read(path) == classes()).all()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +299,7 @@ def test_trailing_axis_of_one_is_dropped(tmp_path: Path) -> None:
 def test_masks_of_another_kind(tmp_path: Path, values: NDArray[Any], qform: Affine | None) -> None:
     path = nifti(tmp_path / "m.nii", values, RAS, qform)
     with pytest.raises(LabelError, match="MASK_NOT_3D"):
-        read_nifti_mask(path, PLAIN, SHAPE)
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -301,14 +315,14 @@ def test_masks_of_another_kind(tmp_path: Path, values: NDArray[Any], qform: Affi
 def test_files_that_are_no_nifti(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LabelError, match="MASK_UNREADABLE"):
-        read_nifti_mask(tmp_path / name, PLAIN, SHAPE)
+        read(tmp_path / name)
 
 
 def test_missing_mask(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="MASK_MISSING"):
-        read_nifti_mask(tmp_path / "m.nii", PLAIN, SHAPE)
+        read(tmp_path / "m.nii")
     with pytest.raises(LabelError, match="MASK_MISSING"):
-        read_nifti_mask(tmp_path, PLAIN, SHAPE)
+        read(tmp_path)
 
 
 def test_damaged_headers_and_cut_files_are_refused(tmp_path: Path) -> None:
@@ -321,7 +335,7 @@ def test_damaged_headers_and_cut_files_are_refused(tmp_path: Path) -> None:
             damaged[int(rng.integers(352))] = int(rng.integers(256))
         path.write_bytes(damaged[: int(rng.integers(len(whole)))] if turn % 4 == 0 else damaged)
         try:
-            read_nifti_mask(path, PLAIN, SHAPE)
+            read(path)
             codes.add("read")
         except LabelError as error:
             codes.add(error.code)
@@ -335,7 +349,7 @@ def test_cut_gzip(tmp_path: Path) -> None:
     for length in range(0, len(whole) - 8, 9):  # the last 8 bytes are a checksum
         path.write_bytes(whole[:length])
         with pytest.raises(LabelError, match="MASK_UNREADABLE"):
-            read_nifti_mask(path, PLAIN, (8, 20, 20))
+            read(path, PLAIN, (8, 20, 20))
 
 
 def test_values_are_classes_without_a_map() -> None:
@@ -413,4 +427,4 @@ def test_masks_may_be_links_to_elsewhere(tmp_path: Path) -> None:
     nifti(tmp_path / "elsewhere.nii", classes().transpose(2, 1, 0), RAS)
     (tmp_path / "masks" / "p 7.nii").symlink_to(tmp_path / "elsewhere.nii")
     path = mask_path(tmp_path / "masks", "{PatientID}.nii", REF, Path("/archive"))
-    assert (read_nifti_mask(path, PLAIN, SHAPE) == classes()).all()
+    assert (read(path) == classes()).all()

@@ -7,18 +7,20 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from medpsp.config import VocConfig
+from medpsp.dataconfig import VocConfig
 from medpsp.dicom.voc import read_image, read_mask, scan_voc
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
-from medpsp.types import ScanRow, Series
+from medpsp.types import Place, ScanRow, Series
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 MASK = (np.arange(48, dtype=np.uint8).reshape(6, 8) % 3).astype(np.uint8)
+COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=2)
 PATIENTS = VocConfig(patient_pattern="^(p[0-9]+)-")
 
 
@@ -53,8 +55,9 @@ def test_images_and_masks_pair_by_stem(tmp_path: Path) -> None:
     assert not rows
     assert [s.first.patient_id for s in series] == ["p1", "p2"]
     assert [Path(ref.path).name for ref in series[0].slices] == ["p1-a.png", "p1-b.png"]
-    assert [Path(mask).name for mask in series[0].masks] == ["p1-a.png", "p1-b.png"]
-    assert [Path(mask).parent.name for mask in series[0].masks] == ["SegmentationClass"] * 2
+    folder = tmp_path / "SegmentationClass"
+    assert series[0].masks == (Place(str(folder / "p1-a.png")), Place(str(folder / "p1-b.png")))
+    assert series[0].mask_kind == "png"
     assert series[0].slices[0].file_id == "id of JPEGImages/p1-a.png"
     assert (series[0].first.rows, series[0].first.columns) == (6, 8)
     assert (series[0].affine, series[0].z_mm, series[0].split) == (None, (), None)
@@ -70,18 +73,37 @@ def test_sizes_and_types_of_one_patient_are_series_of_their_own(tmp_path: Path) 
     save(tmp_path / "JPEGImages" / "p1-c.png", GREY[:4])
     save(tmp_path / "JPEGImages" / "p1-d.png", GREY[:, :5])
     save(tmp_path / "JPEGImages" / "p1-e.png", GREY.astype(np.uint16) * 256)
+    save(tmp_path / "JPEGImages" / "p1-f.png", COLOUR)
+    save(tmp_path / "JPEGImages" / "p1-g.png", GREY, "RGB")
+    save(tmp_path / "JPEGImages" / "p1-h.png", COLOUR)
     series, _ = scan(tmp_path)
     found = [(s.first.rows, s.first.columns, s.first.dtype, len(s.slices)) for s in series]
     assert found == [
         (4, 8, "int16", 1),
         (6, 5, "int16", 1),
         (6, 8, "float32", 1),
-        (6, 8, "int16", 2),
+        (6, 8, "int16", 3),
+        (6, 8, "uint8", 2),
     ]
-    assert len({s.first.series_uid for s in series}) == 4
+    kinds = [(s.first.modality, s.first.photometric, s.first.channels) for s in series[2:]]
+    assert kinds == [
+        ("OT", "MONOCHROME2", 1),
+        ("IMAGE8", "MONOCHROME2", 1),
+        ("IMAGE8", "RGB", 3),
+    ]
+    assert len({s.first.series_uid for s in series}) == 5
     for item in series:
         for ref in item.slices:
             assert read_image(Path(ref.path)).dtype == ref.dtype
+
+
+def test_deep_images_are_alone_for_their_window(tmp_path: Path) -> None:
+    archive(tmp_path, "p1-a", "p1-b")
+    for stem in ("p1-a", "p1-b"):
+        save(tmp_path / "JPEGImages" / f"{stem}.png", GREY.astype(np.uint16) * 256)
+    series, _ = scan(tmp_path)
+    assert [(s.first.patient_id, len(s.slices)) for s in series] == [("p1", 1)] * 2
+    assert len({s.first.series_uid for s in series}) == 2
 
 
 def test_split_lists(tmp_path: Path) -> None:
@@ -210,11 +232,63 @@ def test_float_image(tmp_path: Path) -> None:
     assert values[1, 3] == 13.75  # 11 * 5 / 4
 
 
-def test_colour_image_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["", "RGBA"])
+def test_colour_image(tmp_path: Path, mode: str) -> None:
     colour = np.repeat(GREY[..., None], 3, axis=2)
-    colour[2, 2, 1] += 1
-    with pytest.raises(DicomError, match="COLOUR_UNSUPPORTED"):
-        read_image(save(tmp_path / "a.png", colour))
+    colour[2, 2, 1] += 1  # one pixel is enough
+    path = save(tmp_path / "a.png", colour, mode)
+    values = read_image(path)
+    assert values.dtype == np.uint8
+    np.testing.assert_array_equal(values, colour)
+    brightness = read_image(path, grey=True)
+    assert brightness.dtype == np.int16
+    np.testing.assert_array_equal(brightness, GREY + (colour[..., 1] > GREY))  # 0.587 rounds up
+
+
+def test_colour_may_be_taken_as_brightness(tmp_path: Path) -> None:
+    archive(tmp_path, "p1-a")
+    save(tmp_path / "JPEGImages" / "p1-a.png", COLOUR)
+    ((series,), _) = scan_voc(tmp_path, PATIENTS, str, grey=True)
+    assert (series.first.dtype, series.first.photometric) == ("int16", "MONOCHROME2")
+
+
+def test_what_is_transparent_lies_on_black(tmp_path: Path) -> None:
+    alpha = np.full((6, 8), 255, np.uint8)
+    alpha[0], alpha[1] = 0, 51
+    values = read_image(save(tmp_path / "a.png", np.dstack([COLOUR, alpha])))
+    np.testing.assert_array_equal(values[2:], COLOUR[2:])
+    assert not values[0].any()
+    np.testing.assert_allclose(values[1], COLOUR[1] / 5, atol=0.51)  # 51 of 255
+    grey = read_image(save(tmp_path / "b.png", np.dstack([GREY, alpha])))
+    assert grey.dtype == np.int16
+    assert (grey[2:] == GREY[2:]).all()
+    assert not grey[0].any()
+
+
+def test_palette_gives_its_colours_and_black_for_the_transparent_one(tmp_path: Path) -> None:
+    image = Image.fromarray(MASK).convert("P")
+    image.putdata(MASK.ravel().tolist())
+    image.putpalette([200, 0, 0, 0, 100, 0, 0, 0, 50])
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "b.png", transparency=0)
+    colours = np.array([[200, 0, 0], [0, 100, 0], [0, 0, 50]])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), colours[MASK])
+    colours[0] = 0
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), colours[MASK])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_colour_of_sixteen_bits_is_refused_and_not_cut_to_eight(
+    tmp_path: Path, suffix: str
+) -> None:
+    archive(tmp_path, "p1-a")
+    path = tmp_path / "JPEGImages" / f"p1-b{suffix}"
+    cv2.imwrite(str(path), COLOUR.astype(np.uint16) * 257)
+    with pytest.raises(DicomError, match="BITS_UNSUPPORTED: 16 bits a channel"):
+        read_image(path)
+    series, rows = scan(tmp_path)
+    assert [len(s.slices) for s in series] == [1]
+    assert [(row.code, row.status) for row in rows] == [("BITS_UNSUPPORTED", "quarantined")]
 
 
 def test_ink_is_not_taken_for_light(tmp_path: Path) -> None:
@@ -274,5 +348,5 @@ def test_image_without_mask(tmp_path: Path) -> None:
     (tmp_path / "SegmentationClass" / "p1-a.png").unlink()
     (series,), _ = scan(tmp_path)
     with pytest.raises(LabelError, match="MASK_MISSING"):
-        read_mask(Path(series.masks[0]), (6, 8))
-    assert (read_mask(Path(series.masks[1]), (6, 8)) == MASK).all()
+        read_mask(Path(series.masks[0].path), (6, 8))
+    assert (read_mask(Path(series.masks[1].path), (6, 8)) == MASK).all()

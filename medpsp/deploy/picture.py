@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,27 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from medpsp.intensity import CLASS_COLOURS, overlay
+from medpsp.types import FloatArray
 
 TILE, COLUMNS, MAX_TILES, LEGEND = 224, 4, 8, 32
 """Pixels of a tile's longer side, tiles a row, tiles at most, pixels of the legend line."""
 
 
 def write_sheet(
-    path: Path, unit: NDArray[np.float32], mask: NDArray[np.uint8], classes: tuple[str, ...]
+    path: Path,
+    show: Callable[[int], FloatArray],
+    mask: NDArray[np.uint8],
+    classes: tuple[str, ...],
+    names: Sequence[int],
 ) -> None:
     """Draw evenly spaced slices of what the mask covers.
 
     Args:
         path: PNG to write.
-        unit: (N, H, W) in [0, 1].
+        show: Number of a slice to (H, W) or (H, W, 3) in [0, 1].
         mask: (N, H, W) class indices.
         classes: Names for the legend; the first is the background.
+        names: What to call each slice.
     """
     covered = np.flatnonzero(mask.any(axis=(1, 2)))
     pool = covered if covered.size else np.arange(len(mask))
@@ -36,10 +43,12 @@ def write_sheet(
     columns = min(count, COLUMNS)
     sheet = Image.new("RGB", (max(tile[0] * columns, 2 * TILE), tile[1] * rows + LEGEND), "black")
     for place, index in enumerate(chosen):
-        picture = Image.fromarray(overlay(unit[index], mask[index])).resize(tile)
+        picture = Image.fromarray(overlay(show(int(index)), mask[index])).resize(tile)
         corner = (place % COLUMNS * tile[0], place // COLUMNS * tile[1])
         sheet.paste(picture, corner)
-        ImageDraw.Draw(sheet).text((corner[0] + 5, corner[1] + 3), f"{index}", fill=(170, 170, 170))
+        ImageDraw.Draw(sheet).text(
+            (corner[0] + 5, corner[1] + 3), f"{names[index]}", fill=(170, 170, 170)
+        )
     _legend(sheet, classes)
     sheet.save(path)
 

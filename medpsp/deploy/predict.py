@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medpsp.deploy.picture import write_sheet
+from medpsp.dicom.codes import refusal
 from medpsp.dicom.nifti import write_nifti_mask
-from medpsp.dicom.read import read_pixels
-from medpsp.dicom.scan import refusal, scan_folder
+from medpsp.dicom.read import Pixels
+from medpsp.dicom.sandbox import Sandbox, SandboxPool
+from medpsp.dicom.scan import scan_folder
 from medpsp.dicom.voc import SUFFIXES, read_image
 from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError, SourceError
-from medpsp.intensity import overlay, series_window, to_unit
-from medpsp.types import ScanRow, Series, Window
+from medpsp.intensity import overlay, planes, series_window, to_unit
+from medpsp.types import FloatArray, ReadPolicy, ScanRow, Series, SliceRef, Window
 
-BATCH = 4
+BATCH, DECODERS = 4, 4
+"""Slices at once through the network; children that decode, at most."""
+
+Show = Callable[[int], FloatArray]
+"""Number of a slice to (H, W) or (H, W, 3) in [0, 1]: whole series in float would fill a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,8 @@ class Predictor:
             self.modalities: tuple[str, ...] = tuple(meta["modalities"])
             window = meta["window"]
             self.window = Window(**window) if window else None
+            self.channels = int(meta.get("in_channels", 1))
+            self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise ModelFileError(
                 f"model {path}: its metadata is damaged ({type(error).__name__})"
@@ -85,41 +94,52 @@ class Predictor:
         """Why masks would be named or windowed wrongly; empty where they would not."""
         if self.window and not self.window.width > 0:
             return f"window width {self.window.width}, expected above 0"
-        inputs = self.session.get_inputs()
-        if [i.name for i in inputs] != ["image"] or inputs[0].shape[1:2] != [1]:
-            return "the input is not image (N, 1, H, W)"
-        probe = np.zeros((1, 1, 32, 32), dtype=np.float32)
+        inputs, channels = self.session.get_inputs(), self.channels
+        fits = channels in (1, 3) and inputs[0].shape[1:2] == [channels]
+        if [i.name for i in inputs] != ["image"] or not fits:
+            return f"the input is not image (N, {channels}, H, W)"
+        probe = np.zeros((1, channels, 32, 32), dtype=np.float32)
         found = self.session.run(None, {"image": probe})[0].shape
         wanted = (1, len(self.classes), 32, 32)
         return "" if found == wanted else f"output {found}, expected {wanted}"
 
-    def mask(self, unit: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """(N, H, W) in [0, 1] to (N, H, W) class indices."""
+    def mask(self, show: Show, count: int) -> NDArray[np.uint8]:
+        """(N, H, W) class indices of ``count`` slices; three channels take grey as well."""
         parts = []
-        for start in range(0, len(unit), BATCH):
-            logits = self.session.run(None, {"image": unit[start : start + BATCH, None]})[0]
-            parts.append(logits.argmax(1).astype(np.uint8))
+        for start in range(0, count, BATCH):
+            numbers = range(start, min(start + BATCH, count))
+            batch = np.stack([planes(show(number), self.channels) for number in numbers])
+            parts.append(self.session.run(None, {"image": batch})[0].argmax(1).astype(np.uint8))
         return np.concatenate(parts)
 
-    def read_series(self, series: Series) -> NDArray[np.float32]:
-        """(N, H, W) of a series as the network sees it.
+    def show(self, pixels: Pixels, modality: str, photometric: str = "MONOCHROME2") -> Show:
+        """How the network sees the slices of one series.
+
+        Args:
+            pixels: (N, H, W) modality values or (N, H, W, 3) RGB, and their padding.
+            modality: Decides the window where the model carries none.
+            photometric: MONOCHROME1 is inverted.
 
         Raises:
-            SourceError: A slice cannot be decoded; a volume with a hole is not segmented.
+            DicomError: COLOUR_FOR_GREY_MODEL.
         """
-        values = np.stack([read_pixels(ref) for ref in series.slices])
-        window = series_window(series.first.modality, self.window, values)
-        inverted = series.first.photometric == "MONOCHROME1"
-        return to_unit(values, window, inverted).astype(np.float32, copy=False)
+        values = pixels.values
+        channels = values.shape[3] if values.ndim == 4 else 1
+        if channels > self.channels:
+            raise DicomError("COLOUR_FOR_GREY_MODEL", "trained with model.in_channels 1")
+        valid = None if pixels.padding is None else ~pixels.padding
+        window = series_window(modality, self.window, values, channels, valid)
+        return lambda number: to_unit(values[number], window, photometric == "MONOCHROME1")
 
     def folder(
         self, source: Path, out: Path, advance: Callable[[str], None] = lambda name: None
     ) -> tuple[list[Prediction], list[ScanRow]]:
         """Segment every series below a folder.
 
-        Writes ``<name>.nii.gz`` on the grid of the series, ``<name>/<slice>.png`` overlays and
-        ``<name>.png``, some of them with a legend;
-        for a folder of plain images ``<file name>.mask.png`` and ``<file name>.overlay.png``.
+        Writes ``<name>.nii.gz`` on the grid of the series (0 where it has no slice),
+        ``<name>/<slice>.png`` overlays and ``<name>.png``, some of them with a legend; for images
+        without geometry ``<name>/<number>.mask.png`` in place of the volume; for a folder of
+        plain images ``<file name>.mask.png`` and ``<file name>.overlay.png``.
 
         Raises:
             ConfigError: ``out`` holds something already, or lies inside the source.
@@ -133,24 +153,20 @@ class Predictor:
             raise ConfigError(
                 f"{out}: not empty; masks of other patients would stand among the new"
             )
-        series, rows = scan_folder(source, self.modalities, str)
-        predictions: list[Prediction] = []
-        for number, item in enumerate(series):
-            name = f"series-{number:03d}"
-            try:
-                predictions.append(self._series(item, out, name))
-            except SourceError as error:
-                rows.extend(
-                    ScanRow(
-                        file_id=r.file_id,
-                        status="quarantined",
-                        code=error.code,
-                        detail=f"{name}: {error.detail}",
-                    )
-                    for r in item.slices
-                )
-            advance(name)
-        if not series:
+        with SandboxPool(min(DECODERS, os.cpu_count() or 1)) as pool:
+            scan = scan_folder(source, self.policy, str, pool)
+            predictions: list[Prediction] = []
+            rows = scan.rows
+            for number, series in enumerate(scan.series):
+                name = f"series-{number:03d}"
+                try:
+                    pixels, readable, refused = _read(pool, series)
+                    predictions.append(self._series(pixels, readable, out, name))
+                    rows += _refusals(refused, name)
+                except SourceError as error:
+                    rows += _refusals([(ref, error) for ref in series.slices], name)
+                advance(name)
+        if not scan.series:
             predictions = self._images(source, out, rows)
         if not predictions:
             codes = sorted({row.code for row in rows})
@@ -160,20 +176,25 @@ class Predictor:
             )
         return predictions, rows
 
-    def _series(self, series: Series, out: Path, name: str) -> Prediction:
-        unit = self.read_series(series)
-        mask = self.mask(unit)
-        out.mkdir(parents=True, exist_ok=True)
-        volume = out / f"{name}.nii.gz"
-        write_nifti_mask(volume, mask, np.array(series.affine))
-        sheet = out / f"{name}.png"
-        write_sheet(sheet, unit, mask, self.classes)
-        files = [volume, sheet]
-        for index, (image, labels) in enumerate(zip(unit, mask, strict=True)):
-            path = out / name / f"{index:04d}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(overlay(image, labels)).save(path)
-            files.append(path)
+    def _series(self, pixels: Pixels, series: Series, out: Path, name: str) -> Prediction:
+        show = self.show(pixels, series.first.modality, series.first.photometric)
+        mask = self.mask(show, len(series.slices))
+        folder, grid, files = out / name, series.grid_index, []
+        folder.mkdir(parents=True)
+        if series.affine is not None:
+            volume = np.zeros(series.shape, dtype=np.uint8)
+            volume[list(grid)] = mask
+            files.append(out / f"{name}.nii.gz")
+            write_nifti_mask(files[0], volume, np.array(series.affine))
+        else:
+            for place, labels in zip(grid, mask, strict=True):
+                files.append(folder / f"{place:04d}.mask.png")
+                Image.fromarray(labels).save(files[-1])
+        files.append(out / f"{name}.png")
+        write_sheet(files[-1], show, mask, self.classes, grid)
+        for number, place in enumerate(grid):
+            files.append(folder / f"{place:04d}.png")
+            Image.fromarray(overlay(show(number), mask[number])).save(files[-1])
         return self._prediction(name, mask, files)
 
     def _images(self, source: Path, out: Path, rows: list[ScanRow]) -> list[Prediction]:
@@ -183,20 +204,19 @@ class Predictor:
         rows[:] = [row for row in rows if row.file_id not in names]  # no DICOM, but not skipped
         for path in paths:
             try:
-                values = read_image(path)[None]
-                modality = "IMAGE8" if values.dtype == np.int16 else "OT"
+                values = read_image(path, grey=self.policy.colour == "grey")[None]
+                modality = "OT" if values.dtype == np.float32 else "IMAGE8"
                 if modality not in self.modalities:
                     raise DicomError("MODALITY_SKIPPED", "the model is for other modalities")
+                show = self.show(Pixels(values, None), modality)
             except SourceError as error:
                 rows.append(refusal(path.name, error.code, error.detail))
                 continue
-            window = series_window(modality, self.window, values)
-            unit = to_unit(values, window).astype(np.float32, copy=False)
-            mask = self.mask(unit)
+            mask = self.mask(show, 1)
             out.mkdir(parents=True, exist_ok=True)
             files = [out / f"{path.name}.mask.png", out / f"{path.name}.overlay.png"]
             Image.fromarray(mask[0]).save(files[0])
-            Image.fromarray(overlay(unit[0], mask[0])).save(files[1])
+            Image.fromarray(overlay(show(0), mask[0])).save(files[1])
             predictions.append(self._prediction(path.name, mask, files))
         return predictions
 
@@ -205,3 +225,58 @@ class Predictor:
         return Prediction(
             name=name, slices=len(mask), files=tuple(files), pixels=tuple(int(p) for p in pixels)
         )
+
+
+Refused = list[tuple[SliceRef, SourceError]]
+
+
+def _read(pool: SandboxPool, series: Series) -> tuple[Pixels, Series, Refused]:
+    """(N, H, W[, 3]) values of a series.
+
+    Images without geometry stand alone: those that fail are left out, as long as one is left.
+
+    Returns:
+        Values and padding, the series of the slices that they are, and the slices left out.
+
+    Raises:
+        SourceError: A slice of a volume cannot be decoded, or no image at all.
+    """
+    found: list[Pixels] = []
+    kept: list[int] = []
+    refused: Refused = []
+    for number, (ref, pixels) in enumerate(pool.map(_frame, series.slices)):
+        if isinstance(pixels, Pixels):
+            found.append(pixels)
+            kept.append(number)
+        elif series.affine is None:
+            refused.append((ref, pixels))
+        else:
+            raise pixels
+    if not found:
+        raise refused[0][1]
+    values = np.stack([pixels.values for pixels in found])
+    padding = None
+    if any(pixels.padding is not None for pixels in found):
+        padding = np.zeros(values.shape, dtype=np.bool_)
+        for place, pixels in zip(padding, found, strict=True):
+            place[...] = False if pixels.padding is None else pixels.padding
+    readable = replace(
+        series,
+        slices=tuple(series.slices[n] for n in kept),
+        grid=tuple(series.grid_index[n] for n in kept),
+    )
+    return Pixels(values, padding), readable, refused
+
+
+def _frame(box: Sandbox, ref: SliceRef) -> Pixels | SourceError:
+    try:
+        return box.frame(ref)
+    except SourceError as error:
+        return error
+
+
+def _refusals(refused: Refused, name: str) -> list[ScanRow]:
+    return [
+        refusal(ref.file_id, error.code, f"{name}: {error.detail}", ref.frame)
+        for ref, error in refused
+    ]

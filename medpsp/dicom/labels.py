@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from numpy.typing import NDArray
 
+from medpsp.dicom.names import LabelVolume
+from medpsp.dicom.placement import (
+    CORNER_TOL_VOXEL,
+    LPS_TO_RAS,
+    Floats,
+    Grid,
+    nearest_mask,
+    place_mask,
+    unsheared,
+)
 from medpsp.errors import ConfigError, LabelError
 from medpsp.types import IGNORE, SliceRef
 
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-CORNER_TOL_VOXEL = 0.1
-"""Largest distance of a mapped grid corner from a voxel centre; catches 0.05 rad and 5 %."""
+__all__ = ["LPS_TO_RAS", "integral", "map_labels", "mask_path", "place_mask", "read_nifti_mask"]
 
 _NIBABEL_RAISES = (
     ImageFileError,
@@ -31,31 +41,39 @@ _NIBABEL_RAISES = (
     EOFError,
     zlib.error,
 )
+_MOST_EXTENSIONS = 1 << 24  # bytes after the header; nibabel reads what the header asks for
+_PADDED, _SMALL = 8, 1 << 22  # a mask may have 8 times the voxels of the image, or 4 million more
+_DEFLATE_RATIO = 1032  # the most that deflate can reach
+_LONGEST_TABLE = 1 << 16
 
 
 def read_nifti_mask(
-    path: Path, affine_lps: NDArray[np.float64], shape: tuple[int, int, int]
-) -> NDArray[np.int64]:
+    path: Path,
+    grid: Grid,
+    geometry: Literal["affine", "index"] = "affine",
+    resample: Literal["never", "nearest"] = "never",
+) -> LabelVolume:
     """Read a NIfTI mask and lay it on the grid of a DICOM series.
 
     Args:
         path: .nii or .nii.gz file.
-        affine_lps: (4, 4) index (column, row, slice) of the series to mm LPS.
-        shape: (N, H, W) of the series.
+        grid: Of the series.
+        geometry: index: the order of the voxels counts, the affine does not; shapes must agree.
+        resample: nearest: what fits no other way is taken by nearest voxel.
 
     Returns:
-        (N, H, W) mask values as stored, 0 where the mask file does not reach.
+        (N, H, W) integers as stored, 0 where the mask file does not reach. Notes:
+        MASK_MADE_ON_UNSHEARED, MASK_RESAMPLED, MASK_BY_INDEX, MASK_INDEX_NOT_AFFINE.
 
     Raises:
-        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_NOT_3D, MASK_NO_XFORM,
+        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_SIZE_LIMIT, MASK_NOT_3D, MASK_NO_XFORM,
             MASK_SQ_DISAGREE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH, MASK_OUTSIDE_IMAGE.
     """
     if not path.is_file():
         raise LabelError("MASK_MISSING", "no file at the place that label_pattern names")
     try:
-        image: Any = nib.load(path)
+        image = _open(path, math.prod(grid.shape))
         values = np.asarray(image.dataobj)
-        mask_ras = _affine(image)
     except LabelError:
         raise
     except _NIBABEL_RAISES as error:
@@ -64,73 +82,83 @@ def read_nifti_mask(
         values = values[..., 0]
     if values.ndim != 3 or values.dtype.fields is not None:
         raise LabelError("MASK_NOT_3D", f"{values.ndim}-D, expected one value a voxel in 3-D")
-    return place_mask(integral(values), mask_ras, affine_lps, shape)
+    values = values if values.dtype.kind in "iu" else integral(values)
+    if geometry == "index":
+        return _by_index(values, image, grid)
+    return _by_affine(values, _affine(image), grid, resample)
 
 
-def place_mask(
-    mask: NDArray[np.int64],
-    mask_ras: NDArray[np.float64],
-    affine_lps: NDArray[np.float64],
-    shape: tuple[int, int, int],
-) -> NDArray[np.int64]:
-    """Transpose, flip and paste a mask onto a series grid, bit-exact, without interpolation.
+def _open(path: Path, voxels: int) -> Any:
+    """The image with its values unread, after a check of what its header asks memory for."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise LabelError("MASK_UNREADABLE", "the name must end in .nii or .nii.gz")
+    packed = path.name.lower().endswith(".gz")
+    with ImageOpener(path) as file:
+        head = file.read(540)
+    second = head[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+    kind: Any = nib.Nifti2Header if second else nib.Nifti1Header
+    if len(head) < kind.sizeof_hdr:
+        raise LabelError("MASK_UNREADABLE", f"{len(head)} bytes, a header has {kind.sizeof_hdr}")
+    offset = float(kind(head[: kind.sizeof_hdr], check=False)["vox_offset"])
+    if packed and not offset <= _MOST_EXTENSIONS:  # also NaN
+        raise LabelError("MASK_SIZE_LIMIT", "header extensions of over 16 MiB")
+    image: Any = nib.load(path)
+    found = math.prod(image.shape)
+    if found > _PADDED * voxels + _SMALL:
+        raise LabelError("MASK_SIZE_LIMIT", f"{found} voxels, the image has {voxels}")
+    need = found * image.get_data_dtype().itemsize
+    have = path.stat().st_size * (_DEFLATE_RATIO if packed else 1)
+    if not 0 < need <= have:
+        raise LabelError("MASK_UNREADABLE", f"the header asks for {need} bytes, the file is short")
+    return image
 
-    The map from series index to mask index must be a signed permutation with an integral
-    offset, tested at the corners of the grid, where small errors of rotation have grown.
 
-    Args:
-        mask: (i, j, k) in the order of its own affine.
-        mask_ras: (4, 4) mask index to mm RAS.
-        affine_lps: (4, 4) series index (column, row, slice) to mm LPS.
-        shape: (N, H, W) of the series.
+def _by_affine(values: NDArray[Any], ras: Floats, grid: Grid, resample: str) -> LabelVolume:
+    if grid.affine is None:
+        raise LabelError("MASK_GRID_MISMATCH", "the images have no patient geometry")
+    try:
+        return LabelVolume(place_mask(values, ras, grid.affine, grid.shape, grid.partial), {})
+    except LabelError as error:
+        if error.code != "MASK_GRID_MISMATCH":
+            raise
+        mismatch = error
+    for upright in unsheared(grid.affine, grid.shape[0]):
+        try:
+            placed = place_mask(values, ras, upright, grid.shape, grid.partial)
+        except LabelError as error:
+            if error.code != "MASK_GRID_MISMATCH":
+                raise
+        else:
+            return LabelVolume(placed, {"MASK_MADE_ON_UNSHEARED": 1})
+    if resample == "never":
+        raise mismatch
+    placed = nearest_mask(values, ras, grid.affine, grid.shape, grid.partial)
+    return LabelVolume(placed, {"MASK_RESAMPLED": 1})
 
-    Raises:
-        LabelError: MASK_GRID_MISMATCH or MASK_OUTSIDE_IMAGE.
-    """
-    slices, rows, columns = shape
-    if slices == 1:  # one slice has no distance to the next: take the mask's along that direction
-        affine_lps = affine_lps.copy()
-        normal = affine_lps[:3, 2] / np.linalg.norm(affine_lps[:3, 2])
-        lengths = np.linalg.norm(mask_ras[:3, :3], axis=0)
-        along = np.abs((LPS_TO_RAS[:3, :3] @ normal) @ (mask_ras[:3, :3] / lengths))
-        affine_lps[:3, 2] = normal * lengths[int(along.argmax())]
-    to_mask = np.linalg.inv(mask_ras) @ LPS_TO_RAS @ affine_lps
-    turn = np.round(to_mask[:3, :3])
-    offset = np.round(to_mask[:3, 3])
-    size = np.array([columns, rows, slices])
-    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (size - 1)
-    error = corners @ (to_mask[:3, :3] - turn).T + (to_mask[:3, 3] - offset)
-    worst = float(np.abs(error).max())
-    permutes = bool((np.abs(turn).sum(0) == 1).all() and (np.abs(turn).sum(1) == 1).all())
-    if not permutes or worst > CORNER_TOL_VOXEL:
+
+def _by_index(values: NDArray[Any], image: Any, grid: Grid) -> LabelVolume:
+    placed = values.transpose(2, 1, 0)
+    if placed.shape != grid.shape:
         raise LabelError(
             "MASK_GRID_MISMATCH",
-            f"mask {mask.shape} does not lie on the image grid {(columns, rows, slices)}: "
-            f"a corner is off by {worst:.2f} voxel, at most {CORNER_TOL_VOXEL} allowed",
+            f"mask {values.shape}, image {grid.shape[::-1]}; data.mask_geometry: index needs both "
+            "to be equal",
         )
-    axes = [int(np.flatnonzero(turn[:, axis])[0]) for axis in range(3)]  # mask axis of each ours
-    out = np.zeros((columns, rows, slices), dtype=np.int64)
-    ours, theirs = [], []
-    for axis, mask_axis in enumerate(axes):
-        index = np.arange(size[axis]) * int(turn[mask_axis, axis]) + int(offset[mask_axis])
-        inside = (index >= 0) & (index < mask.shape[mask_axis])
-        ours.append(np.flatnonzero(inside))
-        theirs.append(index[inside])
-    part = mask.transpose(axes)[np.ix_(*theirs)]
-    out[np.ix_(*ours)] = part
-    lost = int(np.count_nonzero(mask)) - int(np.count_nonzero(part))
-    if lost:
-        raise LabelError("MASK_OUTSIDE_IMAGE", f"{lost} labelled voxels lie outside the image")
-    return out.transpose(2, 1, 0)
+    notes = {"MASK_BY_INDEX": 1}
+    try:
+        meant = _by_affine(values, _affine(image), grid, "never").values
+    except LabelError:  # there is no usable affine, which is what this option is for
+        return LabelVolume(placed, notes)
+    if (meant != placed).any():
+        notes["MASK_INDEX_NOT_AFFINE"] = 1
+    return LabelVolume(placed, notes)
 
 
-def map_labels(
-    values: NDArray[np.int64], label_map: dict[int, int], classes: int
-) -> NDArray[np.uint8]:
+def map_labels(values: NDArray[Any], label_map: dict[int, int], classes: int) -> NDArray[np.uint8]:
     """Mask values to class indices.
 
     Args:
-        values: Any shape.
+        values: Integers, any shape.
         label_map: Value to class index or 255; empty for the identity.
         classes: Number of classes K; the identity accepts 0..K-1 and 255.
 
@@ -138,15 +166,32 @@ def map_labels(
         LabelError: MASK_LABEL_UNKNOWN with the values that have no class.
     """
     legal = label_map or {**{i: i for i in range(classes)}, IGNORE: IGNORE}
-    found, inverse = np.unique(values, return_inverse=True)
+    if not values.size:
+        return np.zeros(values.shape, dtype=np.uint8)
+    low, high = int(values.min()), int(values.max())
+    if high - low >= _LONGEST_TABLE:
+        found, index = np.unique(values, return_inverse=True)
+        return _classes_of(found, legal)[index].reshape(values.shape)
+    seen = np.zeros(high - low + 1, dtype=np.bool_)
+    for plane in values:  # one at a time: as 64-bit integers a volume takes gigabytes
+        seen[plane.astype(np.int64) - low] = True
+    found = np.flatnonzero(seen)
+    table = np.zeros(len(seen), dtype=np.uint8)
+    table[found] = _classes_of(found + low, legal)
+    out = np.empty(values.shape, dtype=np.uint8)
+    for number, plane in enumerate(values):
+        out[number] = table[plane.astype(np.int64) - low]
+    return out
+
+
+def _classes_of(found: NDArray[Any], legal: dict[int, int]) -> NDArray[np.uint8]:
     unknown = [int(v) for v in found if int(v) not in legal]
     if unknown:
         raise LabelError(
             "MASK_LABEL_UNKNOWN",
             f"values {unknown[:8]} have no class; add them to data.label_map (255 ignores)",
         )
-    lookup = np.array([legal[int(v)] for v in found], dtype=np.uint8)
-    return lookup[inverse].reshape(values.shape)
+    return np.array([legal[int(v)] for v in found], dtype=np.uint8)
 
 
 def _affine(image: Any) -> NDArray[np.float64]:

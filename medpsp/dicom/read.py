@@ -1,271 +1,268 @@
-"""One DICOM file to a `SliceRef` (header) and to modality values (pixels).
-
-One decoder per transfer syntax: pydicom would try the next plug-in after a codestream error, and
-a corrupt image then comes back as a full array from a more forgiving codec.
-"""
+"""One image object to a `SliceRef` a frame (header), and one frame to modality values (pixels)."""
 
 from __future__ import annotations
 
-import logging
-import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels.processing import apply_modality_lut
-from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID, JPEGLSTransferSyntaxes
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+from pydicom.uid import UID
 
+from medpsp.dicom import deidentify, frames
+from medpsp.dicom.codestream import Layout
+from medpsp.dicom.decode import Stored, check_pixels, layout_of, stored_values
+from medpsp.dicom.labelref import KINDS as LABEL_KINDS
+from medpsp.dicom.parse import Parsed, parse, refusing
+from medpsp.dicom.values import (
+    blank_outside,
+    luma,
+    padding_mask,
+    rescale,
+    rescaled_dtype,
+    ybr_to_rgb,
+)
 from medpsp.errors import DicomError
-from medpsp.types import PixelDtype, SliceRef, Window
+from medpsp.types import PixelDtype, Place, ReadPolicy, SliceRef
 
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote element values
-
-DECODERS: dict[str, str] = {
-    "1.2.840.10008.1.2": "",  # Implicit VR Little Endian
-    "1.2.840.10008.1.2.1": "",  # Explicit VR Little Endian
-    "1.2.840.10008.1.2.1.99": "",  # Deflated Explicit VR Little Endian
-    "1.2.840.10008.1.2.2": "",  # Explicit VR Big Endian
-    "1.2.840.10008.1.2.5": "pylibjpeg",  # RLE Lossless, by pylibjpeg-rle
-    "1.2.840.10008.1.2.4.50": "pillow",  # JPEG Baseline
-    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS Lossless
-    "1.2.840.10008.1.2.4.81": "pyjpegls",  # JPEG-LS Near-lossless
-    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000 Lossless, by pylibjpeg-openjpeg
-    "1.2.840.10008.1.2.4.91": "pylibjpeg",  # JPEG 2000
-}
-"""Transfer syntax to the one pydicom plug-in that decodes it; empty for native pixels."""
-
-MAX_SIDE = 16384
-"""Rows or columns above this are refused before any memory is asked for."""
-
-_COLOUR = ("PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_REQUIRED = (
-    "SeriesInstanceUID",
-    "SOPInstanceUID",
-    "BitsAllocated",
-    "BitsStored",
-    "PixelRepresentation",
+DICOMDIR = "1.2.840.10008.1.3.10"
+_COLOUR = (
+    "PALETTE COLOR",
+    "RGB",
+    "YBR_FULL",
+    "YBR_FULL_422",
+    "YBR_PARTIAL_420",
+    "YBR_ICT",
+    "YBR_RCT",
 )
 
 
-def read_header(path: Path, file_id: str) -> SliceRef:
-    """Read the header of one file.
+class Pixels(NamedTuple):
+    """(H, W) or (H, W, 3) modality values, and where they are padding; None for nowhere."""
+
+    values: NDArray[Any]
+    padding: NDArray[np.bool_] | None
+
+
+def read_headers(place: Place, file_id: str, policy: ReadPolicy) -> list[SliceRef]:
+    """Read the header of one object: a `SliceRef` for each of its frames.
 
     Raises:
-        DicomError: With code NOT_DICOM, FILE_EMPTY, FILE_UNREADABLE, NOT_IMAGE, TS_UNSUPPORTED,
-            MULTIFRAME_UNSUPPORTED, PHOTOMETRIC_UNSUPPORTED, BITS_UNSUPPORTED, HDR_TRUNCATED,
-            HDR_REQUIRED_MISSING, ELEM_INVALID, SIZE_LIMIT.
+        DicomError: What keeps it from being an image for us: NOT_IMAGE, DICOMDIR, LABEL_OBJECT,
+            MODALITY_SKIPPED, SC_IMAGE, LOCALIZER, DOSE_REPORT, PHI_BURNED_IN,
+            PHOTOMETRIC_UNSUPPORTED, HDR_REQUIRED_MISSING, ELEM_INVALID, and the codes of `parse`,
+            `layout_of` and `check_pixels`.
     """
-    ds = _open(path, stop_before_pixels=True)
-    with _refusing("ELEM_INVALID", "a header value is malformed"):
-        _check_image(ds)
-        _check_supported(ds)
-        slope, intercept = _rescale(ds)
-        ref = SliceRef(
-            path=str(path),
-            file_id=file_id,
-            patient_id=str(ds.get("PatientID") or ""),
-            series_uid=str(ds.SeriesInstanceUID),
-            sop_uid=str(ds.SOPInstanceUID),
-            modality=str(ds.get("Modality") or ""),
-            rows=int(ds.Rows),
-            columns=int(ds.Columns),
-            dtype=modality_dtype(ds, slope, intercept),
-            photometric=str(ds.PhotometricInterpretation),
-            position=_numbers(ds, "ImagePositionPatient", 3),  # type: ignore[arg-type]
-            orientation=_numbers(ds, "ImageOrientationPatient", 6),
-            pixel_spacing=_numbers(ds, "PixelSpacing", 2),  # type: ignore[arg-type]
-            window=_first_window(ds),
-            series_split_key=_split_key(ds),
-        )
-    return ref
+    parsed = parse(place)
+    ds = parsed.header
+    with refusing("ELEM_INVALID", "a header value is malformed"):
+        _check_kind(parsed)
+        modality = str(ds.get("Modality") or "")
+        if policy.modalities is not None and modality not in policy.modalities:
+            raise DicomError("MODALITY_SKIPPED", "modality not in data.modalities")
+        _check_wanted(ds, policy)
+        for keyword in ("SeriesInstanceUID", "SOPInstanceUID"):
+            if not ds.get(keyword):
+                raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
+        layout = layout_of(parsed)
+        check_pixels(parsed, layout)
+        region = _region(ds, modality, policy)
+        groups = ds.get("PerFrameFunctionalGroupsSequence")
+        if groups is not None and len(groups) != layout.frames:
+            raise DicomError(
+                "ELEM_INVALID", f"{len(groups)} functional groups, {layout.frames} frames"
+            )
+        common: dict[str, Any] = {
+            "path": place.path,
+            "member": place.member,
+            "file_id": file_id,
+            "patient_id": str(ds.get("PatientID") or ""),
+            "series_uid": str(ds.SeriesInstanceUID),
+            "sop_uid": str(ds.SOPInstanceUID),
+            "modality": modality,
+            "rows": layout.rows,
+            "columns": layout.columns,
+            "photometric": layout.photometric,
+            "frames": layout.frames,
+            "frame_of_reference": str(ds.get("FrameOfReferenceUID") or ""),
+            "study_date": str(ds.get("StudyDate") or ""),
+            "region": region,
+            "manufacturer": deidentify.manufacturer(ds),
+            "body_part": deidentify.body_part(ds),
+        }
+        return [
+            SliceRef(**common, **_of_frame(parsed, layout, frame, policy))
+            for frame in range(layout.frames)
+        ]
 
 
-def read_pixels(ref: SliceRef) -> NDArray[Any]:
-    """Modality values of one slice (PS3.3 C.11.1): stored value * slope + intercept.
+def read_frame(ref: SliceRef) -> Pixels:
+    """Modality values of one frame (PS3.3 C.11.1), or RGB; and its padding (P2).
 
     Returns:
-        (H, W) of ``ref.dtype``; int16 only where that is exact.
+        (H, W) of ``ref.dtype``, int16 only where that is exact; (H, W, 3) uint8 for colour.
 
     Raises:
-        DicomError: PIX_TRUNCATED, TS_MISMATCH, DEC_ERROR, or a code of `read_header`.
+        DicomError: PIX_TRUNCATED, TS_MISMATCH, DEC_ERROR, SIGN_MISMATCH, or a code of
+            `read_headers`.
     """
-    ds = _open(Path(ref.path), stop_before_pixels=False)
-    if "PixelData" not in ds:
-        raise DicomError("PIX_TRUNCATED", "no Pixel Data (7FE0,0010); the file may be cut short")
-    with _refusing("DEC_ERROR", "pixels not decodable"):
-        _check_pixel_bytes(ds)
-        values = _to_modality(ds, _decode(ds), ref.dtype)
-    if values.shape != (ref.rows, ref.columns):
+    stat = os.stat(ref.path) if os.path.exists(ref.path) else None
+    parsed = _parsed(ref.place, (stat.st_mtime_ns, stat.st_size) if stat else (0, 0))
+    with refusing("DEC_ERROR", "pixels not decodable"):
+        layout = layout_of(parsed)
+        stored = stored_values(parsed, layout, ref.frame)
+        if stored.flags:
+            raise DicomError(stored.flags[0], "the codestream is signed, PixelRepresentation is 0")
+        if stored.space.startswith("MONOCHROME"):
+            padding = _padding(parsed.header, stored.values, layout)
+            values = _modality_values(parsed.header, stored.values, ref, padding)
+        else:
+            padding, values = None, _colour(parsed.header, stored, ref)
+        if ref.region:
+            values = blank_outside(values, ref.region)
+    if values.shape[:2] != (ref.rows, ref.columns):
         raise DicomError(
             "DEC_ERROR", f"decoded shape {values.shape}, header says {(ref.rows, ref.columns)}"
         )
-    return values
+    return Pixels(values, padding)
 
 
-def modality_dtype(ds: Dataset, slope: float, intercept: float) -> PixelDtype:
-    """int16 where every value the header allows is an exact int16, else float32."""
-    if slope != 1 or not float(intercept).is_integer() or "ModalityLUTSequence" in ds:
-        return "float32"
-    bits, signed = int(ds.BitsStored), int(ds.PixelRepresentation) == 1
-    low = -(2 ** (bits - 1)) if signed else 0
-    high = 2 ** (bits - signed) - 1
-    fits = low + intercept >= -32768 and high + intercept <= 32767
-    return "int16" if fits else "float32"
+def read_pixels(ref: SliceRef) -> NDArray[Any]:
+    """The values of `read_frame`."""
+    return read_frame(ref).values
 
 
-@contextmanager
-def _refusing(code: str, what: str) -> Iterator[None]:
-    """Whatever a parser or a codec raises on bad bytes becomes a DicomError that quotes nothing.
-
-    pydicom puts element values into its warnings and messages, so both stop here. The codec of
-    pylibjpeg-rle panics with an exception that is no `Exception`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (DicomError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # noqa: BLE001
-        raise DicomError(code, f"{what} ({type(error).__name__})") from None
+@lru_cache(maxsize=1)
+def _parsed(place: Place, stamp: tuple[int, int]) -> Parsed:
+    """The last object: frames of one follow one another. ``stamp`` tells a changed file."""
+    return parse(place)
 
 
-def _open(path: Path, *, stop_before_pixels: bool) -> Dataset:
-    with _refusing("HDR_TRUNCATED", "not parsable"):
-        try:
-            if path.stat().st_size == 0:
-                raise DicomError("FILE_EMPTY", "0 bytes")
-            ds = pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
-        except InvalidDicomError:
-            raise DicomError("NOT_DICOM", "no DICM prefix after 128 bytes") from None
-        except OSError as error:
-            raise DicomError("FILE_UNREADABLE", f"{type(error).__name__} {error.errno}") from None
-    return ds
-
-
-def _check_image(ds: Dataset) -> None:
+def _check_kind(parsed: Parsed) -> None:
+    ds = parsed.header
+    kind = UID(str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or ""))
+    if kind == DICOMDIR or "DirectoryRecordSequence" in ds:
+        raise DicomError("DICOMDIR", "a directory of files")
+    if kind in LABEL_KINDS:
+        raise DicomError("LABEL_OBJECT", LABEL_KINDS[kind])
     if "Rows" in ds and "Columns" in ds:
         return
-    kind = str(ds.file_meta.get("MediaStorageSOPClassUID") or ds.get("SOPClassUID") or "")
     # pydicom reads a cut file without a word
     if not kind:
         raise DicomError("HDR_TRUNCATED", "an object without SOPClassUID (0008,0016)")
-    if UID(kind).name.endswith("Image Storage"):
+    if kind.name.endswith("Image Storage"):
         raise DicomError("HDR_TRUNCATED", "an image object without Rows (0028,0010)")
-    raise DicomError("NOT_IMAGE", "no Rows and Columns (0028,0010), (0028,0011)")
+    raise DicomError("NOT_IMAGE", kind.name if kind.is_valid and not kind.is_private else "private")
 
 
-def _check_supported(ds: Dataset) -> None:
-    syntax = _syntax(ds)
-    if syntax not in DECODERS:
-        known = syntax if syntax.replace(".", "").isdecimal() else "missing or malformed"
-        raise DicomError("TS_UNSUPPORTED", f"transfer syntax {known}")
-    frames = int(ds.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
-    rows, columns = int(ds.Rows), int(ds.Columns)
-    if not (0 < rows <= MAX_SIDE and 0 < columns <= MAX_SIDE):
-        raise DicomError("SIZE_LIMIT", f"{rows} x {columns}, expected 1..{MAX_SIDE}")
-    photometric, samples = (
-        str(ds.get("PhotometricInterpretation")),
-        int(ds.get("SamplesPerPixel") or 1),
-    )
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
-        known = photometric if photometric in _COLOUR else "missing or unknown"
-        raise DicomError("PHOTOMETRIC_UNSUPPORTED", f"{known} with {samples} samples")
-    for keyword in _REQUIRED:
-        if ds.get(keyword) in (None, ""):
-            raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
-    stored, high = int(ds.BitsStored), int(ds.get("HighBit") or ds.BitsStored - 1)
-    if high != stored - 1:  # pydicom would read the low bits regardless
-        raise DicomError("BITS_UNSUPPORTED", f"HighBit {high} with BitsStored {stored}")
-
-
-def _check_pixel_bytes(ds: Dataset) -> None:
-    """Native pixels must be as long as the header says; PS3.5 A.4 keeps the two forms apart."""
-    if UID(_syntax(ds)).is_encapsulated:
-        # without its end marker pyjpegls reads on past the buffer, for seconds
-        if _syntax(ds) in JPEGLSTransferSyntaxes and b"\xff\xd9" not in ds.PixelData[-64:]:
-            raise DicomError("PIX_TRUNCATED", "the JPEG-LS stream has no end marker")
+def _check_wanted(ds: Dataset, policy: ReadPolicy) -> None:
+    """S4: what is no part of a volume is left out, unless the policy keeps it."""
+    kind = UID(str(ds.get("SOPClassUID") or ""))
+    value = ds.get("ImageType") or []
+    words = [value] if isinstance(value, str) else [str(v) for v in value]
+    if {"LABEL", "OVERVIEW"} & set(words):
+        raise DicomError("PHI_BURNED_IN", "the photograph of a slide's label")
+    if policy.non_volumes == "keep":
         return
-    if ds["PixelData"].is_undefined_length:
-        raise DicomError("TS_MISMATCH", "fragments of pixels under a native transfer syntax")
-    need = math.ceil(int(ds.Rows) * int(ds.Columns) * int(ds.BitsAllocated) / 8)
-    if len(ds.PixelData) < need:
-        raise DicomError("PIX_TRUNCATED", f"{len(ds.PixelData)} bytes of pixels, expected {need}")
+    if "LOCALIZER" in words:
+        raise DicomError("LOCALIZER", "a localizer; data.non_volumes keeps it")
+    if any("DOSE" in word for word in words):
+        raise DicomError("DOSE_REPORT", "a dose sheet; data.non_volumes keeps it")
+    if "Secondary Capture" in kind.name:
+        raise DicomError("SC_IMAGE", "a secondary capture; data.non_volumes keeps it")
 
 
-def _syntax(ds: Dataset) -> str:
-    return str(ds.file_meta.get("TransferSyntaxUID", ""))[:64]
-
-
-def _split_key(ds: Dataset) -> str:
-    """What separates images of one series: kind (LOCALIZER, M, P ...) and frame of reference."""
-    kinds = ds.get("ImageType") or []
-    parts = [] if isinstance(kinds, str) else [str(v) for v in kinds][2:4]
-    return "|".join([*parts, str(ds.get("FrameOfReferenceUID") or "")])
-
-
-def _decode(ds: Dataset) -> NDArray[Any]:
-    return pixel_array(ds, raw=True, decoding_plugin=DECODERS[_syntax(ds)])
-
-
-def _to_modality(ds: Dataset, stored: NDArray[Any], dtype: PixelDtype) -> NDArray[Any]:
-    if "ModalityLUTSequence" in ds:
-        return apply_modality_lut(stored, ds).astype(np.float32)
-    slope, intercept = _rescale(ds)
-    if dtype == "int16":
-        return (stored.astype(np.int32) + int(intercept)).astype(np.int16)
-    values = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise DicomError("ELEM_INVALID", "RescaleSlope or RescaleIntercept overflows float32")
-    return values
-
-
-def _rescale(ds: Dataset) -> tuple[float, float]:
-    slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
-    pair = (
-        1.0 if slope in (None, "") else float(slope),
-        0.0 if intercept in (None, "") else float(intercept),
-    )
-    if not all(math.isfinite(v) for v in pair):
-        raise ValueError("rescale not finite")
-    return pair
-
-
-def _numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
-    value = ds.get(keyword)
-    if value is None or value == "":
+def _region(ds: Dataset, modality: str, policy: ReadPolicy) -> tuple[int, int, int, int] | None:
+    """What of the image is shown: all of it, or the region of ultrasound."""
+    if policy.burned_in == "keep" or not deidentify.burned_in_suspected(ds, modality):
         return None
-    numbers = tuple(float(v) for v in value)
-    if len(numbers) != count or not all(math.isfinite(v) for v in numbers):
-        raise ValueError(keyword)
-    return numbers
+    box = frames.image_box(ds) if policy.burned_in == "blank" else None
+    if box is None:
+        raise DicomError(
+            "PHI_BURNED_IN",
+            "BurnedInAnnotation is not NO and the kind of image may show names; see data.burned_in",
+        )
+    return box
 
 
-def _first_window(ds: Dataset) -> Window | None:
-    """First usable pair of Window Center and Width (VM 1-n; PS3.3 C.11.2.1.2)."""
-    centers, widths = _listed(ds, "WindowCenter"), _listed(ds, "WindowWidth")
-    for center, width in zip(centers, widths, strict=False):
-        if math.isfinite(center) and math.isfinite(width) and width > 0:
-            return Window(center=center, width=width)
-    return None
+def _of_frame(parsed: Parsed, layout: Layout, frame: int, policy: ReadPolicy) -> dict[str, Any]:
+    ds = parsed.header
+    modality = str(ds.get("Modality") or "")
+    slope, intercept, given = frames.rescaling(ds, frame)
+    pixel_spacing, source = frames.spacing(ds, frame, modality)
+    window, any_window = frames.window(ds, frame)
+    flags = list(parsed.flags)
+    if modality == "CT" and not given and "ModalityLUTSequence" not in ds:
+        flags.append("RESCALE_ABSENT")
+    if source == "detector":
+        flags.append("SPACING_DETECTOR")
+    if any_window and window is None:
+        flags.append("VOI_INVALID")
+    if deidentify.face_possible(modality, deidentify.body_part(ds)):
+        flags.append("RECOGNIZABLE_FACE_POSSIBLE")
+    if str(ds.get("DimensionOrganizationType") or "").startswith("TILED"):
+        flags.append("TILED")
+    return {
+        "frame": frame,
+        "dtype": _dtype(ds, layout, (slope, intercept), policy),
+        "position": frames.position(ds, frame, layout.frames),
+        "orientation": frames.orientation(ds, frame),
+        "pixel_spacing": pixel_spacing,
+        "spacing_source": source,
+        "window": window,
+        "series_split_key": frames.split_key(ds, frame),
+        "collision_key": frames.collision_key(ds, frame),
+        "flags": tuple(flags),
+    }
 
 
-def _listed(ds: Dataset, keyword: str) -> list[float]:
-    value = ds.get(keyword)
-    if value is None or value == "":
-        return []
-    try:
-        items = [value] if isinstance(value, int | float | str) else list(value)
-        return [float(v) for v in items]
-    except (ValueError, TypeError):
-        return []
+def _dtype(
+    ds: Dataset, layout: Layout, rescaling: tuple[float, float], policy: ReadPolicy
+) -> PixelDtype:
+    if layout.photometric in ("MONOCHROME1", "MONOCHROME2") and layout.samples == 1:
+        if layout.floating or "ModalityLUTSequence" in ds:
+            return "float32"
+        modality = str(ds.get("Modality") or "")
+        return rescaled_dtype(modality, rescaling, layout.stored, layout.signed)
+    known = layout.photometric if layout.photometric in _COLOUR else "missing or unknown"
+    if known != layout.photometric or (layout.samples == 1) != (known == "PALETTE COLOR"):
+        raise DicomError("PHOTOMETRIC_UNSUPPORTED", f"{known} with {layout.samples} samples")
+    if layout.allocated != 8 and known != "PALETTE COLOR":
+        raise DicomError("BITS_UNSUPPORTED", f"colour of {layout.allocated} bits, expected 8")
+    return "int16" if policy.colour == "grey" else "uint8"
+
+
+def _modality_values(
+    ds: Dataset, stored: NDArray[Any], ref: SliceRef, padding: NDArray[np.bool_] | None
+) -> NDArray[Any]:
+    if "ModalityLUTSequence" in ds:
+        return np.asarray(apply_modality_lut(stored, ds)).astype(np.float32)
+    slope, intercept, _ = frames.rescaling(ds, ref.frame)
+    return rescale(stored, (slope, intercept), ref.dtype, padding)
+
+
+def _padding(ds: Dataset, stored: NDArray[Any], layout: Layout) -> NDArray[np.bool_] | None:
+    prefix = {"f4": "Float", "f8": "DoubleFloat"}.get(stored.dtype.str[1:], "")
+    found: list[float | None] = []
+    for keyword in (f"{prefix}PixelPaddingValue", f"{prefix}PixelPaddingRangeLimit"):
+        value = ds.get(keyword)
+        if value in (None, "") or not isinstance(value, int | float):
+            found.append(None)
+            continue
+        # VR US under signed pixels is a common slip: read it as the bits it stands for
+        wraps = layout.signed and value >= 2 ** (layout.allocated - 1)
+        found.append(float(value) - (2**layout.allocated if wraps else 0))
+    return padding_mask(stored, found[0], found[1])
+
+
+def _colour(ds: Dataset, stored: Stored, ref: SliceRef) -> NDArray[Any]:
+    values = stored.values
+    if stored.space == "PALETTE COLOR":
+        table = apply_color_lut(values, ds)[..., :3]
+        values = (table >> 8).astype(np.uint8) if table.dtype.itemsize == 2 else table
+    elif stored.space == "YBR_FULL":
+        values = ybr_to_rgb(values)
+    return luma(values) if ref.dtype == "int16" else values

@@ -1,91 +1,113 @@
-"""Walk a folder tree and read the header of every file: one row for each, whatever it is."""
+"""Walk an archive and read the header of every object: one row for each, whatever it is."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from medpsp.dicom.read import read_header
+from medpsp.dicom.codes import refusal
+from medpsp.dicom.container import Found, walk_objects
+from medpsp.dicom.sandbox import Sandbox, SandboxPool
 from medpsp.dicom.series import group_series
-from medpsp.errors import ArchiveError, DicomError
-from medpsp.types import ScanRow, Series, SliceRef, Status
-
-NOT_DAMAGED = frozenset(
-    {"NOT_DICOM", "NOT_IMAGE", "MODALITY_SKIPPED", "NOT_REGULAR", "NOT_LISTED", "LABEL_NONE"}
-)
-"""Codes of objects that are whole but not for us; everything else refused is quarantined."""
+from medpsp.errors import ArchiveError, SourceError
+from medpsp.types import Place, ReadPolicy, ScanRow, Series, SliceRef
 
 
-def walk_files(root: Path) -> Iterator[Path]:
-    """Every file below ``root`` in sorted order; links to folders are not followed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelFile:
+    """A SEG (``seg``) or RT Structure Set (``rtstruct``) that the walk met."""
 
-    Raises:
-        ArchiveError: The folder does not exist or cannot be listed.
+    place: Place
+    file_id: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """What an archive holds.
+
+    Attributes:
+        series: In a fixed order.
+        rows: Every object or frame that is in no series, label objects among them.
+        labels: SEG and RTSTRUCT objects.
+        objects: Number of objects found; each is in a series or has a row.
     """
-    if not root.is_dir():
-        raise ArchiveError(f"archive {root}: no such folder; give the root of the DICOM files")
 
-    def refuse(error: OSError) -> None:
-        raise ArchiveError(f"archive: a folder cannot be listed ({type(error).__name__})") from None
-
-    for folder, names, files in os.walk(root, onerror=refuse):
-        names.sort()
-        for name in names:
-            if (Path(folder) / name).is_symlink():  # not followed, but not forgotten either
-                yield Path(folder) / name
-        for name in sorted(files):
-            yield Path(folder) / name
+    series: list[Series]
+    rows: list[ScanRow]
+    labels: list[LabelFile]
+    objects: int
 
 
 def scan_folder(
     root: Path,
-    modalities: tuple[str, ...] | None,
+    policy: ReadPolicy,
     file_id: Callable[[str], str],
+    pool: SandboxPool,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[list[Series], list[ScanRow]]:
+) -> Scan:
     """Read all headers below ``root`` and group them.
 
     Args:
-        root: Folder of DICOM files in any arrangement.
-        modalities: Modalities to keep; None keeps all.
-        file_id: Turns the path relative to ``root`` into the name used in every message.
-        advance: Called once a file, for progress.
-
-    Returns:
-        Series in a fixed order, and the rows of every file that is in none of them.
+        root: Folder of DICOM files in any arrangement, zip and tar files among them.
+        policy: What to keep.
+        file_id: Turns the name of an object, relative to ``root``, into its name in every message.
+        pool: Children that read the headers.
+        advance: Called once an object, for progress.
 
     Raises:
-        ArchiveError: Folder missing, or without any file.
+        ArchiveError: Folder missing, or without any object.
     """
     refs: list[SliceRef] = []
     rows: list[ScanRow] = []
-    count = 0
-    for path in walk_files(root):
-        count += 1
-        name = file_id(path.relative_to(root).as_posix())
+    labels: list[LabelFile] = []
+    objects = 0
+
+    def read(box: Sandbox, found: Found) -> list[SliceRef] | SourceError:
         try:
-            if not path.is_file():
-                raise DicomError("NOT_REGULAR", "not a regular file, or a link to nowhere")
-            ref = read_header(path, name)
-            if modalities is not None and ref.modality not in modalities:
-                raise DicomError("MODALITY_SKIPPED", "modality not in data.modalities")
-            refs.append(ref)
-        except DicomError as error:
-            rows.append(refusal(name, error.code, error.detail))
+            return box.headers(found.place, file_id(found.name), policy)
+        except SourceError as error:
+            return error
+
+    def openable() -> Iterator[Found]:
+        nonlocal objects
+        for found in walk_objects(root):
+            objects += 1
+            if found.code:
+                rows.append(refusal(file_id(found.name), found.code, found.detail))
+            else:
+                yield found
+
+    for found, result in pool.map(read, openable()):
         advance()
-    if not count:
+        if not isinstance(result, SourceError):
+            refs.extend(result)
+            continue
+        name = file_id(found.name)
+        rows.append(refusal(name, result.code, result.detail))
+        if result.code == "LABEL_OBJECT":
+            labels.append(LabelFile(place=found.place, file_id=name, kind=result.detail))
+    if not objects:
         raise ArchiveError(f"archive {root}: holds no file; give the root of the DICOM files")
-    series, refused = group_series(refs)
-    rows.extend(refusal(ref.file_id, error.code, error.detail) for ref, error in refused)
-    return series, rows
+    series, refused = group_series(refs, policy, pool.same_pixels)
+    rows += [refusal(r.file_id, e.code, e.detail, r.frame) for r, e in refused]
+    return Scan(series=series, rows=rows, labels=labels, objects=objects)
 
 
-def refusal(file_id: str, code: str, detail: str) -> ScanRow:
-    """The row of an object that is not kept."""
-    status: Status = "quarantined"
-    if code in NOT_DAMAGED:
-        status = "skipped"
-    elif code == "DUP_SOP_UID":
-        status = "duplicate"
-    return ScanRow(file_id=file_id, status=status, code=code, detail=detail)
+def find_labels(root: Path, file_id: Callable[[str], str], pool: SandboxPool) -> list[LabelFile]:
+    """SEG and RTSTRUCT objects below a folder of their own; the rest there is passed over."""
+
+    def read(box: Sandbox, found: Found) -> str:
+        try:
+            box.headers(found.place, "", ReadPolicy(modalities=()))
+        except SourceError as error:
+            return error.detail if error.code == "LABEL_OBJECT" else ""
+        return ""
+
+    objects = (found for found in walk_objects(root) if not found.code)
+    return [
+        LabelFile(place=found.place, file_id=file_id(found.name), kind=kind)
+        for found, kind in pool.map(read, objects)
+        if kind
+    ]

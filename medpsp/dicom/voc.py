@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from medpsp.config import VocConfig
+from medpsp.dataconfig import VocConfig
+from medpsp.dicom.codes import refusal
 from medpsp.dicom.labels import integral
-from medpsp.dicom.scan import refusal
+from medpsp.dicom.values import luma
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
-from medpsp.types import PixelDtype, ScanRow, Series, SliceRef, Split
+from medpsp.types import PixelDtype, Place, ScanRow, Series, SliceRef, Split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _PILLOW_RAISES = (
@@ -29,9 +30,18 @@ _LISTS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
 def scan_voc(
-    root: Path, voc: VocConfig, file_id: Callable[[str], str]
+    root: Path, voc: VocConfig, file_id: Callable[[str], str], *, grey: bool = False
 ) -> tuple[list[Series], list[ScanRow]]:
-    """Pair images and masks by stem and group them by patient and size.
+    """Pair images and masks by stem and group them by patient, size and kind of pixel.
+
+    A 16-bit image is a series of its own: its window comes from the series, and `predict`, which
+    knows no patients, has to find the same one.
+
+    Args:
+        root: Folder of the archive.
+        voc: Names of what lies below it.
+        file_id: Turns the path of an image, relative to ``root``, into its name in every message.
+        grey: Of `read_image`.
 
     A stem listed in ``train.txt``, ``val.txt`` or ``test.txt`` puts its patient in that split; a
     patient in two lists is an error, since its images would leak across the split.
@@ -49,7 +59,7 @@ def scan_voc(
     if pattern.groups < 1:
         raise ConfigError("data.voc.patient_pattern: needs one group, for example ^(p[0-9]+)-")
     listed = _read_lists(root / voc.lists)
-    groups: dict[tuple[str, int, int, str], list[tuple[SliceRef, str]]] = defaultdict(list)
+    groups: dict[tuple[str, int, int, str, str], list[tuple[SliceRef, Place]]] = defaultdict(list)
     splits: dict[str, set[Split]] = defaultdict(set)
     rows: list[ScanRow] = []
     for stem, path in sorted(images.items()):
@@ -60,14 +70,14 @@ def scan_voc(
                 raise DicomError("NAME_NO_PATIENT", "name does not fit data.voc.patient_pattern")
             if listed and stem not in listed:
                 raise DicomError("NOT_LISTED", "in none of the split lists")
-            ref = _image_ref(path, name, match.group(1))
+            ref = _image_ref(path, name, match.group(1), grey=grey)
         except DicomError as error:
             rows.append(refusal(name, error.code, error.detail))
             continue
         if stem in listed:
             splits[ref.patient_id] |= listed[stem]
-        key = (ref.patient_id, ref.rows, ref.columns, ref.dtype)
-        groups[key].append((ref, str(masks.get(stem, ""))))
+        key = (ref.patient_id, ref.rows, ref.columns, ref.dtype, ref.series_uid)
+        groups[key].append((ref, Place(str(masks.get(stem, "")))))
     for patient_splits in splits.values():
         if len(patient_splits) > 1:
             raise ConfigError(
@@ -80,6 +90,7 @@ def scan_voc(
             affine=None,
             z_mm=(),
             masks=tuple(mask for _, mask in group),
+            mask_kind="png",
             split=next(iter(splits[key[0]])) if splits[key[0]] else None,
         )
         for key, group in sorted(groups.items())
@@ -87,25 +98,44 @@ def scan_voc(
     return series, rows
 
 
-def read_image(path: Path) -> NDArray[np.generic]:
-    """Read a grey image as (H, W) int16 (8-bit) or float32 (16-bit and float).
+def read_image(path: Path, *, grey: bool = False) -> NDArray[np.generic]:
+    """Read an image: grey is (H, W) int16 (8-bit) or float32 (16-bit, float), RGB (H, W, 3) uint8.
 
-    An RGB image whose three channels are equal is grey (a common way of exporting).
+    Palettes and other colour spaces become RGB; an image whose three channels are equal is grey (a
+    common way of exporting). Where it is transparent it lies on black, the 0 that stands for
+    outside everywhere here; what an opaque alpha channel holds is lost.
+
+    Args:
+        path: Of the image.
+        grey: Colour becomes its brightness, int16 (ITU-R BT.601).
 
     Raises:
-        DicomError: IMAGE_UNREADABLE or COLOUR_UNSUPPORTED.
+        DicomError: IMAGE_UNREADABLE, or BITS_UNSUPPORTED for colour of 16 bits, of which Pillow
+            would keep 8 without a word.
     """
     try:
         with Image.open(path) as image:
-            values = np.asarray(image if _is_grey(image) else image.convert("RGB"))
+            values = np.asarray(image if _is_grey(image) else _rgb(image))
+    except DicomError:  # a ValueError, too
+        raise
     except _PILLOW_RAISES as error:
         raise DicomError("IMAGE_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
-        grey = values[..., 0]
-        if (values != grey[..., None]).any():
-            raise DicomError("COLOUR_UNSUPPORTED", "channels differ, expected a grey image")
-        values = grey
+        if (values != values[..., :1]).any():
+            return luma(values) if grey else values
+        values = values[..., 0]
     return values.astype(np.int16 if values.dtype in (np.uint8, np.bool_) else np.float32)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    for tile in getattr(image, "tile", ()):
+        raw_mode = tile[3] if isinstance(tile[3], str) else str(tile[3][0])
+        if raw_mode.endswith((";16B", ";16L", ";16N")):
+            raise DicomError("BITS_UNSUPPORTED", "16 bits a channel of colour, expected 8")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
 
 
 def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
@@ -132,26 +162,30 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
     return integral(values)
 
 
-def _image_ref(path: Path, name: str, patient: str) -> SliceRef:
+def _image_ref(path: Path, name: str, patient: str, *, grey: bool) -> SliceRef:
     try:
         with Image.open(path) as image:
             columns, rows = image.size
             dtype: PixelDtype = "float32" if image.mode.startswith(("I", "F")) else "int16"
+            grey = grey or _is_grey(image)
             frames = int(getattr(image, "n_frames", 1))
     except _PILLOW_RAISES as error:
         raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
     if frames != 1:
         raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
+    if not grey and read_image(path).ndim == 3:  # only the pixels tell whether channels differ
+        dtype = "uint8"
+    alone = f"/{name}" if dtype == "float32" else ""
     return SliceRef(
         path=str(path),
         file_id=name,
         patient_id=patient,
-        series_uid=f"{patient}/{rows}x{columns}/{dtype}",
-        modality="IMAGE8" if dtype == "int16" else "OT",
+        series_uid=f"{patient}/{rows}x{columns}/{dtype}{alone}",
+        modality="OT" if dtype == "float32" else "IMAGE8",
         rows=rows,
         columns=columns,
         dtype=dtype,
-        photometric="MONOCHROME2",
+        photometric="RGB" if dtype == "uint8" else "MONOCHROME2",
     )
 
 

@@ -24,7 +24,7 @@ def augment(
     """Deform and brighten one sample.
 
     Args:
-        image: (H, W) in [0, 1].
+        image: (H, W) or (H, W, 3) in [0, 1]; brightness moves all channels alike.
         label: (H, W) class indices; what is turned in from outside becomes 255.
         level: ``none``, ``low`` (rotation, brightness), ``mid`` (and grid distortion) or
             ``high`` (and elastic deformation of some pixels).
@@ -34,8 +34,9 @@ def augment(
         return image, label
     pipeline = _pipeline(level)
     pipeline.set_random_seed(int(rng.integers(2**31)))
-    out = pipeline(image=image[..., None], mask=label)
-    return np.ascontiguousarray(out["image"][..., 0]), np.ascontiguousarray(out["mask"])
+    out = pipeline(image=image if image.ndim == 3 else image[..., None], mask=label)
+    changed = out["image"].reshape(image.shape)
+    return np.ascontiguousarray(changed), np.ascontiguousarray(out["mask"])
 
 
 @lru_cache

@@ -35,15 +35,15 @@ def crop_or_pad(
     """A random crop of ``size``; a smaller slice is placed at random on 0 and ignore.
 
     Args:
-        image: (H, W).
+        image: (H, W) or (H, W, 3).
         label: (H, W).
         size: Rows and columns wanted.
         rng: Decides where.
     """
-    out_image = np.zeros(size, dtype=np.float32)
+    out_image = np.zeros((*size, *image.shape[2:]), dtype=np.float32)
     out_label = np.full(size, IGNORE, dtype=np.uint8)
     source, target = [], []
-    for have, want in zip(image.shape, size, strict=True):
+    for have, want in zip(label.shape, size, strict=True):
         shift = int(rng.integers(0, abs(have - want) + 1))
         length = min(have, want)
         source.append(slice(shift, shift + length) if have > want else slice(0, length))

@@ -36,12 +36,20 @@ class Board:
         truth: NDArray[np.uint8],
         predicted: NDArray[np.uint8],
     ) -> None:
-        """Rows of image, truth, prediction; all (N, H, W)."""
+        """Rows of image, truth, prediction.
+
+        Args:
+            step: Where on the time axis.
+            images: (N, C, H, W) in [0, 1], grey or RGB.
+            truth: (N, H, W) class indices.
+            predicted: (N, H, W) class indices.
+        """
         if not self.writer:
             return
+        pictures = images.transpose(0, 2, 3, 1) if images.shape[1] == 3 else images[:, 0]
         rows = [
             np.concatenate([overlay(i, np.zeros_like(t)), overlay(i, t), overlay(i, p)], axis=1)
-            for i, t, p in zip(images, truth, predicted, strict=True)
+            for i, t, p in zip(pictures, truth, predicted, strict=True)
         ]
         self.writer.add_image(
             "val/overlay (image, truth, prediction)", np.concatenate(rows), step, dataformats="HWC"

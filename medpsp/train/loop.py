@@ -198,9 +198,7 @@ def evaluate_and_save(
             },
         )
         predicted = predict_batch(model, run.examples, run.device)
-        run.board.overlays(
-            step, run.examples.image[:, 0].numpy(), run.examples.label.numpy(), predicted
-        )
+        run.board.overlays(step, run.examples.image.numpy(), run.examples.label.numpy(), predicted)
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         last = step == sum(s.steps for s in config.train.stages[: index + 1])
         if last:

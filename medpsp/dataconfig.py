@@ -1,0 +1,188 @@
+"""The part of the configuration that says what to read. `config` holds the rest of the tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from medpsp.types import ReadPolicy
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Node(BaseModel):
+    """Frozen, every key is known, and no number is infinite or a boolean."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_number(cls, value: object, info: ValidationInfo) -> object:
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation in (int, float):  # pydantic reads yes as 1
+            raise ValueError(f"expected a number, got {value}")
+        if "\0" in str(value):
+            raise ValueError("holds a zero byte")
+        return value
+
+
+class WindowConfig(Node):
+    """A fixed window in modality units (HU for CT)."""
+
+    center: float
+    width: Annotated[float, Field(gt=0)]
+
+
+class SplitConfig(Node):
+    """Shares of patients held out. A patient's place is a threshold of a keyed hash."""
+
+    val: Fraction = 0.2
+    test: Fraction = 0.2
+
+    @model_validator(mode="after")
+    def _leave_some_for_training(self) -> SplitConfig:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val + test must stay below 1, got {self.val + self.test:g}")
+        return self
+
+
+class VocConfig(Node):
+    """Folder names of a VOC-style archive, below ``data.archive``."""
+
+    images: str = "JPEGImages"
+    masks: str = "SegmentationClass"
+    lists: str = "ImageSets/Segmentation"
+    patient_pattern: str = Field(
+        default="^(.+)$", description="Regular expression on the stem; group 1 is the patient."
+    )
+
+
+class DataConfig(Node):
+    """What to read and how to turn it into shards."""
+
+    source: Literal["dicom", "voc"] = "dicom"
+    archive: Path
+    labels: Path | None = Field(default=None, description="Root of the masks; none: unlabelled.")
+    label_pattern: str = Field(
+        default="{PatientID}.nii.gz",
+        description="Mask of a series below `labels`; fields: PatientID, SeriesInstanceUID, "
+        "Modality, folder (of the series, relative to the archive).",
+    )
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
+    label_format: Literal["nifti", "seg", "rtstruct"] = Field(
+        default="nifti",
+        description="DICOM SEG and RTSTRUCT objects are looked for below `labels`, or in the "
+        "archive where that is not set, and belong to a series by what they reference.",
+    )
+    label_map: dict[int, int] = Field(
+        default={}, description="Mask value to class index; empty: the value is the index."
+    )
+    label_names: dict[str, str] = Field(
+        default={},
+        description="SegmentLabel or ROIName (shell pattern, case ignored) to class; empty: the "
+        "class names themselves. A name that fits none is background.",
+    )
+    label_overlap: Literal["reject", "priority"] = Field(
+        default="reject", description="priority: where segments overlap, the later class wins."
+    )
+    seg_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="Share from which a voxel of a FRACTIONAL segment counts."
+    )
+    mask_geometry: Literal["affine", "index"] = Field(
+        default="affine",
+        description="index: trust the index order of a NIfTI mask of equal shape, not its affine.",
+    )
+    mask_resample: Literal["never", "nearest"] = Field(
+        default="never", description="nearest: take a NIfTI mask on another grid by nearest voxel."
+    )
+    unlabelled: Literal["skip", "keep"] = Field(
+        default="skip", description="Series without a mask: left out, or kept with label 255."
+    )
+    modalities: tuple[str, ...] = ("CT", "MR")
+    gaps: Literal["split", "fill", "reject"] = Field(
+        default="split",
+        description="A series with a hole or a change of spacing becomes several, stays one with "
+        "marked holes, or is refused.",
+    )
+    burned_in: Literal["quarantine", "blank", "keep"] = Field(
+        default="quarantine",
+        description="Objects that may show a name in their pixels; blank: ultrasound keeps its "
+        "image region, others are quarantined.",
+    )
+    non_volumes: Literal["skip", "keep"] = Field(
+        default="skip", description="Localizers, secondary captures, dose sheets."
+    )
+    colour: Literal["keep", "grey"] = Field(
+        default="keep", description="grey: the brightness of colour images (ITU-R BT.601)."
+    )
+    padding: Literal["background", "ignore"] = Field(
+        default="background",
+        description="ignore: background pixels that hold PixelPaddingValue get label 255.",
+    )
+    dates: Literal["none", "shift"] = Field(
+        default="none",
+        description="shift: the index holds study days, moved by a keyed offset per patient.",
+    )
+    decode_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
+        default=30, description="CPU seconds for one object before its decoder is stopped."
+    )
+    decode_memory_mib: Annotated[int, Field(ge=256)] = Field(
+        default=1024, description="Memory of one decoder process, MiB."
+    )
+    window: WindowConfig | None = Field(
+        default=None,
+        description="None: 40/400 for CT, the full range for 8-bit images, else percentiles "
+        "0.5-99.5 of the series.",
+    )
+    split: SplitConfig = SplitConfig()
+    voc: VocConfig = VocConfig()
+    key_file: Path | None = Field(
+        default=None,
+        description="Key of the pseudonyms, mode 0600, made by `medpsp key new`; none: the "
+        "environment variable MEDPSP_KEY.",
+    )
+    crosswalk: Path | None = Field(
+        default=None, description="If set, file_id to real path is written there, mode 0600."
+    )
+    shard_slices: Annotated[int, Field(ge=1, le=4096)] = 128
+    workers: Annotated[int, Field(ge=1)] = 2
+    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+    @property
+    def policy(self) -> ReadPolicy:
+        """What the reader of an archive needs to know."""
+        return ReadPolicy(
+            modalities=self.modalities,
+            gaps=self.gaps,
+            burned_in=self.burned_in,
+            non_volumes=self.non_volumes,
+            colour=self.colour,
+        )
+
+    @model_validator(mode="after")
+    def _map_into_classes(self) -> DataConfig:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must differ, got {', '.join(self.classes)}")
+        if unknown := set(self.label_names.values()) - set(self.classes):
+            raise ValueError(
+                f"label_names leads to {', '.join(sorted(unknown))}; classes are "
+                f"{', '.join(self.classes)}"
+            )
+        for value, index in self.label_map.items():
+            if not (0 <= index < len(self.classes) or index == 255):
+                raise ValueError(
+                    f"label_map sends {value} to {index}; classes are 0..{len(self.classes) - 1} "
+                    "and 255 is ignore"
+                )
+        return self

@@ -1,0 +1,211 @@
+"""Stored values of one frame: sizes are checked before memory is asked for, then one decoder.
+
+Native pixels are read by pydicom, compressed ones by `codestream`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
+
+from medpsp.dicom.codestream import CODECS, LOSSY, MAX_FRAME_BYTES, Layout
+from medpsp.dicom.parse import BIG, Parsed, refusing
+from medpsp.errors import DicomError
+
+MAX_FRAMES = 200_000
+NATIVE = (
+    "1.2.840.10008.1.2",  # Implicit VR Little Endian
+    "1.2.840.10008.1.2.1",  # Explicit VR Little Endian
+    "1.2.840.10008.1.2.1.99",  # Deflated Explicit VR Little Endian
+    "1.2.840.10008.1.2.2",  # Explicit VR Big Endian
+)
+
+
+def layout_of(parsed: Parsed) -> Layout:
+    """Read and check what describes the pixels.
+
+    Raises:
+        DicomError: HDR_REQUIRED_MISSING, SIZE_LIMIT, BITS_UNSUPPORTED.
+    """
+    ds = parsed.header
+    floating = parsed.pixel_keyword in ("FloatPixelData", "DoubleFloatPixelData")
+    needed = ["Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"]
+    needed += [] if floating else ["BitsStored", "PixelRepresentation"]
+    for keyword in needed:
+        if ds.get(keyword) in (None, ""):
+            raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
+    allocated = int(ds.BitsAllocated)
+    stored = allocated if floating else int(ds.BitsStored)
+    high = stored - 1 if ds.get("HighBit") in (None, "") else int(ds.HighBit)
+    layout = Layout(
+        rows=int(ds.Rows),
+        columns=int(ds.Columns),
+        samples=int(ds.get("SamplesPerPixel") or 1),
+        frames=int(ds.get("NumberOfFrames") or 1),
+        allocated=allocated,
+        stored=stored,
+        high=stored - 1 if floating else high,
+        signed=not floating and int(ds.PixelRepresentation) == 1,
+        floating=floating,
+        photometric=str(ds.PhotometricInterpretation),
+    )
+    if min(layout.rows, layout.columns) < 1 or not 1 <= layout.frames <= MAX_FRAMES:
+        raise DicomError(
+            "SIZE_LIMIT", f"{layout.frames} frames of {layout.rows} x {layout.columns}"
+        )
+    if layout.samples not in (1, 3) or allocated not in ({32, 64} if floating else {1, 8, 16, 32}):
+        raise DicomError(
+            "BITS_UNSUPPORTED", f"{layout.samples} samples of {allocated} bits allocated"
+        )
+    if not 0 < stored <= high + 1 <= allocated:
+        raise DicomError("BITS_UNSUPPORTED", f"BitsStored {stored}, HighBit {high} of {allocated}")
+    if layout.frame_bytes > MAX_FRAME_BYTES:
+        raise DicomError(
+            "SIZE_LIMIT", f"a frame of {layout.frame_bytes} bytes, at most {MAX_FRAME_BYTES}"
+        )
+    return layout
+
+
+def check_pixels(parsed: Parsed, layout: Layout) -> None:
+    """Native pixels must be as long as the header says; PS3.5 A.4 keeps the two forms apart.
+
+    Raises:
+        DicomError: PIX_MISSING, PIX_TRUNCATED, TS_MISMATCH, TS_UNSUPPORTED, TS_MISSING.
+    """
+    if not parsed.pixel_keyword:
+        raise DicomError("PIX_TRUNCATED", "no Pixel Data (7FE0,0010); the file may be cut short")
+    guessed = "GUESSED_TS" in parsed.flags
+    if parsed.syntax not in NATIVE:
+        if parsed.syntax not in CODECS:
+            raise DicomError("TS_UNSUPPORTED", f"transfer syntax {parsed.syntax}")
+        if parsed.length != -1:
+            raise DicomError("TS_MISMATCH", "native pixels under a compressed transfer syntax")
+        return
+    if parsed.length == -1:
+        code = "TS_MISSING" if guessed else "TS_MISMATCH"
+        raise DicomError(code, "fragments of pixels under a native or unknown transfer syntax")
+    need = native_bytes(layout)
+    have = min(parsed.length, parsed.available)
+    if have < need:
+        raise DicomError("PIX_TRUNCATED", f"{have} bytes of pixels, expected {need}")
+    if guessed and parsed.length not in (need, need + need % 2):
+        raise DicomError("TS_MISSING", f"{parsed.length} bytes of pixels, expected {need}")
+
+
+def native_bytes(layout: Layout) -> int:
+    """Bytes of all native frames; 1-bit frames follow one another without padding (PS3.5 8.1.1)."""
+    pixels = layout.rows * layout.columns * layout.samples
+    if layout.photometric == "YBR_FULL_422":
+        pixels = pixels // 3 * 2
+    return math.ceil(layout.frames * pixels * layout.allocated / 8)
+
+
+class Stored(NamedTuple):
+    """Stored values (H, W) or (H, W, 3) of one frame, as `stored_values` says.
+
+    ``space`` is MONOCHROME1, MONOCHROME2, PALETTE COLOR, RGB or YBR_FULL.
+    """
+
+    values: NDArray[Any]
+    space: str
+    flags: tuple[str, ...] = ()
+
+
+def stored_values(parsed: Parsed, layout: Layout, frame: int) -> Stored:
+    """Stored values of one frame, and the colour space that they are in.
+
+    Only the BitsStored bits that end at HighBit count, sign-extended where PixelRepresentation
+    says so (PS3.5 8.1.1); float pixels come as they are.
+
+    A signed JPEG 2000 codestream under PixelRepresentation 0 comes as unsigned, as the tag says,
+    with the flag SIGN_MISMATCH.
+
+    Raises:
+        DicomError: PIX_TRUNCATED, DEC_ERROR, and the codes of `check_pixels`.
+    """
+    check_pixels(parsed, layout)
+    if not 0 <= frame < layout.frames:
+        raise DicomError("PIX_TRUNCATED", f"frame {frame + 1} of {layout.frames}")
+    with refusing("DEC_ERROR", "pixels not decodable"):
+        if parsed.syntax in NATIVE:
+            raw, space = _native(parsed, layout, frame), layout.photometric
+        else:
+            raw, space = _compressed(parsed, layout, frame)
+        if "YBR" in space:
+            space = "YBR_FULL"
+        if layout.floating:
+            return Stored(raw, space)
+        if raw.dtype.kind == "i" and not layout.signed:
+            return Stored(raw.view(f"u{raw.dtype.itemsize}"), space, ("SIGN_MISMATCH",))
+        return Stored(_meaning(raw, layout, parsed.syntax in LOSSY), space)
+
+
+def _native(parsed: Parsed, layout: Layout, frame: int) -> NDArray[Any]:
+    """By pydicom; it is told that all bits count, since our own bit arithmetic follows."""
+    syntax = ExplicitVRBigEndian if parsed.syntax == BIG else ExplicitVRLittleEndian
+    options: dict[str, Any] = {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "number_of_frames": layout.frames,
+        "samples_per_pixel": layout.samples,
+        "bits_allocated": layout.allocated,
+        "bits_stored": layout.allocated,
+        "photometric_interpretation": layout.photometric,
+        "pixel_keyword": parsed.pixel_keyword,
+        "pixel_vr": "OW" if parsed.pixel_vr not in ("OB", "OW", "OF", "OD") else parsed.pixel_vr,
+    }
+    if not layout.floating:
+        options["pixel_representation"] = 0
+    if layout.samples > 1:
+        options["planar_configuration"] = int(parsed.header.get("PlanarConfiguration") or 0)
+    parsed.stream.seek(parsed.value_at)
+    # all frames where the object has one: pydicom would look for the frame's place else
+    raw, _ = get_decoder(syntax).as_array(parsed.stream, index=frame, raw=True, **options)
+    return np.asarray(raw)
+
+
+def _compressed(parsed: Parsed, layout: Layout, frame: int) -> tuple[NDArray[Any], str]:
+    parsed.stream.seek(parsed.value_at)
+    with refusing("PIX_TRUNCATED", "the fragments do not hold this frame"):
+        stream = get_frame(
+            parsed.stream,
+            frame,
+            number_of_frames=layout.frames,
+            extended_offsets=_extended_offsets(parsed.header),
+        )
+    raw, space = CODECS[parsed.syntax](stream, layout)
+    shape = (layout.rows, layout.columns, layout.samples)[: 2 if layout.samples == 1 else 3]
+    if raw.shape != shape:
+        raise DicomError("DEC_ERROR", f"decoded shape {raw.shape}, header says {shape}")
+    width = max(1, layout.allocated // 8)
+    if raw.dtype.itemsize > width:
+        raise DicomError(
+            "DEC_ERROR", f"codestream of {raw.dtype}, {layout.allocated} bits allocated"
+        )
+    return raw.astype(f"{raw.dtype.kind}{width}", copy=False), space
+
+
+def _extended_offsets(ds: Dataset) -> tuple[bytes, bytes] | None:
+    offsets, lengths = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
+    return (offsets, lengths) if offsets and lengths else None
+
+
+def _meaning(raw: NDArray[Any], layout: Layout, lossy: bool) -> NDArray[Any]:
+    """P1: the bits that count, with their sign."""
+    if layout.allocated == 1:
+        return raw
+    size = raw.dtype.itemsize
+    bits, stored = 8 * size, layout.stored
+    values = raw.view(f"{raw.dtype.byteorder}u{size}").astype(f"u{size}")
+    if lossy and (raw.dtype.kind == "i" or not layout.signed):
+        return raw  # rounding may step over the range, where a mask would wrap it
+    top = bits - 1 - (stored - 1 if lossy else layout.high)
+    moved: NDArray[Any] = (values << top).view(f"{'i' if layout.signed else 'u'}{size}")
+    return np.asarray(moved >> (bits - stored))

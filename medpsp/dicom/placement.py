@@ -1,0 +1,175 @@
+"""Grids: how a mask made on one lies on that of a series. Numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medpsp.errors import LabelError
+from medpsp.types import Series
+
+Floats = NDArray[np.float64]
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+CORNER_TOL_VOXEL = 0.1
+"""Largest distance of a mapped grid corner from a voxel centre; catches 0.05 rad and 5 %."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Grid:
+    """The grid of a series that labels are laid on.
+
+    Attributes:
+        shape: (N, H, W), holes counted.
+        affine: (4, 4) index (column, row, slice) to mm LPS; None for images without it.
+        slots: (SOPInstanceUID, frame from 0) of each image to its slice.
+        partial: The series is one of several parts that the label object belongs to: what lies
+            outside it is no error.
+    """
+
+    shape: tuple[int, int, int]
+    affine: Floats | None = None
+    slots: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    partial: bool = False
+
+
+def grid_of(series: Series, partial: bool = False) -> Grid:
+    """The grid of a series; ``partial`` if its label object belongs to other series too."""
+    return Grid(
+        shape=series.shape,
+        affine=None if series.affine is None else np.array(series.affine),
+        slots={
+            (ref.sop_uid, ref.frame): place
+            for ref, place in zip(series.slices, series.grid_index, strict=True)
+        },
+        partial=partial,
+    )
+
+
+def place_mask(
+    mask: NDArray[Any],
+    mask_ras: Floats,
+    affine_lps: Floats,
+    shape: tuple[int, int, int],
+    partial: bool = False,
+) -> NDArray[Any]:
+    """Transpose, flip and paste a mask onto a series grid, bit-exact, without interpolation.
+
+    The map from series index to mask index must be a signed permutation with an integral
+    offset, tested at the corners of the grid, where small errors of rotation have grown.
+
+    Args:
+        mask: (i, j, k) in the order of its own affine.
+        mask_ras: (4, 4) mask index to mm RAS.
+        affine_lps: (4, 4) series index (column, row, slice) to mm LPS.
+        shape: (N, H, W) of the series.
+        partial: Labels outside the series are no error.
+
+    Returns:
+        (N, H, W), 0 where the mask does not reach.
+
+    Raises:
+        LabelError: MASK_GRID_MISMATCH or MASK_OUTSIDE_IMAGE.
+    """
+    slices, rows, columns = shape
+    if slices == 1:  # one slice has no distance to the next: take the mask's along that direction
+        affine_lps = affine_lps.copy()
+        normal = affine_lps[:3, 2] / np.linalg.norm(affine_lps[:3, 2])
+        lengths = np.linalg.norm(mask_ras[:3, :3], axis=0)
+        along = np.abs((LPS_TO_RAS[:3, :3] @ normal) @ (mask_ras[:3, :3] / lengths))
+        affine_lps[:3, 2] = normal * lengths[int(along.argmax())]
+    size = np.array([columns, rows, slices])
+    turn, offset = _permutation(np.linalg.inv(mask_ras) @ LPS_TO_RAS @ affine_lps, size, mask.shape)
+    axes = [int(np.flatnonzero(turn[:, axis])[0]) for axis in range(3)]  # mask axis of each ours
+    out = np.zeros((columns, rows, slices), dtype=mask.dtype)
+    ours, theirs = [], []
+    for axis, mask_axis in enumerate(axes):
+        index = np.arange(size[axis]) * int(turn[mask_axis, axis]) + int(offset[mask_axis])
+        inside = (index >= 0) & (index < mask.shape[mask_axis])
+        ours.append(np.flatnonzero(inside))
+        theirs.append(index[inside])
+    part = mask.transpose(axes)[np.ix_(*theirs)]
+    out[np.ix_(*ours)] = part
+    _none_lost(int(np.count_nonzero(mask)) - int(np.count_nonzero(part)), partial)
+    return out.transpose(2, 1, 0)
+
+
+def nearest_mask(
+    mask: NDArray[Any],
+    mask_ras: Floats,
+    affine_lps: Floats,
+    shape: tuple[int, int, int],
+    partial: bool = False,
+) -> NDArray[Any]:
+    """Take a mask on any grid by nearest voxel, slice by slice; arguments as `place_mask`.
+
+    Raises:
+        LabelError: MASK_OUTSIDE_IMAGE where labels lie over one voxel outside the image.
+    """
+    slices, rows, columns = shape
+    to_mask = np.linalg.inv(mask_ras) @ LPS_TO_RAS @ affine_lps
+    out = np.zeros(shape, dtype=mask.dtype)
+    row, column = np.indices((rows, columns))
+    plane = np.stack([column, row, np.zeros_like(row), np.ones_like(row)]).reshape(4, -1)
+    limits = np.array(mask.shape)[:, None]
+    for number in range(slices):
+        plane[2] = number
+        index = np.round((to_mask @ plane)[:3]).clip(-1, limits).astype(np.int64)
+        inside = ((index >= 0) & (index < limits)).all(axis=0)
+        out[number].reshape(-1)[inside] = mask[tuple(index[:, inside])]
+    to_grid, size, lost = np.linalg.inv(to_mask), np.array([columns, rows, slices])[:, None], 0
+    for number in range(mask.shape[2]):
+        labelled = np.argwhere(mask[..., number]).T
+        at = to_grid[:3, :2] @ labelled + (to_grid[:3, 2] * number + to_grid[:3, 3])[:, None]
+        lost += int(((at < -1) | (at > size)).any(axis=0).sum())
+    _none_lost(lost, partial)
+    return out
+
+
+def unsheared(affine_lps: Floats, slices: int) -> list[Floats]:
+    """The grids that tools without shear give to a series with gantry tilt.
+
+    ITK (so ITK-SNAP) keeps the direction of rows and columns and the length of the step between
+    slices, and turns the step upright; others keep its height. Either may start at the first or
+    the last slice. Empty where the affine has no shear.
+    """
+    step = affine_lps[:3, 2]
+    normal = np.cross(affine_lps[:3, 0], affine_lps[:3, 1])
+    normal *= np.sign(normal @ step) / np.linalg.norm(normal)
+    height, length = float(normal @ step), float(np.linalg.norm(step))
+    if slices == 1 or length - height < 1e-9 * length:
+        return []
+    found = []
+    for distance in (length, height):
+        for anchor in (0, slices - 1):
+            made = affine_lps.copy()
+            made[:3, 2] = normal * distance
+            made[:3, 3] += anchor * (step - made[:3, 2])
+            found.append(made)
+    return found
+
+
+def _permutation(
+    to_mask: Floats, size: NDArray[np.int64], mask_shape: tuple[int, ...]
+) -> tuple[Floats, Floats]:
+    turn, offset = np.round(to_mask[:3, :3]), np.round(to_mask[:3, 3])
+    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (size - 1)
+    error = corners @ (to_mask[:3, :3] - turn).T + (to_mask[:3, 3] - offset)
+    worst = float(np.abs(error).max())
+    near = worst <= CORNER_TOL_VOXEL and np.abs(offset).max() < 2**31  # False for NaN
+    permutes = bool((np.abs(turn).sum(0) == 1).all() and (np.abs(turn).sum(1) == 1).all())
+    if not permutes or not near:
+        raise LabelError(
+            "MASK_GRID_MISMATCH",
+            f"mask {mask_shape} does not lie on the image grid {tuple(size.tolist())}: "
+            f"a corner is off by {worst:.2f} voxel, at most {CORNER_TOL_VOXEL} allowed",
+        )
+    return turn, offset
+
+
+def _none_lost(lost: int, partial: bool) -> None:
+    if lost and not partial:
+        raise LabelError("MASK_OUTSIDE_IMAGE", f"{lost} labelled voxels lie outside the image")

@@ -1,0 +1,243 @@
+"""A process that parses and decodes for us and may die: that costs one object.
+
+Codecs meet hostile and damaged bytes. They run in a child with a limit of memory and of CPU time;
+when it ends, the object that it was at gets a reason code and the next one a new child. Requests
+and answers are JSON with raw arrays behind: nothing from the child is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import lru_cache
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from medpsp.dicom.labelref import LabelRef
+from medpsp.dicom.names import LabelVolume, NameRule
+from medpsp.dicom.placement import grid_of
+from medpsp.dicom.read import Pixels
+from medpsp.dicom.wire import receive, send
+from medpsp.errors import DicomError, GeometryError, LabelError, SourceError
+from medpsp.types import Place, ReadPolicy, Series, SliceRef
+
+_ERRORS: dict[str, type[SourceError]] = {
+    kind.__name__: kind for kind in (DicomError, GeometryError, LabelError)
+}
+_REFS = TypeAdapter(list[SliceRef])
+_TARGET = TypeAdapter(LabelRef)
+Answer = tuple[Any, list[NDArray[Any]]]
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class Sandbox:
+    """One child process, started on first use and again after it died.
+
+    Args:
+        seconds: CPU seconds for one object; the wall clock may take four times that and 10 s.
+        memory_mib: What the child may allocate beyond what its imports took, MiB.
+    """
+
+    def __init__(self, seconds: int = 30, memory_mib: int = 1024) -> None:
+        self.seconds, self.memory_mib = seconds, memory_mib
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def headers(self, place: Place, file_id: str, policy: ReadPolicy) -> list[SliceRef]:
+        """`read.read_headers` in the child; also DEC_CRASH, DEC_TIMEOUT, DEC_OOM."""
+        tree, _ = self.call("headers", place=place, policy=asdict(policy))
+        try:
+            refs = _REFS.validate_python(tree)
+        except ValidationError as error:
+            raise DicomError("ELEM_INVALID", f"{error.error_count()} header values") from None
+        # names of old archives need not be UTF-8: they never pass through the child's answer
+        return [replace(r, path=place.path, member=place.member, file_id=file_id) for r in refs]
+
+    def frame(self, ref: SliceRef) -> Pixels:
+        """`read.read_frame` in the child."""
+        _, arrays = self.call("frame", ref=asdict(ref))
+        return Pixels(arrays[0], arrays[1] if len(arrays) > 1 else None)
+
+    def digest(self, ref: SliceRef) -> str:
+        """SHA-256 of the values of `read.read_frame`."""
+        tree, _ = self.call("digest", ref=asdict(ref))
+        return str(tree)
+
+    def label_target(self, place: Place) -> LabelRef:
+        """`labelref.label_target` of a SEG or RTSTRUCT."""
+        tree, _ = self.call("label_target", place=place)
+        try:
+            return _TARGET.validate_python(tree)
+        except ValidationError as error:
+            raise LabelError("LABEL_UNREADABLE", f"{error.error_count()} references") from None
+
+    def labels(self, series: Series, rule: NameRule, geometry: str, resample: str) -> LabelVolume:
+        """(N, H, W) uint8 classes of all mask objects of a series, on its grid."""
+        grid = grid_of(series, series.mask_partial)
+        tree, arrays = self.call(
+            "labels",
+            kind=series.mask_kind,
+            places=series.masks,
+            grid={
+                "shape": grid.shape,
+                "affine": series.affine,
+                "slots": [[*key, place] for key, place in grid.slots.items()],
+                "partial": grid.partial,
+            },
+            rule=asdict(rule),
+            options=[geometry, resample],
+        )
+        return LabelVolume(arrays[0], {str(code): int(n) for code, n in tree.items()})
+
+    def image(self, place: Place) -> NDArray[Any]:
+        """`voc.read_image` of a plain image."""
+        return self.call("image", place=place)[1][0]
+
+    def mask(
+        self, place: Place, shape: tuple[int, int], label_map: dict[int, int], classes: int
+    ) -> NDArray[np.uint8]:
+        """(H, W) classes of a mask that is a plain image."""
+        numbers = [list(pair) for pair in label_map.items()]
+        request = {"place": place, "shape": shape, "numbers": numbers, "classes": classes}
+        return self.call("mask", **request)[1][0]
+
+    def call(self, task: str, **request: Any) -> Answer:
+        """Let the child do one of `tasks.TASKS`.
+
+        Raises:
+            SourceError: What the task raised, or DEC_CRASH, DEC_TIMEOUT.
+        """
+        with self._lock:
+            deadline = time.monotonic() + 4 * self.seconds + 10
+            try:
+                return self._exchange({"task": task, **request}, deadline)
+            except (BrokenPipeError, EOFError, TimeoutError) as error:
+                raise self._obituary(error) from None
+
+    def close(self) -> None:
+        """End the child."""
+        child, self._child = self._child, None
+        if child:
+            child.kill()
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe:
+                    pipe.close()
+
+    def _exchange(self, request: dict[str, Any], deadline: float) -> Answer:
+        if self._child is None or self._child.poll() is not None:
+            self.close()
+            self._child = self._start()
+        if self._child.stdin is None or self._child.stdout is None:
+            raise EOFError
+        send(self._child.stdin, request, [])
+        (kind, tree), arrays = receive(self._child.stdout, deadline)
+        if kind == "ok":
+            return tree, arrays
+        raise _ERRORS.get(kind, DicomError)(str(tree[0]), str(tree[1]))
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        limits = [str(self.seconds), str(self.memory_mib)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "medpsp.dicom.tasks", *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # codecs print there, and what they print may quote values
+            bufsize=0,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+
+    def _obituary(self, error: Exception) -> DicomError:
+        child, code = self._child, 0
+        if child and not isinstance(error, TimeoutError):
+            code = child.wait()
+        self.close()
+        if isinstance(error, TimeoutError):
+            return DicomError("DEC_TIMEOUT", f"no answer within {4 * self.seconds + 10} s")
+        if code == -signal.SIGXCPU:
+            return DicomError("DEC_TIMEOUT", f"over {self.seconds} s of CPU (data.decode_seconds)")
+        if code == -signal.SIGKILL:
+            return DicomError("DEC_OOM", "the decoder was killed, most likely for its memory")
+        return DicomError("DEC_CRASH", f"the decoder ended with {code}")
+
+
+class SandboxPool:
+    """Several sandboxes that work at once, each for one thread.
+
+    Args:
+        workers: Number of children.
+        seconds: Of `Sandbox`.
+        memory_mib: Of `Sandbox`.
+    """
+
+    def __init__(self, workers: int, seconds: int = 30, memory_mib: int = 1024) -> None:
+        self._boxes = [Sandbox(seconds, memory_mib) for _ in range(workers)]
+        self._idle: SimpleQueue[Sandbox] = SimpleQueue()
+        for box in self._boxes:
+            self._idle.put(box)
+        self._threads = ThreadPoolExecutor(workers)
+
+    def __enter__(self) -> SandboxPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for box in self._boxes:
+            box.close()
+
+    def map(
+        self, function: Callable[[Sandbox, In], Out], items: Iterable[In]
+    ) -> Iterator[tuple[In, Out]]:
+        """(item, function(sandbox, item)) in the order of the items; bounded in flight."""
+
+        def run(item: In) -> tuple[In, Out]:
+            box = self._idle.get()
+            try:
+                return item, function(box, item)
+            finally:
+                self._idle.put(box)
+
+        running: deque[Future[tuple[In, Out]]] = deque()
+        for item in items:
+            running.append(self._threads.submit(run, item))
+            if len(running) >= 64 * len(self._boxes):
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+    def same_pixels(self, refs: Sequence[SliceRef]) -> bool:
+        """Whether frames decode to the same values; one that does not decode is like no other."""
+        found = {digest for _, digest in self.map(_digest, refs)}
+        return len(found) == 1 and "" not in found
+
+
+def _digest(box: Sandbox, ref: SliceRef) -> str:
+    try:
+        return box.digest(ref)
+    except SourceError:
+        return ""
+
+
+@lru_cache(maxsize=1)
+def shared_sandbox(seconds: int, memory_mib: int) -> Sandbox:
+    """The one sandbox of this process; its child ends with us, when its input closes."""
+    return Sandbox(seconds, memory_mib)

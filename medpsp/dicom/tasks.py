@@ -1,0 +1,174 @@
+"""What the child of a `Sandbox` runs. Imported by nobody."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medpsp.dicom.decode import layout_of, stored_values
+from medpsp.dicom.labelref import label_target
+from medpsp.dicom.labels import map_labels, read_nifti_mask
+from medpsp.dicom.names import LabelVolume, NameRule, merge_labels
+from medpsp.dicom.parse import parse, refusing
+from medpsp.dicom.placement import Grid
+from medpsp.dicom.read import read_frame, read_headers
+from medpsp.dicom.rtstruct import read_contours
+from medpsp.dicom.sandbox import Answer
+from medpsp.dicom.seg import read_segments
+from medpsp.dicom.voc import read_image, read_mask
+from medpsp.dicom.wire import receive, send
+from medpsp.errors import SourceError
+from medpsp.types import Place, ReadPolicy, SliceRef, Window
+
+
+def headers(place: list[str], policy: dict[str, Any]) -> Answer:
+    """`read_headers`; place and file id are put in by the caller."""
+    refs = read_headers(Place(*place), "", _policy(policy))
+    return [{**asdict(ref), "path": "", "member": ""} for ref in refs], []
+
+
+def frame(ref: dict[str, Any]) -> Answer:
+    """`read_frame`: values, and the padding mask if there is padding."""
+    values, padding = read_frame(_ref(ref))
+    return None, [values] if padding is None else [values, padding]
+
+
+def digest(ref: dict[str, Any]) -> Answer:
+    """SHA-256 of the values of one frame."""
+    values = np.ascontiguousarray(read_frame(_ref(ref)).values)
+    return hashlib.sha256(values.data.cast("B")).hexdigest(), []
+
+
+def label_target_of(place: list[str]) -> Answer:
+    """`label_target`."""
+    return asdict(label_target(parse(Place(*place)).header)), []
+
+
+def labels(
+    kind: str,
+    places: list[list[str]],
+    grid: dict[str, Any],
+    rule: dict[str, Any],
+    options: list[str],
+) -> Answer:
+    """All mask objects of a series, laid on its grid: notes, and (N, H, W) uint8 classes."""
+    target = Grid(
+        shape=tuple(grid["shape"]),
+        affine=None if grid["affine"] is None else np.array(grid["affine"]),
+        slots={(uid, number): place for uid, number, place in grid["slots"]},
+        partial=grid["partial"],
+    )
+    names = NameRule(**{**rule, **{k: _tuples(rule[k]) for k in ("classes", "names", "numbers")}})
+    volumes = [_volume(kind, Place(*place), target, names, options) for place in places]
+    whole = merge_labels(volumes, names)
+    return whole.notes, [whole.values]
+
+
+def _volume(kind: str, place: Place, grid: Grid, rule: NameRule, options: list[str]) -> LabelVolume:
+    if kind == "nifti":
+        found = read_nifti_mask(Path(place.path), grid, *options)  # type: ignore[arg-type]
+        values = map_labels(found.values, dict(rule.numbers), len(rule.classes))
+        return LabelVolume(values, found.notes)
+    parsed = parse(place)
+    if kind == "rtstruct":
+        return read_contours(parsed.header, grid, rule)
+    layout = layout_of(parsed)
+    return read_segments(
+        parsed.header, lambda number: stored_values(parsed, layout, number).values, grid, rule
+    )
+
+
+def image(place: list[str]) -> Answer:
+    """`read_image`."""
+    return None, [read_image(Path(place[0]))]
+
+
+def mask(place: list[str], shape: list[int], numbers: list[list[int]], classes: int) -> Answer:
+    """A mask that is a plain image, as (H, W) uint8 classes."""
+    values = read_mask(Path(place[0]), (shape[0], shape[1]))
+    return None, [map_labels(values, {old: new for old, new in numbers}, classes)]
+
+
+TASKS: dict[str, Callable[..., Answer]] = {
+    "headers": headers,
+    "frame": frame,
+    "digest": digest,
+    "label_target": label_target_of,
+    "labels": labels,
+    "image": image,
+    "mask": mask,
+}
+
+
+def _tuples(value: list[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+
+
+def _ref(tree: dict[str, Any]) -> SliceRef:
+    window = tree["window"]
+    lists = {key: tuple(value) for key, value in tree.items() if isinstance(value, list)}
+    return SliceRef(**{**tree, **lists, "window": Window(**window) if window else None})
+
+
+def _policy(tree: dict[str, Any]) -> ReadPolicy:
+    modalities = tree["modalities"]
+    return ReadPolicy(**{**tree, "modalities": tuple(modalities) if modalities else modalities})
+
+
+def answer(request: dict[str, Any]) -> tuple[list[Any], list[NDArray[Any]]]:
+    """Run one task; what it raises becomes the answer."""
+    task = TASKS[request.pop("task")]
+    try:
+        with refusing("DEC_ERROR", "not readable"):
+            tree, arrays = task(**request)
+    except SourceError as error:
+        return [type(error).__name__, [error.code, error.detail]], []
+    return ["ok", tree], arrays
+
+
+def main(seconds: int, memory_mib: int) -> None:
+    """Answer requests from stdin until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; we end by EOF
+    requests = os.fdopen(os.dup(0), "rb", buffering=0)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a codec prints is no answer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory(memory_mib)
+    while True:
+        try:
+            request, _ = receive(requests)
+        except EOFError:
+            return
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + seconds, hard))
+        send(answers, *answer(request))
+
+
+def _limit_memory(memory_mib: int) -> None:
+    """Private memory (RLIMIT_DATA) counts, mapped files do not; Linux only."""
+    import imagecodecs  # noqa: F401 - first, so that its own memory is not counted
+
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    base = int(lines["VmData"].split()[0]) * 1024
+    limit = base + memory_mib * 2**20
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,101 @@
+"""Stored values to modality values and to RGB: numbers in, numbers out.
+
+The order is normative: stored bits, padding, modality LUT (PS3.3 C.11.1); VOI comes at read time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medpsp.errors import DicomError
+from medpsp.types import PixelDtype
+
+YBR_TO_RGB = np.array(
+    [[1.0, 0.0, 1.402], [1.0, -0.114 * 1.772 / 0.587, -0.299 * 1.402 / 0.587], [1.0, 1.772, 0.0]],
+    dtype=np.float32,
+)
+"""Inverse of the equations of YBR_FULL, PS3.3 C.7.6.3.1.2."""
+
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+def rescaled_dtype(
+    modality: str, rescaling: tuple[float, float], bits: int, signed: bool
+) -> PixelDtype:
+    """int16 where slope is 1 and every value the header allows is an exact int16, else float32.
+
+    CT is int16 although 16 stored bits and an intercept of -1024 could leave its range: HU do
+    not, and `rescale` refuses the slice that does.
+    """
+    slope, intercept = rescaling
+    if slope != 1 or not float(intercept).is_integer():
+        return "float32"
+    low = -(2 ** (bits - 1)) if signed else 0
+    high = 2 ** (bits - signed) - 1
+    fits = low + intercept >= -32768 and high + intercept <= 32767
+    return "int16" if fits or (modality == "CT" and bits <= 16) else "float32"
+
+
+def rescale(
+    stored: NDArray[Any],
+    rescaling: tuple[float, float],
+    dtype: PixelDtype,
+    padding: NDArray[np.bool_] | None,
+) -> NDArray[Any]:
+    """stored * slope + intercept (PS3.3 C.11.1.1.2), in int32 or float64 on the way.
+
+    Padding beyond int16 is clipped: it means nothing but itself.
+
+    Raises:
+        DicomError: VALUE_RANGE where a value that is no padding leaves int16, ELEM_INVALID where
+            the result is beyond float32.
+    """
+    slope, intercept = rescaling
+    if dtype == "int16":
+        wide = stored.astype(np.int64)
+        wide += int(intercept)
+        values = wide.astype(np.int16)
+        if (beyond := values != wide).any():
+            if padding is None or (beyond & ~padding).any():
+                raise DicomError("VALUE_RANGE", "modality values leave the range of int16")
+            values = wide.clip(-32768, 32767).astype(np.int16)
+        return values
+    result = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    if stored.dtype.kind != "f" and not np.isfinite(result).all():
+        raise DicomError("ELEM_INVALID", "RescaleSlope or RescaleIntercept overflows float32")
+    return result
+
+
+def padding_mask(
+    stored: NDArray[Any], value: float | None, limit: float | None
+) -> NDArray[np.bool_] | None:
+    """Where stored values are padding (P2): one value, or the inclusive range to the limit."""
+    if value is None:
+        return None
+    ends = sorted((value, value if limit is None else limit))
+    mask: NDArray[np.bool_] = (stored >= ends[0]) & (stored <= ends[1])
+    return mask if mask.any() else None
+
+
+def ybr_to_rgb(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) YBR_FULL to RGB, both uint8."""
+    centred = values.astype(np.float32)
+    centred[..., 1:] -= 128
+    return np.asarray(np.rint(centred @ YBR_TO_RGB.T).clip(0, 255).astype(np.uint8))
+
+
+def luma(rgb: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """(H, W) brightness 0..255 of (H, W, 3) RGB, ITU-R BT.601; exact where R = G = B."""
+    return np.asarray(np.rint(rgb.astype(np.float32) @ LUMA).astype(np.int16))
+
+
+def blank_outside(values: NDArray[Any], region: tuple[int, int, int, int]) -> NDArray[Any]:
+    """Zeros outside (first row, first column, rows, columns)."""
+    row, column, rows, columns = region
+    kept = np.zeros_like(values)
+    inside = (slice(row, row + rows), slice(column, column + columns))
+    kept[inside] = values[inside]
+    return kept

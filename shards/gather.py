@@ -1,0 +1,201 @@
+"""An archive to planned series: scan, masks, pseudonyms, splits. Nothing is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from medpsp.dataconfig import DataConfig
+from medpsp.dicom.codes import refusal
+from medpsp.dicom.labelref import LabelRef, match_series
+from medpsp.dicom.labels import mask_path
+from medpsp.dicom.sandbox import Sandbox, SandboxPool
+from medpsp.dicom.scan import LabelFile, Scan, find_labels, scan_folder
+from medpsp.dicom.voc import scan_voc
+from medpsp.errors import ArchiveError, ConfigError, LabelError, SourceError
+from medpsp.identity import pseudonym, shifted_day, split_of, unit_hash
+from medpsp.progress import Bar
+from medpsp.types import Place, ScanRow, Series
+from shards.layout import PlannedSeries
+
+log = logging.getLogger("medpsp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """What will be written.
+
+    Attributes:
+        planned: Series with pseudonyms and splits.
+        rows: Objects and frames that are in none of them.
+        objects: Number of objects found.
+    """
+
+    planned: list[PlannedSeries]
+    rows: list[ScanRow]
+    objects: int
+
+
+def gather(data: DataConfig, key: bytes) -> Gathered:
+    """Find, group, label and split everything in the archive.
+
+    Raises:
+        ArchiveError: Missing, empty, or without anything usable.
+        ConfigError: The training or validation split would be empty.
+    """
+    with SandboxPool(data.workers, data.decode_seconds, data.decode_memory_mib) as pool:
+        scan = _scan(data, key, pool)
+        series, rows = _with_masks(scan, data, key, pool)
+    if not series:
+        raise ArchiveError(f"data.archive: nothing usable; found {tally(rows)}")
+    planned = [_planned(s, data, key) for s in series]
+    _require_splits(planned, data)
+    return Gathered(planned=planned, rows=rows, objects=scan.objects)
+
+
+def file_id(key: bytes, name: str) -> str:
+    """Pseudonym of an object from its name relative to the archive."""
+    # a name that is not UTF-8 holds surrogates, which have no bytes
+    return pseudonym(key, "file", name.encode("utf-8", "backslashreplace").decode())
+
+
+def tally(rows: list[ScanRow]) -> str:
+    """Counts of the codes, for messages."""
+    codes = [row.code for row in rows]
+    return ", ".join(f"{codes.count(c)} {c}" for c in sorted(set(codes))) or "no image"
+
+
+def _scan(data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
+    name = partial(file_id, key)
+    if data.source == "voc":
+        series, rows = scan_voc(data.archive, data.voc, name)
+        objects = sum(len(s.slices) for s in series) + len(rows)
+        return Scan(series=series, rows=rows, labels=[], objects=objects)
+    with Bar("scan", 0, "files") as bar:
+        return scan_folder(data.archive, data.policy, name, pool, bar.advance)
+
+
+def _with_masks(
+    scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool
+) -> tuple[list[Series], list[ScanRow]]:
+    """Give each DICOM series its mask; one without is left out or kept, and counted either way."""
+    if data.source == "voc" or (data.labels is None and data.label_format == "nifti"):
+        return scan.series, scan.rows
+    rows = scan.rows
+    if data.label_format == "nifti":
+        labelled, reasons = _nifti_masks(scan.series, data)
+    else:
+        labelled, rows = _dicom_masks(scan, data, key, pool)
+        reasons = {}
+    if data.unlabelled == "keep":
+        return labelled, rows
+    for number, item in enumerate(labelled):
+        if not item.masks:
+            code, detail = reasons.get(number, ("LABEL_NONE", "no mask for this series"))
+            rows = rows + [refusal(r.file_id, code, detail, r.frame) for r in item.slices]
+    return [item for item in labelled if item.masks], rows
+
+
+def _nifti_masks(
+    series: list[Series], data: DataConfig
+) -> tuple[list[Series], dict[int, tuple[str, str]]]:
+    found, reasons = [], {}
+    for number, item in enumerate(series):
+        masks: tuple[Place, ...] = ()
+        try:
+            path = mask_path(
+                data.labels or data.archive, data.label_pattern, item.first, data.archive
+            )
+            masks = (Place(str(path)),) if path.is_file() else ()
+        except LabelError as error:
+            reasons[number] = (error.code, error.detail)
+        except OSError:  # ENAMETOOLONG: its text would hold the PatientID
+            reasons[number] = ("LABEL_NONE", "a header value makes no file name")
+        found.append(replace(item, masks=masks, mask_kind="nifti" if masks else ""))
+    return found, reasons
+
+
+def _dicom_masks(
+    scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool
+) -> tuple[list[Series], list[ScanRow]]:
+    """SEG or RTSTRUCT objects to the series that they belong to."""
+    files = scan.labels
+    if data.labels is not None:
+        files = find_labels(data.labels, partial(file_id, key), pool)
+    files = [file for file in files if file.kind == data.label_format]
+    masks: dict[int, list[Place]] = {}
+    partial_masks: set[int] = set()
+    fate: dict[str, ScanRow] = {}
+    for file, target in pool.map(_target, files):
+        try:
+            if isinstance(target, SourceError):
+                raise target
+            match = match_series(target, scan.series)
+            for number in match.series:
+                masks.setdefault(number, []).append(file.place)
+            partial_masks.update(match.series if len(match.series) > 1 else ())
+            used = ScanRow(file_id=file.file_id, status="kept", code="LABEL_USED")
+            fate[file.file_id] = used
+        except SourceError as error:
+            fate[file.file_id] = refusal(file.file_id, error.code, error.detail)
+            log.warning("label object %s: %s", file.file_id, error)
+    series = [
+        replace(
+            item,
+            masks=tuple(masks[n]),
+            mask_kind=data.label_format,
+            mask_partial=n in partial_masks,
+        )
+        if n in masks
+        else item
+        for n, item in enumerate(scan.series)
+    ]
+    return series, [fate.get(row.file_id, row) for row in scan.rows]
+
+
+def _target(box: Sandbox, file: LabelFile) -> LabelRef | SourceError:
+    try:
+        return box.label_target(file.place)
+    except SourceError as error:
+        return error
+
+
+def _planned(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
+    first = series.first
+    patient = first.patient_id
+    split = series.split or split_of(key, patient, data.split.val, data.split.test)
+    sources = {*(s.path for s in series.slices), *(m.path for m in series.masks)}
+    stats = [os.stat(p) for p in sorted(sources) if Path(p).is_file()]
+    day = shifted_day(key, patient, first.study_date) if data.dates == "shift" else -1
+    return PlannedSeries(
+        series=series,
+        split=split,
+        order=unit_hash(key, "stage", patient),
+        patient=pseudonym(key, "patient", patient),
+        # one SeriesInstanceUID may hold several series: planes, localizers, stacks of one object
+        name=pseudonym(key, "series", f"{first.series_uid} {first.sop_uid} {first.frame}"),
+        stamp=pseudonym(key, "stamp", json.dumps([(s.st_size, s.st_mtime_ns) for s in stats])),
+        study_day=day,
+    )
+
+
+def _require_splits(planned: list[PlannedSeries], data: DataConfig) -> None:
+    patients: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
+    for item in planned:
+        patients[item.split].add(item.patient)
+    counts = {split: len(found) for split, found in patients.items()}
+    listed = any(item.series.split for item in planned)
+    if not counts["train"] or not counts["val"]:
+        raise ConfigError(
+            f"data.split: patients fall to {counts}, train and val need at least one each; "
+            + (
+                "check the split lists"
+                if listed
+                else "raise data.split.val, add patients, or use another key"
+            )
+        )
+    log.info("patients: %s", ", ".join(f"{n} {split}" for split, n in counts.items()))
