@@ -78,6 +78,26 @@ def run(
 
 
 @app.command()
+def voc(
+    config: ConfigArg,
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    overrides: Overrides = None,
+    bits: Annotated[int, typer.Option(help="8: windowed; 16: modality values.")] = 8,
+) -> None:
+    """Write the shards as a PASCAL VOC folder: PNG images and masks, split lists, a table."""
+    from launch.jobs import setup_logging
+    from launch.rundir import open_run
+
+    setup_logging()
+    resolved, folder = open_run(config, tuple(overrides or ()))
+    from shards.voc import export_voc
+
+    folder.log_to("voc")
+    images, masks = export_voc(resolved, out, bits)
+    typer.echo(f"{out}  {images} images, {masks} masks")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for everything the demo makes.")] = Path(
         "runs/demo"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -116,7 +117,8 @@ def _nifti_masks(
         except OSError:  # ENAMETOOLONG: its text would hold the PatientID
             reasons[number] = ("LABEL_NONE", "a header value makes no file name")
         found.append(replace(item, masks=masks, mask_kind="nifti" if masks else ""))
-    return found, reasons
+    shared = Counter(item.masks for item in found)  # parts of a series that was split at a gap
+    return [replace(item, mask_partial=shared[item.masks] > 1) for item in found], reasons
 
 
 def _dicom_masks(

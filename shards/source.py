@@ -17,7 +17,7 @@ from medpsp.dicom.codes import refusal
 from medpsp.dicom.names import NameRule
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, shared_sandbox
-from medpsp.errors import DicomError, LabelError, SourceError
+from medpsp.errors import DicomError, SourceError
 from medpsp.intensity import needs_series_values, series_window
 from medpsp.types import IGNORE, ScanRow, Series, SliceRef, Window
 from shards.layout import Part
@@ -88,7 +88,7 @@ def read_part(part: Part, settings: WriteSettings, refused: list[ScanRow]) -> It
 
     try:
         volume, flags = _volume_labels(series, settings, box)
-    except LabelError as error:
+    except SourceError as error:
         for number in wanted:
             refuse(number, error)
         return
@@ -96,7 +96,7 @@ def read_part(part: Part, settings: WriteSettings, refused: list[ScanRow]) -> It
     for number, (image, padding) in pixels.items():
         try:
             label, labelled = _slice_label(series, number, volume, settings, box)
-        except LabelError as error:
+        except SourceError as error:
             refuse(number, error)
             continue
         if padding is not None and settings.padding == "ignore":

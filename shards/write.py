@@ -68,7 +68,7 @@ def clear_stale(root: Path, plans: Iterable[ShardPlan]) -> None:
     for folder in root.glob("*x*_*"):
         if folder.name not in buckets:
             shutil.rmtree(folder)
-    for pattern in (f"{COMMITS}/*", "*x*_*/*/c/**/*", "**/.*.partial"):
+    for pattern in (f"{COMMITS}/*", "*x*_*/*/c/*/0/**/*", "**/.*.partial"):
         for path in list(root.glob(pattern)):
             if path not in keep and path.is_file():
                 path.unlink()

@@ -41,7 +41,8 @@ def make_config() -> Callable[..., Config]:
     """Archive folder (with dicom, masks and key below it), out folder and changes to a Config."""
 
     def make(root: Path, out: Path, **data: Any) -> Config:
-        create_key(root / "key", KEY)
+        if not (root / "key").exists():
+            create_key(root / "key", KEY)
         tree = {
             "archive": root / "dicom",
             "labels": root / "masks",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from pydicom.encaps import encapsulate
 from pydicom.tag import Tag
 
 from launch.phantom import Phantom, write_series
-from medpsp.dicom.read import read_header, read_pixels
-from medpsp.types import SliceRef
+from medpsp.dicom.read import read_headers, read_pixels
+from medpsp.dicom.series import group_series
+from medpsp.errors import DicomError, GeometryError
+from medpsp.types import Place, ReadPolicy, Series, SliceRef
 
 Edit = Callable[[Dataset], object]
 
@@ -80,12 +82,40 @@ def rle_that_overruns() -> bytes:
     return struct.pack("<16I", 2, 64, 66, *[0] * 13) + run_64 + run_63 + run_64
 
 
+def header_of(path: Path, policy: ReadPolicy | None = None) -> SliceRef:
+    """The header of a file of one frame."""
+    (ref,) = read_headers(Place(str(path)), "id", policy or ReadPolicy())
+    return ref
+
+
 def values_of(path: Path) -> NDArray[np.generic]:
     """Header and pixels in one go."""
-    return read_pixels(read_header(path, "id"))
+    return read_pixels(header_of(path))
 
 
-def headers(folder: Path) -> list[SliceRef]:
-    """The header of every file below ``folder``; its relative path is the ``file_id``."""
+def headers(folder: Path, policy: ReadPolicy | None = None) -> list[SliceRef]:
+    """The headers of every file below ``folder``; its relative path is the ``file_id``."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return [read_header(p, p.relative_to(folder).as_posix()) for p in paths]
+    return [
+        ref
+        for p in paths
+        for ref in read_headers(
+            Place(str(p)), p.relative_to(folder).as_posix(), policy or ReadPolicy()
+        )
+    ]
+
+
+def same_pixels(refs: Sequence[SliceRef]) -> bool:
+    """Whether all decode to the same values; one that does not decode is like no other."""
+    try:
+        first, *others = [read_pixels(ref) for ref in refs]
+    except DicomError:
+        return False
+    return all(first.dtype == o.dtype and np.array_equal(first, o) for o in others)
+
+
+def grouped(
+    refs: Iterable[SliceRef], policy: ReadPolicy | None = None
+) -> tuple[list[Series], list[tuple[SliceRef, GeometryError]]]:
+    """`group_series` that looks at the pixels of real files."""
+    return group_series(refs, policy or ReadPolicy(), same_pixels)

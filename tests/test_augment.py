@@ -97,6 +97,19 @@ def test_elastic_really_moves_pixels() -> None:
     assert np.abs(moved).max() < 20
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_channels_of_a_colour_image_move_together(level: str) -> None:
+    """Three equal channels come out equal, and as the grey image does."""
+    grey, label = sample()
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    for seed in range(6):
+        expected, mask = run(level, seed)
+        found, same_mask = augment(rgb, label, level, np.random.default_rng(seed))
+        assert found.shape == (96, 80, 3)
+        np.testing.assert_array_equal(same_mask, mask)
+        np.testing.assert_allclose(found, np.repeat(expected[..., None], 3, axis=2), atol=1e-6)
+
+
 def test_levels_are_nested() -> None:
     names = {level: [type(t).__name__ for t in _pipeline(level).transforms] for level in LEVELS}
     assert names["low"] == ["Rotate", "RandomBrightnessContrast"]
@@ -119,3 +132,19 @@ def test_crop_or_pad_places_pixels_and_labels_alike() -> None:
     rows, columns = zip(*offsets, strict=True)
     assert set(rows) == {0, 1, 2}
     assert set(columns) == set(range(7))
+
+
+def test_crop_or_pad_takes_colour_as_it_takes_grey() -> None:
+    grey = np.arange(1, 61, dtype=np.float32).reshape(6, 10)
+    colour = np.stack([grey, grey + 100, -grey], axis=2)
+    for seed in range(5):
+        expected, mask = crop_or_pad(
+            grey, grey.astype(np.uint8), (8, 4), np.random.default_rng(seed)
+        )
+        found, same_mask = crop_or_pad(
+            colour, grey.astype(np.uint8), (8, 4), np.random.default_rng(seed)
+        )
+        assert found.shape == (8, 4, 3)
+        np.testing.assert_array_equal(same_mask, mask)
+        np.testing.assert_array_equal(found[..., 0], expected)
+        np.testing.assert_array_equal(found[..., 1], np.where(mask == IGNORE, 0, expected + 100))

@@ -5,21 +5,29 @@ from __future__ import annotations
 import hashlib
 import hmac
 import stat
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from medpsp.errors import ConfigError
-from medpsp.identity import create_key, fingerprint, load_key, pseudonym, split_of, unit_hash
+from medpsp.identity import (
+    create_key,
+    fingerprint,
+    load_key,
+    pseudonym,
+    shifted_day,
+    split_of,
+    unit_hash,
+)
 
 KEY = b"sixteen bytes or"
 PATIENTS = [f"patient {number}" for number in range(2000)]
 
 
 @pytest.fixture(autouse=True)
-def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDPSP_KEY", raising=False)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 def key_file(folder: Path, content: bytes = KEY, mode: int = 0o600) -> Path:
@@ -67,22 +75,33 @@ def test_key_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         load_key(None)
 
 
-def test_key_is_made_once(tmp_path: Path) -> None:
-    made = load_key(None)
-    path = tmp_path / "config" / "medpsp" / "project.key"
-    assert len(made) == 64
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert load_key(None) == made
-    create_key(path, "ff" * 32)
-    assert load_key(None) == made
-
-
-def test_key_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "config").write_text("a file where a folder should be", encoding="utf-8")
-    with pytest.raises(
-        ConfigError, match=r"cannot be written .*; set data\.key_file or MEDPSP_KEY"
-    ):
+def test_no_key_is_made_in_passing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no key; make one with `medpsp key new FILE`"):
         load_key(None)
+
+
+def test_new_key_is_random_private_and_never_overwritten(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        create_key(tmp_path / name)
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    first = load_key(tmp_path / "a")
+    assert len(first) == 64
+    assert first != load_key(tmp_path / "b")
+    with pytest.raises(ConfigError, match="a: exists; a key is never overwritten"):
+        create_key(tmp_path / "a", "ff" * 32)
+    assert load_key(tmp_path / "a") == first
+
+
+def test_shifted_days_keep_order_and_intervals_of_a_patient() -> None:
+    dates = ("20240101", "20240131", "20250101")
+    days = [shifted_day(KEY, "Jane", date) for date in dates]
+    assert (days[1] - days[0], days[2] - days[0]) == (30, 366)  # 2024 is a leap year
+    true = datetime(2024, 1, 1).toordinal()
+    offsets = {shifted_day(KEY, patient, dates[0]) - true for patient in PATIENTS}
+    assert len(offsets) > 1000
+    assert 0 not in offsets
+    assert max(abs(offset) for offset in offsets) <= 3650
+    assert [shifted_day(KEY, "Jane", text) for text in ("", "2024", "CANARY..")] == [-1, -1, -1]
 
 
 def test_pseudonym_is_a_keyed_hash() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+import struct
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +22,11 @@ from launch.phantom import Phantom, draw, write_mask, write_series
 from medpsp.dicom.labels import map_labels, mask_path, read_nifti_mask
 from medpsp.dicom.names import LabelVolume
 from medpsp.dicom.nifti import write_nifti_mask
-from medpsp.dicom.placement import LPS_TO_RAS, Grid, place_mask, unsheared
-from medpsp.dicom.series import group_series
+from medpsp.dicom.placement import LPS_TO_RAS, Grid, grid_of, place_mask, unsheared
 from medpsp.errors import ConfigError, LabelError
-from tests.factory import headers
-from tests.test_series import slices_at
+from tests.labelled import PLAIN, SHAPE, Affine, series_of_files, slice_ref, turned
 
-Affine = NDArray[np.float64]
 SEEDS = st.integers(0, 2**32 - 1)
-PLAIN = np.diag([3.0, 2.0, 5.0, 1.0])  # column 3 mm, row 2 mm, slice 5 mm
-SHAPE = (4, 5, 6)
 
 
 def volume_of(
@@ -46,15 +45,6 @@ def classes(shape: tuple[int, int, int] = SHAPE) -> NDArray[np.uint8]:
     return (np.arange(np.prod(shape)).reshape(shape) % 4).astype(np.uint8)
 
 
-def turned(axis: NDArray[np.float64], angle: float) -> Affine:
-    """Rotation by Rodrigues' formula."""
-    x, y, z = axis / np.linalg.norm(axis)
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    out = np.eye(4)
-    out[:3, :3] += np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-    return out
-
-
 def random_grid(rng: np.random.Generator, at_least: int) -> tuple[Affine, tuple[int, int, int]]:
     """An oblique, anisotropic, in half the cases sheared grid, and its (N, H, W)."""
     affine = turned(rng.normal(size=3), rng.uniform(0, np.pi))
@@ -65,16 +55,21 @@ def random_grid(rng: np.random.Generator, at_least: int) -> tuple[Affine, tuple[
     return affine, (slices, rows, columns)
 
 
-def as_saved(volume: NDArray[Any], affine_lps: Affine, rng: np.random.Generator) -> tuple[Any, Any]:
+def saved_as(
+    volume: NDArray[Any], affine_lps: Affine, order: Sequence[int], flips: Sequence[int]
+) -> tuple[Any, Any]:
     """The same voxels as a mask whose axes are permuted and flipped, and its RAS affine."""
     mask, index = volume.transpose(2, 1, 0), np.eye(4)
-    order = rng.permutation(3)
     mask, index = mask.transpose(order), index[:, [*order, 3]]
-    for axis in np.flatnonzero(rng.random(3) < 0.5):
+    for axis in flips:
         index[:, 3] += index[:, axis] * (mask.shape[axis] - 1)
         index[:, axis] *= -1
         mask = np.flip(mask, axis)
     return mask, LPS_TO_RAS @ affine_lps @ index
+
+
+def as_saved(volume: NDArray[Any], affine_lps: Affine, rng: np.random.Generator) -> tuple[Any, Any]:
+    return saved_as(volume, affine_lps, rng.permutation(3), np.flatnonzero(rng.random(3) < 0.5))
 
 
 def refusal_of(mask: NDArray[Any], ras: Affine, lps: Affine, shape: tuple[int, int, int]) -> str:
@@ -93,20 +88,40 @@ def test_any_order_of_axes_is_placed_exactly(seed: int) -> None:
     assert (place_mask(mask, ras, affine, shape) == volume).all()
 
 
-@given(SEEDS)
-@settings(max_examples=80)
-def test_any_other_grid_is_refused(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    affine, shape = random_grid(rng, 8)
-    mask, ras = as_saved(rng.integers(0, 5, shape), affine, rng)
-    shifted, scaled = ras.copy(), ras.copy()
-    shifted[:3, 3] += 0.4 * ras[:3, rng.integers(3)] * rng.choice([-1, 1])
-    scaled[:3, :3] *= rng.choice([1 / 1.05, 1.05])
-    centre = np.eye(4)
-    centre[:3, 3] = (ras @ [*((np.array(mask.shape) - 1) / 2), 1])[:3]
-    rotation = centre @ turned(rng.normal(size=3), 0.05) @ np.linalg.inv(centre)
-    for wrong in (shifted, scaled, rotation @ ras):
-        assert refusal_of(mask, wrong, affine, shape) == "MASK_GRID_MISMATCH"
+ORIENTATIONS = [
+    (order, flips)
+    for order in itertools.permutations(range(3))
+    for count in range(4)
+    for flips in itertools.combinations(range(3), count)
+]
+
+
+@pytest.mark.parametrize(("order", "flips"), ORIENTATIONS)
+def test_each_of_48_orientations(order: tuple[int, ...], flips: tuple[int, ...]) -> None:
+    assert len(ORIENTATIONS) == 48
+    volume = np.arange(np.prod(SHAPE)).reshape(SHAPE)
+    for affine in (PLAIN, random_grid(np.random.default_rng(5), 2)[0]):
+        mask, ras = saved_as(volume, affine, order, flips)
+        assert (place_mask(mask, ras, affine, SHAPE) == volume).all()
+
+
+def test_240_other_grids_are_refused() -> None:
+    refused = 0
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        affine, shape = random_grid(rng, 8)
+        mask, ras = as_saved(rng.integers(0, 5, shape), affine, rng)
+        shifted, scaled = ras.copy(), ras.copy()
+        shifted[:3, 3] += 0.4 * ras[:3, rng.integers(3)] * rng.choice([-1, 1])
+        scaled[:3, :3] *= rng.choice([1 / 1.05, 1.05])
+        centre = np.eye(4)
+        centre[:3, 3] = (ras @ [*((np.array(mask.shape) - 1) / 2), 1])[:3]
+        rotation = centre @ turned(rng.normal(size=3), 0.05) @ np.linalg.inv(centre)
+        for wrong in (shifted, scaled, rotation @ ras):
+            for grid in (affine, *unsheared(affine, shape[0])):
+                assert refusal_of(mask, wrong, grid, shape) == "MASK_GRID_MISMATCH"
+            refused += 1
+    assert refused == 240
 
 
 def test_equal_shape_is_no_argument() -> None:
@@ -171,10 +186,10 @@ def test_mask_of_a_dicom_series(tmp_path: Path, phantom: Phantom) -> None:
     hu, label = draw(phantom, 3)
     write_series(tmp_path / "dicom", "P", hu, phantom)
     write_mask(tmp_path / "mask.nii.gz", label, phantom)
-    (series,), refused = group_series(headers(tmp_path / "dicom"))
-    assert not refused
-    placed = read(tmp_path / "mask.nii.gz", np.array(series.affine), phantom.shape)
-    assert (placed == label).all()
+    series = series_of_files([p for p in (tmp_path / "dicom").rglob("*") if p.is_file()])
+    placed = read_nifti_mask(tmp_path / "mask.nii.gz", grid_of(series))
+    assert not placed.notes
+    assert (placed.values == label).all()
 
 
 @pytest.mark.parametrize("phantom", GEOMETRIES)
@@ -260,7 +275,7 @@ def test_qform_that_straightens_a_shear_disagrees(tmp_path: Path) -> None:
 def test_whole_numbers_of_any_type(tmp_path: Path, dtype: type) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0).astype(dtype), RAS)
     placed = read(path)
-    assert placed.dtype == np.int64
+    assert placed.dtype == (np.int64 if np.dtype(dtype).kind == "f" else dtype)
     assert (placed == classes()).all()
 
 
@@ -378,7 +393,7 @@ def test_unknown_labels_are_named(values: list[int], label_map: dict[int, int], 
         map_labels(np.array(values), label_map, 3)
 
 
-REF = replace(slices_at(0)[0], path="/archive/a/b/IM1", patient_id="p 7", series_uid="1.2.3")
+REF = slice_ref(path="/archive/a/b/IM1", patient_id="p 7", series_uid="1.2.3")
 
 
 @pytest.mark.parametrize(
@@ -428,3 +443,161 @@ def test_masks_may_be_links_to_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "masks" / "p 7.nii").symlink_to(tmp_path / "elsewhere.nii")
     path = mask_path(tmp_path / "masks", "{PatientID}.nii", REF, Path("/archive"))
     assert (read(path) == classes()).all()
+
+
+TILTED = Phantom(shape=(8, 10, 12), spacing=(2.5, 0.8, 0.6), oblique_deg=20, tilt_deg=15)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("distance", [2.5 / np.cos(np.deg2rad(15)), 2.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_mask_made_on_a_straightened_series(
+    tmp_path: Path, last: bool, distance: float, seed: int
+) -> None:
+    sheared, volume = TILTED.affine_lps(), classes(TILTED.shape)
+    upright = sheared.copy()
+    upright[:3, 2] = [0, 0, distance]  # ITK keeps the length of the step: 2.588 mm
+    if last:
+        upright[:3, 3] += 7 * (sheared[:3, 2] - upright[:3, 2])
+    mask, ras = as_saved(volume, upright, np.random.default_rng(seed))
+    placed = volume_of(nifti(tmp_path / "m.nii", mask, ras), sheared, TILTED.shape)
+    assert placed.notes == {"MASK_MADE_ON_UNSHEARED": 1}
+    assert (placed.values == volume).all()
+
+
+def test_straightened_by_another_angle_is_refused(tmp_path: Path) -> None:
+    other = Phantom(shape=TILTED.shape, spacing=TILTED.spacing, oblique_deg=20, tilt_deg=12)
+    path = nifti(
+        tmp_path / "m.nii",
+        classes(TILTED.shape).transpose(2, 1, 0),
+        LPS_TO_RAS @ other.affine_lps(),
+    )
+    with pytest.raises(LabelError, match="MASK_GRID_MISMATCH"):
+        volume_of(path, TILTED.affine_lps(), TILTED.shape)
+
+
+def test_index_order_is_trusted_on_demand_only(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), np.eye(4))
+    with pytest.raises(LabelError, match="MASK_GRID_MISMATCH"):
+        volume_of(path)
+    found = volume_of(path, geometry="index")
+    assert found.notes == {"MASK_BY_INDEX": 1}
+    assert (found.values == classes()).all()
+    with pytest.raises(LabelError, match="MASK_GRID_MISMATCH"):
+        volume_of(path, shape=(5, 5, 6), geometry="index")
+
+
+def test_index_order_needs_no_affine(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0))
+    assert (volume_of(path, geometry="index").values == classes()).all()
+
+
+@pytest.mark.parametrize(("flips", "notes"), [((), {}), ((0,), {"MASK_INDEX_NOT_AFFINE": 1})])
+def test_index_order_against_a_good_affine_is_told(
+    tmp_path: Path, flips: tuple[int, ...], notes: dict[str, int]
+) -> None:
+    mask, ras = saved_as(classes(), PLAIN, (0, 1, 2), flips)
+    found = volume_of(nifti(tmp_path / "m.nii", mask, ras), geometry="index")
+    assert found.notes == {"MASK_BY_INDEX": 1, **notes}
+    assert (found.values == mask.transpose(2, 1, 0)).all()
+
+
+def test_nearest_voxel_on_demand_only(tmp_path: Path) -> None:
+    # columns of 3 mm under a mask of 1.5 mm: centres 0, 3, 6 mm lie on its voxels 0, 2, 4
+    half = np.diag([-1.5, -2.0, 5.0, 1.0])
+    mask = np.arange(6).reshape(6, 1, 1)
+    path = nifti(tmp_path / "m.nii", mask.astype(np.uint8), half)
+    with pytest.raises(LabelError, match="MASK_GRID_MISMATCH"):
+        volume_of(path, shape=(1, 1, 3))
+    found = volume_of(path, shape=(1, 1, 3), resample="nearest")
+    assert found.notes == {"MASK_RESAMPLED": 1}
+    assert found.values.tolist() == [[[0, 2, 4]]]
+    with pytest.raises(LabelError, match="MASK_OUTSIDE_IMAGE: 3 labelled"):
+        volume_of(path, shape=(1, 1, 1), resample="nearest")  # at 4.5, 6 and 7.5 mm
+    # a mask that fits is not resampled
+    fits = nifti(tmp_path / "fits.nii", classes().transpose(2, 1, 0), RAS)
+    assert volume_of(fits, resample="nearest").notes == {}
+
+
+def test_nearest_voxel_of_a_turned_mask(tmp_path: Path) -> None:
+    # a ball of 12 mm on 2 mm voxels, turned by 30 degrees about its centre, keeps its place
+    shape, affine = (24, 24, 24), np.diag([2.0, 2.0, 2.0, 1.0])
+    z, y, x = np.indices(shape)
+    ball = ((z - 11.5) ** 2 + (y - 11.5) ** 2 + (x - 11.5) ** 2 <= 36).astype(np.uint8)
+    centre = np.eye(4)
+    centre[:3, 3] = 23
+    rotated = centre @ turned([1, 2, 3], np.pi / 6) @ np.linalg.inv(centre) @ affine
+    path = nifti(tmp_path / "m.nii", ball.transpose(2, 1, 0), LPS_TO_RAS @ rotated)
+    found = volume_of(path, affine, shape, resample="nearest").values
+    assert 2 * (found & ball).sum() / (found.sum() + ball.sum()) > 0.92
+
+
+def test_series_without_geometry(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), RAS)
+    with pytest.raises(LabelError, match="MASK_GRID_MISMATCH"):
+        read_nifti_mask(path, Grid(shape=SHAPE))
+    assert read_nifti_mask(path, Grid(shape=SHAPE), geometry="index").values.shape == SHAPE
+
+
+def test_part_of_a_split_series(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), RAS)
+    upper = PLAIN.copy()
+    upper[2, 3] = 10
+    with pytest.raises(LabelError, match="MASK_OUTSIDE_IMAGE: 45 labelled"):
+        volume_of(path, upper, (2, 5, 6))
+    part = read_nifti_mask(path, Grid(shape=(2, 5, 6), affine=upper, partial=True))
+    assert (part.values == classes()[2:]).all()
+
+
+def huge(sizes: tuple[int, int, int], offset: float = 352, datatype: int = 2) -> bytes:
+    """A NIfTI-1 header of uint8 voxels that are not there."""
+    header: Any = nib.Nifti1Header()
+    header.set_data_shape((2, 2, 2))
+    header.set_sform(RAS, code=1)
+    header["dim"][1:4] = sizes
+    header["vox_offset"], header["datatype"] = offset, datatype
+    header["magic"] = b"n+1"
+    return bytes(header.binaryblock) + b"\0" * 4
+
+
+@pytest.mark.parametrize(
+    ("head", "code"),
+    [
+        (huge((32767, 32767, 32767)), "MASK_SIZE_LIMIT"),
+        (huge((1000, 1000, 100), datatype=64), "MASK_SIZE_LIMIT"),
+        (huge((100, 100, 100)), "MASK_UNREADABLE"),  # within the limit, but not in the file
+        (huge((0, 5, 4)), "MASK_UNREADABLE"),
+        (huge((6, 5, 4), offset=3e38), "MASK_SIZE_LIMIT"),
+        (huge((6, 5, 4), offset=float("nan")), "MASK_SIZE_LIMIT"),
+        (
+            huge((6, 5, 4), offset=2e9)[:348] + b"\1\0\0\0" + struct.pack("<2i", 2**31 - 16, 6),
+            "MASK_SIZE_LIMIT",
+        ),
+    ],
+)
+def test_absurd_sizes_are_refused_at_once(tmp_path: Path, head: bytes, code: str) -> None:
+    path, started = tmp_path / "m.nii.gz", time.process_time()
+    path.write_bytes(gzip.compress(head + b"\0" * 2000, 1))
+    with pytest.raises(LabelError, match=code):
+        volume_of(path)
+    assert time.process_time() - started < 0.5
+
+
+def test_deflated_zeros_are_refused_at_once(tmp_path: Path) -> None:
+    path, started = tmp_path / "m.nii.gz", time.process_time()
+    path.write_bytes(gzip.compress(huge((1000, 1000, 90)) + b"\0" * 90_000_000, 1))
+    assert path.stat().st_size < 1_000_000
+    written = time.process_time()
+    with pytest.raises(LabelError, match=r"MASK_SIZE_LIMIT: 90000000 voxels, the image has 120"):
+        volume_of(path)
+    assert time.process_time() - written < 0.5 < 60 + written - started
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int64, np.uint64])
+def test_labels_of_any_integer_type(dtype: type) -> None:
+    values = np.array([[[0, 2], [1, 100]]], dtype=dtype)
+    mapped = map_labels(values, {0: 0, 1: 2, 2: 1, 100: 255}, 3)
+    assert mapped.tolist() == [[[0, 1], [2, 255]]]
+    far = np.array([[0, 100_000]])
+    assert map_labels(far, {0: 0, 100_000: 1}, 2).tolist() == [[0, 1]]
+    assert map_labels(np.zeros((0, 3), dtype), {}, 2).shape == (0, 3)

@@ -5,6 +5,7 @@ Run as a program, this file is one of two ranks.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -177,6 +179,26 @@ def test_what_a_run_leaves(trained: tuple[Run, PSPNet, TrainState]) -> None:
     rates = [event.value for event in board.Scalars("train/lr")]
     assert rates[:2] == pytest.approx([1.5e-3, 3e-3], rel=0.02)  # two steps of warm-up
     assert rates[15] == pytest.approx(2e-3)
+
+
+def test_overlays_in_colour(tmp_path: Path) -> None:
+    """One image, red at the left and blue at the right, whose right half is class 1 in truth."""
+    image = np.zeros((1, 3, 2, 4), dtype=np.float32)
+    image[0, 0, :, :2] = image[0, 2, :, 2:] = 1
+    truth = np.zeros((1, 2, 4), dtype=np.uint8)
+    truth[:, :, 2:] = 1
+    board = Board(tmp_path, 0)
+    board.overlays(0, image, truth, np.zeros_like(truth))
+    board.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    (event,) = found.Images("val/overlay (image, truth, prediction)")
+    drawn = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    red, blue, tinted = [255, 0, 0], [0, 0, 255], [103, 71, 140]  # 0.55 blue + 0.45 (230, 159, 0)
+    assert (
+        drawn[0].tolist()
+        == [red] * 2 + [blue] * 2 + [red] * 2 + [tinted] * 2 + [red] * 2 + [blue] * 2
+    )
 
 
 def test_a_finished_run_is_not_trained_again(trained: tuple[Run, PSPNet, TrainState]) -> None:

@@ -11,8 +11,8 @@ import pydicom
 import pytest
 
 from launch.phantom import CLASSES, Phantom, draw, to_mr, write_archive, write_mask, write_series
-from medpsp.dicom.read import read_header, read_pixels
-from tests.factory import headers
+from medpsp.dicom.read import read_pixels
+from tests.factory import header_of, headers, values_of
 
 SMALL = Phantom(shape=(6, 48, 40))
 
@@ -67,9 +67,7 @@ def test_files_are_what_the_geometry_says(tmp_path: Path) -> None:
 
 def test_folders_are_series_of_one_patient(tmp_path: Path) -> None:
     hu, _ = draw(SMALL, 1)
-    refs = [
-        read_header(write_series(tmp_path / name, "P", hu, SMALL)[0], name) for name in ("a", "b")
-    ]
+    refs = [header_of(write_series(tmp_path / name, "P", hu, SMALL)[0]) for name in ("a", "b")]
     assert refs[0].series_uid != refs[1].series_uid
     assert refs[0].sop_uid != refs[1].sop_uid
 
@@ -82,7 +80,7 @@ def test_mr_has_no_rescale_and_no_window(tmp_path: Path) -> None:
     ds = pydicom.dcmread(path)
     assert ds.SOPClassUID.name == "MR Image Storage"
     assert not {"RescaleSlope", "RescaleIntercept", "WindowCenter"} & set(ds.dir())
-    assert (read_pixels(read_header(path, "id")) == values[0]).all()
+    assert (values_of(path) == values[0]).all()
 
 
 def test_mr_scale_differs_between_patients() -> None:

@@ -24,10 +24,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from launch.phantom import Phantom, draw, to_mr, write_series
+from medpsp.deploy import predict
 from medpsp.deploy.export import export_onnx
 from medpsp.deploy.predict import Predictor
-from medpsp.errors import ArchiveError, ModelFileError
+from medpsp.dicom.read import Pixels
+from medpsp.dicom.sandbox import Sandbox
+from medpsp.dicom.scan import Scan
+from medpsp.errors import ArchiveError, DicomError, ModelFileError
 from medpsp.intensity import CT_WINDOW, overlay, percentile_window, to_unit
+from medpsp.types import ReadPolicy, Series, SliceRef
 
 CLASSES = ["background", "organ", "bone"]
 LOW, HIGH = (40.5 + 160) / 400, (160.5 + 160) / 400
@@ -152,7 +157,7 @@ def test_a_damaged_slice_takes_its_series_out_and_no_other(
     broken = write_series(tmp_path / "in" / "b", "B", hu, phantom)[1]
     broken.write_bytes(broken.read_bytes()[:-100])
     write_series(tmp_path / "in" / "c", "C", hu, phantom)
-    (tmp_path / "in" / "notes.txt").write_text("hello")
+    (tmp_path / "in" / "notes.txt").write_text("hello " * 40)
     predictions, rows = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
     assert [p.name for p in predictions] == ["series-000", "series-002"]
     assert Counter((row.status, row.code) for row in rows) == {
@@ -214,12 +219,12 @@ def test_a_folder_of_plain_images_gets_masks_and_overlays(model: Path, tmp_path:
     Image.fromarray(values).save(source / "ramp.png")
     Image.fromarray(np.full((16, 16, 3), (9, 8, 7), np.uint8)).save(source / "colour.jpg")
     (source / "broken.png").write_bytes(b"\x89PNG")
-    (source / "notes.txt").write_text("hello")
+    (source / "notes.txt").write_text("hello " * 40)
     predictions, rows = Predictor(model).folder(source, tmp_path / "out")
     assert [p.name for p in predictions] == ["ramp.png"]
     assert sorted((row.file_id, row.code) for row in rows) == [
         ("broken.png", "IMAGE_UNREADABLE"),
-        ("colour.jpg", "COLOUR_UNSUPPORTED"),
+        ("colour.jpg", "COLOUR_FOR_GREY_MODEL"),
         ("notes.txt", "NOT_DICOM"),
     ]
     mask, drawn = predictions[0].files
@@ -233,6 +238,207 @@ def test_a_folder_of_plain_images_gets_masks_and_overlays(model: Path, tmp_path:
         "ramp.png.mask.png",
         "ramp.png.overlay.png",
     ]
+
+
+def test_deep_images_are_each_shown_by_their_own_percentiles(model: Path, tmp_path: Path):
+    """As in the shards, where each is a series of its own."""
+    meta = json.dumps({**METADATA, "modalities": ["OT"]})
+    path, source = with_metadata(model, tmp_path / "m.onnx", medpsp=meta), tmp_path / "in"
+    source.mkdir()
+    images = [np.arange(1, 401, dtype=np.uint16).reshape(20, 20) * scale for scale in (1, 100)]
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(source / f"{number}.png")
+    predictions, _ = Predictor(path).folder(source, tmp_path / "out")
+    for image, prediction in zip(images, predictions, strict=True):
+        truth = expected(to_unit(image.astype(np.float32), percentile_window(image)))
+        assert prediction.pixels == tuple(np.bincount(truth.ravel()).tolist())
+    assert predictions[0].pixels == predictions[1].pixels  # one pattern, two scales
+
+
+# series as the scan may give them ---------------------------------------------------------------
+
+
+@pytest.fixture
+def scanned(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let `predict` find these series, whose slice n has the pixels of place n; None is damaged."""
+
+    def give(series: list[Series], pixels: list[Any]) -> None:
+        def frame(box: Sandbox, ref: SliceRef) -> Pixels:
+            found = pixels[int(ref.file_id)]
+            if found is None:
+                raise DicomError("DEC_ERROR", "pixels not decodable")
+            return found if isinstance(found, Pixels) else Pixels(found, None)
+
+        scan = Scan(series=series, rows=[], labels=[], objects=len(pixels))
+        monkeypatch.setattr(predict, "scan_folder", lambda *_: scan)
+        monkeypatch.setattr(Sandbox, "frame", frame)
+
+    return give
+
+
+def series_of(
+    shape: tuple[int, ...], modality: str = "US", first: int = 0, **fields: Any
+) -> Series:
+    count, rows, columns, *channels = shape
+    slices = tuple(
+        SliceRef(
+            path="",
+            file_id=f"{first + number}",
+            patient_id="P",
+            series_uid="1",
+            modality=modality,
+            rows=rows,
+            columns=columns,
+            dtype="uint8" if channels else "int16",
+            photometric="RGB" if channels else "MONOCHROME2",
+            frame=number,
+            frames=count,
+        )
+        for number in range(count)
+    )
+    return Series(slices=slices, **{"affine": None, "z_mm": (), **fields})
+
+
+def read_mask(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_images_without_geometry_get_masks_and_no_volume(model: Path, tmp_path: Path, scanned: Any):
+    """Three CT images of which one is damaged: the others stand for themselves."""
+    hu = np.array([[-200, 41, 161]], dtype=np.int16)
+    scanned([series_of((3, 1, 3), "CT")], [hu, None, hu[:, ::-1]])
+    (prediction,), rows = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    folder = tmp_path / "out" / "series-000"
+    assert prediction.files[:3] == (
+        folder / "0000.mask.png",
+        folder / "0002.mask.png",
+        tmp_path / "out" / "series-000.png",
+    )
+    assert [p.name for p in prediction.files[3:]] == ["0000.png", "0002.png"]
+    assert sorted(p for p in (tmp_path / "out").rglob("*.*")) == sorted(prediction.files)
+    assert read_mask(prediction.files[0]).tolist() == [[0, 1, 2]]
+    assert read_mask(prediction.files[1]).tolist() == [[2, 1, 0]]
+    assert (prediction.slices, prediction.pixels) == (2, (2, 2, 2))
+    assert [(r.file_id, r.frame, r.status, r.code) for r in rows] == [
+        ("1", 1, "quarantined", "DEC_ERROR")
+    ]
+
+
+def test_a_series_of_images_of_which_none_is_readable_is_a_row_each(
+    model: Path, tmp_path: Path, scanned: Any
+):
+    scanned([series_of((2, 1, 3), "CT")], [None, None])
+    with pytest.raises(ArchiveError, match=r"among 2 files \(DEC_ERROR\)"):
+        Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_volume_with_holes_keeps_its_grid(model: Path, tmp_path: Path, scanned: Any):
+    """Slices at 0, 1 and 4 of a grid of 2 mm: the slice at 8 mm is the fifth."""
+    affine = (
+        (1.0, 0.0, 0.0, 5.0),
+        (0.0, 1.0, 0.0, 6.0),
+        (0.0, 0.0, 2.0, 7.0),
+        (0.0, 0.0, 0.0, 1.0),
+    )
+    hu = np.array([[-200, 41, 161]], dtype=np.int16)
+    series = series_of((3, 1, 3), "CT", affine=affine, z_mm=(0.0, 2.0, 8.0), grid=(0, 1, 4))
+    scanned([series], [hu, hu[:, ::-1], hu])
+    (prediction,), _ = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    image = nib.load(prediction.files[0])
+    masks = np.asarray(image.dataobj).T
+    assert masks[:, 0].tolist() == [[0, 1, 2], [2, 1, 0], [0, 0, 0], [0, 0, 0], [0, 1, 2]]
+    assert (image.affine @ [0, 0, 4, 1]).tolist() == [-5, -6, 15, 1]
+    names = sorted(p.name for p in (tmp_path / "out" / "series-000").iterdir())
+    assert names == ["0000.png", "0001.png", "0004.png"]
+    assert (prediction.slices, prediction.pixels) == (3, (3, 3, 3))
+
+
+def test_padding_takes_no_part_in_the_percentiles(model: Path, tmp_path: Path, scanned: Any):
+    meta = json.dumps({**METADATA, "modalities": ["MR"]})
+    path = with_metadata(model, tmp_path / "m.onnx", medpsp=meta)
+    ramp = np.arange(1, 202, dtype=np.int16).reshape(3, 67)
+    padded, padding = np.pad(ramp, ((0, 3), (0, 0)), constant_values=-2000), np.zeros((6, 67), bool)
+    padding[3:] = True
+    scanned([series_of((2, 6, 67), "MR")], [Pixels(padded, padding), np.zeros((6, 67), np.int16)])
+    (prediction,), _ = Predictor(path).folder(tmp_path / "in", tmp_path / "out")
+    truth = expected(to_unit(padded, percentile_window(ramp)))
+    np.testing.assert_array_equal(read_mask(prediction.files[0]), truth)
+
+
+class Hue(nn.Module):
+    """Class 1 where red is above green, class 2 where blue is above green by more than that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        with torch.no_grad():
+            weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0.0, -1.0, 1.0]])
+            self.conv.weight.copy_(weight.reshape(3, 3, 1, 1))
+            self.conv.bias.copy_(torch.tensor([0.001, 0.0, 0.0]))  # type: ignore[union-attr]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, None]:
+        return self.conv(image), None
+
+
+COLOUR = {**METADATA, "modalities": ["US", "CT", "IMAGE8"], "in_channels": 3}
+
+
+@pytest.fixture(scope="module")
+def hue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "hue.onnx"
+    export_onnx(Hue(), path, 3, 18, COLOUR)
+    return path
+
+
+RGB = np.array([[[9, 9, 9], [200, 30, 30], [30, 73, 255]]], dtype=np.uint8)
+
+
+def test_colour_series_and_grey_ones_for_a_network_of_three_channels(
+    hue: Path, tmp_path: Path, scanned: Any
+):
+    grey = np.array([[-200, 41, 161]], dtype=np.int16)  # repeated: no hue, no class
+    both = [series_of((2, 1, 3, 3)), series_of((1, 1, 3), "CT", first=2)]
+    scanned(both, [RGB, RGB[:, ::-1], grey])
+    predictions, rows = Predictor(hue).folder(tmp_path / "in", tmp_path / "out")
+    assert not rows
+    assert [read_mask(p.files[0]).tolist() for p in predictions] == [[[0, 1, 2]], [[0, 0, 0]]]
+    assert read_mask(predictions[0].files[1]).tolist() == [[2, 1, 0]]
+    drawn = read_mask(predictions[0].files[3])
+    np.testing.assert_array_equal(drawn, overlay(RGB / np.float32(255), np.uint8([[0, 1, 2]])))
+
+
+def test_colour_pictures_for_a_network_of_three_channels(hue: Path, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(RGB).save(tmp_path / "in" / "a.png")
+    (prediction,), _ = Predictor(hue).folder(tmp_path / "in", tmp_path / "out")
+    assert read_mask(prediction.files[0]).tolist() == [[0, 1, 2]]
+    meta = {**COLOUR, "policy": {"colour": "grey"}}
+    path = with_metadata(hue, tmp_path / "m.onnx", medpsp=json.dumps(meta))
+    (prediction,), _ = Predictor(path).folder(tmp_path / "in", tmp_path / "out2")
+    assert read_mask(prediction.files[0]).tolist() == [[0, 0, 0]]
+
+
+def test_colour_for_a_grey_network_is_refused_series_by_series(
+    model: Path, tmp_path: Path, scanned: Any
+):
+    both = [series_of((2, 1, 3, 3)), series_of((1, 1, 3), "CT", first=2)]
+    scanned(both, [RGB, RGB, np.zeros((1, 3), np.int16)])
+    (prediction,), rows = Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    assert prediction.name == "series-001"
+    assert [(r.file_id, r.code) for r in rows] == [
+        ("0", "COLOUR_FOR_GREY_MODEL"),
+        ("1", "COLOUR_FOR_GREY_MODEL"),
+    ]
+    assert not (tmp_path / "out" / "series-000").exists()
+
+
+def test_what_was_kept_for_training_is_kept_on_the_device(hue: Path, tmp_path: Path):
+    meta = {**COLOUR, "policy": {"gaps": "fill", "burned_in": "blank", "colour": "grey"}}
+    path = with_metadata(hue, tmp_path / "m.onnx", medpsp=json.dumps(meta))
+    assert Predictor(path).policy == ReadPolicy(
+        modalities=("US", "CT", "IMAGE8"), gaps="fill", burned_in="blank", colour="grey"
+    )
 
 
 def not_onnx(model: Path, path: Path) -> Path:
@@ -265,6 +471,14 @@ def empty(model: Path, path: Path) -> Path:
         (
             lambda m, p: with_metadata(m, p, medpsp=json.dumps({**METADATA, "window": {"w": 1}})),
             r"metadata is damaged \(TypeError\)",
+        ),
+        (
+            lambda m, p: with_metadata(m, p, medpsp=json.dumps({**METADATA, "policy": {"x": 1}})),
+            r"metadata is damaged \(TypeError\)",
+        ),
+        (
+            lambda m, p: with_metadata(m, p, medpsp=json.dumps({**METADATA, "in_channels": 3})),
+            r"do not fit: the input is not image \(N, 3, H, W\)",
         ),
     ],
 )

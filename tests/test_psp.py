@@ -180,6 +180,14 @@ def test_weights_from_a_file(
     assert torch.equal(found[deep.replace("_", ".")], state[deep])
 
 
+def test_colour_takes_the_stem_as_it_is(tmp_path: Path) -> None:
+    path, state = weights_file(tmp_path / "w.pth", "resnet18")
+    config = small(backbone="resnet18", pretrained=path, in_channels=3)
+    model = build_model(config, 2)
+    assert torch.equal(model.backbone.state_dict()["conv1.weight"], state["conv1.weight"])
+    assert model.eval()(torch.rand(1, 3, 33, 47))[0].shape == (1, 2, 33, 47)
+
+
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     other, _ = weights_file(tmp_path / "resnet18.pth", "resnet18")
     unrelated = tmp_path / "unrelated.safetensors"  # a mobile net would load it and stay random

@@ -17,13 +17,15 @@ import zarr
 
 from launch.phantom import Phantom, draw
 from medpsp.config import Config
+from medpsp.dicom.names import NameRule
 from medpsp.errors import ShardError
 from medpsp.identity import pseudonym, split_of, unit_hash
 from medpsp.types import Series, SliceRef
 from shards.index import SliceRow, read_index, write_bytes_durably, write_table
 from shards.layout import PlannedSeries, plan_shards
 from shards.reader import ShardReader
-from shards.write import WriteSettings, clear_stale, create_bucket, read_commit, write_shard
+from shards.source import WriteSettings
+from shards.write import clear_stale, create_bucket, read_commit, write_shard
 
 BUCKET = "48x48_int16"
 
@@ -207,7 +209,16 @@ def one_series(folder: Path, count: int, images: dict[int, bytes]) -> Series:
     return Series(slices=tuple(refs), affine=None, z_mm=())
 
 
-SETTINGS = WriteSettings(source="voc", classes=2, label_map=(), window=None, shard_slices=4)
+SETTINGS = WriteSettings(
+    source="voc",
+    labels=NameRule(classes=("background", "organ")),
+    label_map=(),
+    mask_geometry="affine",
+    mask_resample="never",
+    window=None,
+    padding="background",
+    shard_slices=4,
+)
 
 
 def plan_of(series: Series) -> Any:

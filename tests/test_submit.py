@@ -101,7 +101,7 @@ def test_a_job_killed_half_way_says_so_and_the_next_run_ends_as_a_clean_one(
     capfd.readouterr()
     submit_plan(chain("shards", "check"), run)
     assert shard_bytes(config) == shard_bytes(clean)
-    for name in ("index.parquet", "rejects.parquet"):
+    for name in ("index.parquet", "objects.parquet"):
         assert (config.shards / name).read_bytes() == (clean.shards / name).read_bytes()
     assert list(config.shards.rglob(".*")) == []
     assert {n: (commits / n).stat().st_mtime_ns for n in survivors} == survivors

@@ -20,10 +20,11 @@ from medpsp.dicom.nifti import write_nifti_mask
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, SandboxPool
 from medpsp.dicom.scan import scan_folder
-from medpsp.dicom.voc import SUFFIXES, read_image
+from medpsp.dicom.values import luma
+from medpsp.dicom.voc import SUFFIXES
 from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError, SourceError
 from medpsp.intensity import overlay, planes, series_window, to_unit
-from medpsp.types import FloatArray, ReadPolicy, ScanRow, Series, SliceRef, Window
+from medpsp.types import FloatArray, Place, ReadPolicy, ScanRow, Series, SliceRef, Window
 
 BATCH, DECODERS = 4, 4
 """Slices at once through the network; children that decode, at most."""
@@ -166,8 +167,8 @@ class Predictor:
                 except SourceError as error:
                     rows += _refusals([(ref, error) for ref in series.slices], name)
                 advance(name)
-        if not scan.series:
-            predictions = self._images(source, out, rows)
+            if not scan.series:
+                predictions = self._images(pool, source, out, rows)
         if not predictions:
             codes = sorted({row.code for row in rows})
             raise ArchiveError(
@@ -197,14 +198,19 @@ class Predictor:
             Image.fromarray(overlay(show(number), mask[number])).save(files[-1])
         return self._prediction(name, mask, files)
 
-    def _images(self, source: Path, out: Path, rows: list[ScanRow]) -> list[Prediction]:
+    def _images(
+        self, pool: SandboxPool, source: Path, out: Path, rows: list[ScanRow]
+    ) -> list[Prediction]:
         predictions = []
         paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         names = {path.name for path in paths}
         rows[:] = [row for row in rows if row.file_id not in names]  # no DICOM, but not skipped
-        for path in paths:
+        for path, found in pool.map(_picture, paths):
             try:
-                values = read_image(path, grey=self.policy.colour == "grey")[None]
+                if isinstance(found, SourceError):
+                    raise found
+                grey = found.ndim == 3 and self.policy.colour == "grey"
+                values = (luma(found) if grey else found)[None]
                 modality = "OT" if values.dtype == np.float32 else "IMAGE8"
                 if modality not in self.modalities:
                     raise DicomError("MODALITY_SKIPPED", "the model is for other modalities")
@@ -271,6 +277,13 @@ def _read(pool: SandboxPool, series: Series) -> tuple[Pixels, Series, Refused]:
 def _frame(box: Sandbox, ref: SliceRef) -> Pixels | SourceError:
     try:
         return box.frame(ref)
+    except SourceError as error:
+        return error
+
+
+def _picture(box: Sandbox, path: Path) -> NDArray[Any] | SourceError:
+    try:
+        return box.image(Place(str(path)))
     except SourceError as error:
         return error
 

@@ -8,8 +8,9 @@ every lossless file of a decode corpus, and it reads the 12-bit JPEG that others
 from __future__ import annotations
 
 import math
+import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from medpsp.errors import DicomError
 
+_FRAME_HEADERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})  # SOFn, SOF55
 MAX_FRAME_BYTES = 1 << 29
 """512 MiB: a mammogram of 4096 x 5625 has 46 MB, a slide tile of 1024 x 1024 3 MB."""
 
@@ -41,6 +43,11 @@ class Layout:
     photometric: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W), or (H, W, 3)."""
+        return (self.rows, self.columns) if self.samples == 1 else (self.rows, self.columns, 3)
+
+    @property
     def frame_bytes(self) -> int:
         """Bytes of one decoded frame; a 1-bit pixel takes a whole one."""
         return self.rows * self.columns * self.samples * max(1, self.allocated // 8)
@@ -48,14 +55,47 @@ class Layout:
 
 def _whole(stream: bytes) -> None:
     """JPEG, JPEG-LS and JPEG 2000 end with FFD9; libjpeg fills what is missing with grey."""
-    if b"\xff\xd9" not in stream[-64:]:
+    end = stream[-256:].rstrip(b"\0")  # writers pad
+    if b"\xff\xd9" not in end[-64:]:
         raise DicomError("PIX_TRUNCATED", "the codestream has no end marker")
+
+
+def _same_size(rows: int, columns: int, samples: int, layout: Layout) -> None:
+    """A codestream may claim any size: it is compared before a codec takes memory for it."""
+    expected = (layout.rows, layout.columns, layout.samples)
+    if (rows, columns, samples) != expected:
+        raise DicomError(
+            "DEC_ERROR", f"a codestream of {(rows, columns, samples)}, header says {expected}"
+        )
+
+
+def _segments(stream: bytes) -> Iterator[tuple[int, bytes]]:
+    """(marker, body) of the segments of a JPEG or JPEG-LS, up to its first scan."""
+    at = 2
+    while at + 4 <= len(stream) and stream[at] == 0xFF:
+        marker, length = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # fill
+            at += 1
+            continue
+        yield marker, stream[at + 4 : at + 2 + length]
+        if marker == 0xDA:
+            return
+        at += 2 + length
+
+
+def _jpeg_checked(stream: bytes, layout: Layout) -> None:
+    _whole(stream)
+    for marker, body in _segments(stream):
+        if marker in _FRAME_HEADERS and len(body) >= 6:
+            rows, columns = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+            return _same_size(rows, columns, body[5], layout)
+    raise DicomError("DEC_ERROR", "a JPEG without a frame header")
 
 
 def _jpeg(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
     import imagecodecs
 
-    _whole(stream)
+    _jpeg_checked(stream, layout)
     if layout.samples == 1:
         return imagecodecs.jpeg8_decode(stream), layout.photometric
     # naming one space for both ends keeps the components as they are
@@ -65,26 +105,20 @@ def _jpeg(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
 
 def jpeg_space(stream: bytes, photometric: str) -> str:
     """Colour space of a JPEG: the codestream's word over the tag's (APP14, JFIF, component ids)."""
-    at = 2
-    while at + 4 <= len(stream) and stream[at] == 0xFF:
-        marker, length = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
-        body = stream[at + 4 : at + 2 + length]
+    for marker, body in _segments(stream):
         if marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
             return "YBR_FULL" if body[11] == 1 else "RGB"
         if marker == 0xE0 and body[:4] == b"JFIF":
             return "YBR_FULL"
-        if marker in (0xC0, 0xC1, 0xC2, 0xC3) and body[6:15:3] == b"RGB":
+        if marker in _FRAME_HEADERS and body[6:15:3] == b"RGB":
             return "RGB"
-        if marker == 0xDA:
-            break
-        at += 2 + length
     return photometric
 
 
 def _jpegls(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
     import imagecodecs
 
-    _whole(stream)
+    _jpeg_checked(stream, layout)
     return imagecodecs.jpegls_decode(stream), layout.photometric
 
 
@@ -92,25 +126,32 @@ def _jpeg2k(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
     import imagecodecs
 
     _whole(stream)
-    size = stream.find(b"\xff\x4f\xff\x51")  # SIZ follows SOC: the size before any memory
-    width, height = (int.from_bytes(stream[size + 8 + k : size + 12 + k], "big") for k in (0, 4))
-    if size < 0 or width * height > 2 * MAX_FRAME_BYTES:
-        raise DicomError("SIZE_LIMIT", f"the codestream says {height} x {width}")
+    size = stream.find(b"\xff\x4f\xff\x51")  # SOC, then SIZ (ISO 15444-1 A.5.1)
+    if size < 0 or len(stream) < size + 42:
+        raise DicomError("DEC_ERROR", "a JPEG 2000 without its size")
+    width, height, left, top = struct.unpack_from(">4I", stream, size + 8)
+    (samples,) = struct.unpack_from(">H", stream, size + 40)
+    _same_size(height - top, width - left, samples, layout)
     raw = imagecodecs.jpeg2k_decode(stream, numthreads=1)
     # the codec has undone the component transform, whatever the tag still says
     return raw, "RGB" if layout.photometric in ("YBR_ICT", "YBR_RCT") else layout.photometric
 
 
 def _rle(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
+    """PS3.5 G: a segment for each byte of each sample; 1-bit pixels are packed before."""
     import imagecodecs
 
-    if layout.allocated < 8:
-        raise DicomError("BITS_UNSUPPORTED", "1-bit pixels under RLE")
-    dtype = np.dtype(f"<u{layout.allocated // 8}")
-    data = imagecodecs.dicomrle_decode(stream, dtype.str)
-    if len(data) < layout.frame_bytes:
-        raise DicomError("PIX_TRUNCATED", f"{len(data)} bytes, expected {layout.frame_bytes}")
-    planes = np.frombuffer(data, dtype, layout.frame_bytes // dtype.itemsize)
+    width = max(1, layout.allocated // 8)
+    segments = int.from_bytes(stream[:4], "little")
+    if segments != width * layout.samples:
+        raise DicomError("DEC_ERROR", f"{segments} segments, expected {width * layout.samples}")
+    need = _packed_bytes(layout)
+    data = imagecodecs.dicomrle_decode(stream, f"<u{width}", out=bytearray(need))
+    if len(data) < need:
+        raise DicomError("PIX_TRUNCATED", f"{len(data)} bytes, expected {need}")
+    if layout.allocated == 1:
+        return _unpacked(data, layout), layout.photometric
+    planes = np.frombuffer(data, f"<u{width}")
     planes = planes.reshape(layout.samples, layout.rows, layout.columns)  # always by plane: G.2
     raw = planes[0] if layout.samples == 1 else np.moveaxis(planes, 0, -1)
     return np.ascontiguousarray(raw), layout.photometric
@@ -118,20 +159,25 @@ def _rle(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
 
 def _deflated(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
     """Deflated Image Frame Compression (PS3.5 A.4.13): each frame a raw deflate stream."""
-    packed_bits = layout.rows * layout.columns * layout.samples * layout.allocated
-    need = math.ceil(packed_bits / 8)
+    need = _packed_bytes(layout)
     data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream, need + 2)
     if not need <= len(data) <= need + 1:
         raise DicomError("PIX_TRUNCATED", f"{len(data)} bytes inflated, expected {need}")
     if layout.allocated == 1:
-        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-        return bits[: layout.rows * layout.columns].reshape(layout.rows, layout.columns), (
-            layout.photometric
-        )
-    dtype = np.dtype(f"<u{layout.allocated // 8}")
-    raw = np.frombuffer(data, dtype, layout.frame_bytes // dtype.itemsize)
-    shape = (layout.rows, layout.columns, layout.samples)[: 2 if layout.samples == 1 else 3]
-    return raw.reshape(shape), layout.photometric
+        return _unpacked(data, layout), layout.photometric
+    raw = np.frombuffer(data[:need], f"<u{layout.allocated // 8}")
+    return raw.reshape(layout.shape), layout.photometric
+
+
+def _packed_bytes(layout: Layout) -> int:
+    return math.ceil(layout.rows * layout.columns * layout.samples * layout.allocated / 8)
+
+
+def _unpacked(data: bytes | bytearray, layout: Layout) -> NDArray[np.uint8]:
+    """1-bit pixels, the first in the lowest bit (PS3.5 8.1.1)."""
+    pixels = layout.rows * layout.columns * layout.samples
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=pixels, bitorder="little")
+    return bits.reshape(layout.shape)
 
 
 CODECS: dict[str, Callable[[bytes, Layout], tuple[NDArray[Any], str]]] = {

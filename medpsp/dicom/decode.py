@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from medpsp.dicom.codestream import CODECS, LOSSY, MAX_FRAME_BYTES, Layout
+from medpsp.dicom.fragments import frame_bytes, frames_of
 from medpsp.dicom.parse import BIG, Parsed, refusing
 from medpsp.errors import DicomError
 
@@ -74,10 +73,13 @@ def layout_of(parsed: Parsed) -> Layout:
 
 
 def check_pixels(parsed: Parsed, layout: Layout) -> None:
-    """Native pixels must be as long as the header says; PS3.5 A.4 keeps the two forms apart.
+    """Native pixels must be as long as the header says, and every frame must have its fragments.
+
+    PS3.5 A.4 keeps the two forms apart.
 
     Raises:
-        DicomError: PIX_MISSING, PIX_TRUNCATED, TS_MISMATCH, TS_UNSUPPORTED, TS_MISSING.
+        DicomError: PIX_TRUNCATED, TS_MISMATCH, TS_UNSUPPORTED, TS_MISSING, and the codes of
+            `frames_of`.
     """
     if not parsed.pixel_keyword:
         raise DicomError("PIX_TRUNCATED", "no Pixel Data (7FE0,0010); the file may be cut short")
@@ -87,6 +89,7 @@ def check_pixels(parsed: Parsed, layout: Layout) -> None:
             raise DicomError("TS_UNSUPPORTED", f"transfer syntax {parsed.syntax}")
         if parsed.length != -1:
             raise DicomError("TS_MISMATCH", "native pixels under a compressed transfer syntax")
+        frames_of(parsed, layout.frames)
         return
     if parsed.length == -1:
         code = "TS_MISSING" if guessed else "TS_MISMATCH"
@@ -172,29 +175,16 @@ def _native(parsed: Parsed, layout: Layout, frame: int) -> NDArray[Any]:
 
 
 def _compressed(parsed: Parsed, layout: Layout, frame: int) -> tuple[NDArray[Any], str]:
-    parsed.stream.seek(parsed.value_at)
-    with refusing("PIX_TRUNCATED", "the fragments do not hold this frame"):
-        stream = get_frame(
-            parsed.stream,
-            frame,
-            number_of_frames=layout.frames,
-            extended_offsets=_extended_offsets(parsed.header),
-        )
+    stream = frame_bytes(parsed, layout.frames, frame)
     raw, space = CODECS[parsed.syntax](stream, layout)
-    shape = (layout.rows, layout.columns, layout.samples)[: 2 if layout.samples == 1 else 3]
-    if raw.shape != shape:
-        raise DicomError("DEC_ERROR", f"decoded shape {raw.shape}, header says {shape}")
+    if raw.shape != layout.shape:
+        raise DicomError("DEC_ERROR", f"decoded shape {raw.shape}, header says {layout.shape}")
     width = max(1, layout.allocated // 8)
     if raw.dtype.itemsize > width:
         raise DicomError(
             "DEC_ERROR", f"codestream of {raw.dtype}, {layout.allocated} bits allocated"
         )
     return raw.astype(f"{raw.dtype.kind}{width}", copy=False), space
-
-
-def _extended_offsets(ds: Dataset) -> tuple[bytes, bytes] | None:
-    offsets, lengths = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
-    return (offsets, lengths) if offsets and lengths else None
 
 
 def _meaning(raw: NDArray[Any], layout: Layout, lossy: bool) -> NDArray[Any]:

@@ -6,7 +6,7 @@ Per-frame functional groups override shared ones, which override the top level (
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
@@ -18,6 +18,7 @@ _CM = 3
 """Physical units code of a region of ultrasound in cm (C.8.5.5.1.5)."""
 
 Numbers = tuple[float, ...]
+Point = tuple[float, float, float]
 
 
 def functional(ds: Dataset, frame: int, macro: str, keyword: str) -> Any:
@@ -48,14 +49,14 @@ def numbers(value: Any, count: int) -> Numbers | None:
     return found
 
 
-def position(ds: Dataset, frame: int, frames: int) -> Numbers | None:
+def position(ds: Dataset, frame: int, frames: int) -> Point | None:
     """ImagePositionPatient of a frame, mm LPS.
 
     A multi-frame object without functional groups has one position for all frames: that of RT
     dose moves along the normal by GridFrameOffsetVector (C.8.8.3.2), others have none of their own.
     """
     value = functional(ds, frame, "PlanePositionSequence", "ImagePositionPatient")
-    found = numbers(value, 3)
+    found = cast(Point | None, numbers(value, 3))
     if found is None or frames == 1 or "PerFrameFunctionalGroupsSequence" in ds:
         return found
     offsets, plane = ds.get("GridFrameOffsetVector"), orientation(ds, frame)
@@ -64,7 +65,8 @@ def position(ds: Dataset, frame: int, frames: int) -> Numbers | None:
     step = float(offsets[frame]) - float(offsets[0])
     (a, b, c), (d, e, f) = plane[:3], plane[3:]
     normal = (b * f - c * e, c * d - a * f, a * e - b * d)
-    return tuple(p + n * step for p, n in zip(found, normal, strict=True))
+    x, y, z = (p + n * step for p, n in zip(found, normal, strict=True))
+    return x, y, z
 
 
 def orientation(ds: Dataset, frame: int) -> Numbers | None:

@@ -7,7 +7,7 @@ along the column direction and along the normal (PS3.3 C.7.6.2.1.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -114,8 +114,8 @@ def cut_runs(coords: Floats) -> list[Run]:
     """Cut a stack where the step from slice to slice changes; nothing is averaged.
 
     A run is as many equal steps in a row as there are. The slice between two runs goes to the
-    one with more steps, of the usual step, or to the lower. A step that occurs once makes no run, unless it is the
-    usual one, or the only one: its slices stay single.
+    one with more steps, else to that of the usual step, else to the lower. A step that occurs
+    once makes no run, unless it is the usual one or the only one: its slices stay single.
 
     Args:
         coords: (N, 3) u, v, d in the order of d, no two slices at one place.
@@ -132,20 +132,18 @@ def cut_runs(coords: Floats) -> list[Run]:
 def joints(coords: Floats, runs: Sequence[Run]) -> list[int]:
     """How many slice distances lie between each run and the next; 0 if not a whole number.
 
-    Runs of different steps have no common distance, and a stack of single slices has none at
-    all: 0.
+    Counted in the smaller step of the two, of which the other must be a multiple. A stack of
+    single slices has no slice distance: 0.
     """
     if len(runs) in (1, len(coords)):
         return [0] * (len(runs) - 1)
     usual = _usual_step(np.diff(coords, axis=0))
     found = []
-    for left, right in pairwise(runs):
-        steps = [_mean_step(coords, run) for run in (left, right) if run.stop - run.start > 1]
-        if len(steps) == 2 and not _alike(steps[1][None], steps[0])[0]:
-            found.append(0)
-            continue
-        gap = coords[right.start] - coords[left.stop - 1]
-        found.append(int(_multiples(gap[None], steps[0] if steps else usual)[0]))
+    for pair in pairwise(runs):
+        steps = sorted(_mean_steps(coords, pair), key=lambda step: float(step[2])) or [usual]
+        gap = coords[pair[1].start] - coords[pair[0].stop - 1]
+        times = _multiples(np.array([gap, *steps[1:]]), steps[0])
+        found.append(int(times[0]) if times.all() else 0)
     return found
 
 
@@ -156,19 +154,21 @@ def fill_gaps(coords: Floats, runs: Sequence[Run]) -> list[Run]:
     volume of thousands.
     """
     chains: list[list[Run]] = [[runs[0]]]
-    grids: list[list[int]] = [list(runs[0].places)]
     for run, gap in zip(runs[1:], joints(coords, runs), strict=True):
         if gap > 1:
             chains[-1].append(run)
-            grids[-1] += [grids[-1][-1] + gap + i for i in run.places]
         else:
             chains.append([run])
-            grids.append(list(run.places))
+    usual = _usual_step(np.diff(coords, axis=0))
     filled: list[Run] = []
-    for chain, grid in zip(chains, grids, strict=True):
-        joined = Run(chain[0].start, chain[-1].stop, tuple(grid) if len(chain) > 1 else ())
-        dense = grid[-1] + 1 <= 2 * len(grid)
-        filled += [joined] if dense and len(list(_straight(coords, joined))) == 1 else chain
+    for chain in chains:
+        start, stop = chain[0].start, chain[-1].stop
+        unit = min(_mean_steps(coords, chain), key=lambda step: float(step[2]), default=usual)
+        times = _multiples(np.diff(coords[start:stop], axis=0), unit)
+        joined = Run(start, stop, (0, *np.cumsum(times).tolist()))
+        dense = joined.places[-1] + 1 <= 2 * (stop - start)
+        fits = bool(times.all()) and dense and len(list(_straight(coords, joined))) == 1
+        filled += [joined] if len(chain) > 1 and fits else chain
     return filled
 
 
@@ -242,9 +242,13 @@ def _multiples(steps: Floats, step: Floats) -> NDArray[np.int64]:
     return np.where((off <= (across, across, along)).all(axis=1), times, 0).astype(np.int64)
 
 
-def _mean_step(coords: Floats, run: Run) -> Floats:
-    step: Floats = (coords[run.stop - 1] - coords[run.start]) / run.places[-1]
-    return step
+def _mean_steps(coords: Floats, runs: Iterable[Run]) -> list[Floats]:
+    """The step of each regular run; a single slice has none."""
+    return [
+        (coords[run.stop - 1] - coords[run.start]) / run.places[-1]
+        for run in runs
+        if run.stop - run.start > 1
+    ]
 
 
 def _share_out(steps: Floats, usual: NDArray[np.bool_]) -> list[Run]:

@@ -1,4 +1,4 @@
-"""Inflate gzip, bzip2, xz and the deflate of zip piece by piece, under limits no header can move."""
+"""Inflate gzip, bzip2, xz and the deflate of zip, piece by piece and by position."""
 
 from __future__ import annotations
 
@@ -6,28 +6,14 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
+from medpsp.dicom.members import MAX_PADDING, PIECE, ReadAt, object_limit
 from medpsp.errors import DicomError
 
 Packing = Literal["gzip", "bzip2", "xz", "deflate"]
-ReadAt = Callable[[int, int], bytes]
-"""(position, size) to at most that many bytes; fewer only at the end, as `os.pread`."""
-
-RATIO = 64
-"""Inflated bytes to one packed byte. CT and MR reach 2 to 10, empty masks 1000."""
-FREE_OBJECT = 2**28
-"""An object may inflate to 256 MiB whatever its ratio: 1000 frames of 512 x 512 mask."""
-FREE_ARCHIVE = 2**30
-"""All members of an archive together may inflate to 1 GiB whatever the ratio."""
-MAX_OBJECT = 2**30
-"""A member or a gzip'd file is read into memory, so 1 GiB at most; a plain file has no limit."""
-
-PIECE = 2**18
-"""Bytes that are handled at a time; a piece of 256 KiB stays in the cache of a core."""
-MAX_PADDING = 2**24
-"""Zero bytes after the end of a stream or a tape that are looked through for more."""
 
 _XZ_MEMORY = 2**28  # xz -9 needs 65 MiB; a header may ask for 4 GiB
 _MARKS = 256
@@ -39,21 +25,25 @@ _ENGINES: dict[Packing, Callable[[], Any]] = {
 }
 
 
-def object_limit(packed: int) -> int:
-    """Bytes that an object of ``packed`` bytes may inflate to."""
-    return min(MAX_OBJECT, max(RATIO * packed, FREE_OBJECT))
+class Gunzipped(io.BytesIO):
+    """The bytes of an object that lay gzip'd."""
+
+    gzip = True
 
 
-def archive_limit(packed: int) -> int:
-    """Bytes that all members of an archive of ``packed`` bytes may inflate to."""
-    return max(RATIO * packed, FREE_ARCHIVE)
+class _Mark(NamedTuple):
+    end: int  # inflated bytes before it
+    taken: int  # packed bytes before it
+    rest: bytes  # of those, not yet used
+    engine: Any
 
 
 class Unpacked:
     """The inflated bytes of a stream, by position.
 
-    Going forward inflates once. Going back starts at the last mark: zlib can copy its state
-    (4 us, 40 kB), so gzip has up to 256 marks, at first 4 MiB apart; bzip2 and xz start anew.
+    Going forward inflates once. A jump starts at the last mark before its aim: zlib can copy its
+    state (4 us, 40 kB), so gzip has up to 256 marks, 4 MiB apart or more; bzip2 and xz go back
+    to the start.
     Several streams one after another (pigz, bgzip, cat) count as one, as for gzip itself.
 
     Args:
@@ -61,22 +51,24 @@ class Unpacked:
         packing: What packed them.
         limit: Inflated bytes at which to stop.
         code: Reason code for bytes that do not inflate or fail their checksum.
+        piece: Bytes to inflate at a time; what lies before damage in one piece is lost.
     """
 
-    def __init__(self, read: ReadAt, packing: Packing, limit: int, code: str) -> None:
+    def __init__(
+        self, read: ReadAt, packing: Packing, limit: int, code: str, piece: int = PIECE
+    ) -> None:
         self._read, self._packing, self._limit, self._code = read, packing, limit, code
-        self._spacing = 2**22
-        self._marks: list[tuple[int, int, bytes, Any]] = [(0, 0, b"", None)]
-        self._restore(0)
+        self._size, self._spacing = piece, 2**22
+        self._marks = [_Mark(0, 0, b"", None)]
+        self._restore(self._marks[0])
 
-    def _restore(self, position: int) -> None:
-        mark = next(mark for mark in reversed(self._marks) if mark[0] <= position)
-        self._end, self._taken, self._rest, engine = mark
-        self._engine = engine.copy() if engine else _ENGINES[self._packing]()
+    def _restore(self, mark: _Mark) -> None:
+        self._end, self._taken, self._rest = mark.end, mark.taken, mark.rest
+        self._engine = mark.engine.copy() if mark.engine else _ENGINES[self._packing]()
         self._piece = b""
 
     def next_piece(self) -> bytes:
-        """The bytes that follow, at most 256 KiB; none at the end.
+        """The bytes that follow, at most ``piece``; none at the end.
 
         Raises:
             DicomError: INFLATE_LIMIT, or the code given for damaged bytes.
@@ -88,7 +80,7 @@ class Unpacked:
             hungry = getattr(self._engine, "needs_input", not self._rest)
             packed = self._rest or (self._take() if hungry else b"")
             try:
-                piece: bytes = self._engine.decompress(packed, PIECE)
+                piece: bytes = self._engine.decompress(packed, self._size)
             except (zlib.error, lzma.LZMAError, OSError, ValueError) as error:
                 raise DicomError(
                     self._code, f"damaged after {self._end} bytes ({type(error).__name__})"
@@ -121,8 +113,8 @@ class Unpacked:
         self._piece, self._end = piece, self._end + len(piece)
         if self._end > self._limit:
             raise DicomError("INFLATE_LIMIT", f"inflates to more than {self._limit} bytes")
-        if self._end >= self._marks[-1][0] + self._spacing and hasattr(self._engine, "copy"):
-            self._marks.append((self._end, self._taken, self._rest, self._engine.copy()))
+        if self._end >= self._marks[-1].end + self._spacing and hasattr(self._engine, "copy"):
+            self._marks.append(_Mark(self._end, self._taken, self._rest, self._engine.copy()))
             if len(self._marks) > _MARKS:
                 self._marks, self._spacing = self._marks[::2], self._spacing * 2
         return piece
@@ -134,8 +126,9 @@ class Unpacked:
             DicomError: As `next_piece`.
             EOFError: As `next_piece`.
         """
-        if position < self._end - len(self._piece):
-            self._restore(position)
+        mark = self._marks[bisect_right(self._marks, position, key=lambda mark: mark.end) - 1]
+        if position < self._end - len(self._piece) or mark.end > self._end:
+            self._restore(mark)
         got = bytearray()
         while len(got) < size:
             if position < self._end:
@@ -146,6 +139,11 @@ class Unpacked:
             elif not self.next_piece():
                 break
         return bytes(got)
+
+    @property
+    def inflated(self) -> int:
+        """Bytes from the start to where it stands."""
+        return self._end
 
     def measure(self) -> int:
         """Length in bytes; inflates to the end, so the checksums are verified too.
@@ -159,27 +157,13 @@ class Unpacked:
         return self._end
 
 
-def pieces_of(read: ReadAt, start: int, size: int) -> Iterator[bytes]:
-    """``size`` bytes from ``start`` on, piece by piece.
-
-    Raises:
-        EOFError: They end too early.
-    """
-    for position in range(start, start + size, PIECE):
-        wanted = min(PIECE, start + size - position)
-        piece = read(position, wanted)
-        if len(piece) < wanted:
-            raise EOFError
-        yield piece
-
-
-def inflate_object(read: ReadAt, packed: int) -> io.BytesIO:
+def inflate_object(read: ReadAt, packed: int) -> Gunzipped:
     """All bytes of a gzip'd object of ``packed`` bytes.
 
     Raises:
         DicomError: GZIP_DAMAGED, INFLATE_LIMIT.
     """
-    stream, out = Unpacked(read, "gzip", object_limit(packed), "GZIP_DAMAGED"), io.BytesIO()
+    stream, out = Unpacked(read, "gzip", object_limit(packed), "GZIP_DAMAGED"), Gunzipped()
     try:
         while piece := stream.next_piece():
             out.write(piece)

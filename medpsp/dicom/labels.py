@@ -42,7 +42,7 @@ _NIBABEL_RAISES = (
     zlib.error,
 )
 _MOST_EXTENSIONS = 1 << 24  # bytes after the header; nibabel reads what the header asks for
-_PADDED, _SMALL = 8, 1 << 22  # a mask may have 8 times the voxels of the image, or 4 million more
+_PADDED, _SMALL = 8, 1 << 26  # voxels of a mask: 8 times the image's and 512 x 512 x 256 more
 _DEFLATE_RATIO = 1032  # the most that deflate can reach
 _LONGEST_TABLE = 1 << 16
 
@@ -74,6 +74,7 @@ def read_nifti_mask(
     try:
         image = _open(path, math.prod(grid.shape))
         values = np.asarray(image.dataobj)
+        ras = _affine(image) if geometry == "affine" else None
     except LabelError:
         raise
     except _NIBABEL_RAISES as error:
@@ -83,9 +84,9 @@ def read_nifti_mask(
     if values.ndim != 3 or values.dtype.fields is not None:
         raise LabelError("MASK_NOT_3D", f"{values.ndim}-D, expected one value a voxel in 3-D")
     values = values if values.dtype.kind in "iu" else integral(values)
-    if geometry == "index":
+    if ras is None:
         return _by_index(values, image, grid)
-    return _by_affine(values, _affine(image), grid, resample)
+    return _by_affine(values, ras, grid, resample)
 
 
 def _open(path: Path, voxels: int) -> Any:
@@ -147,7 +148,7 @@ def _by_index(values: NDArray[Any], image: Any, grid: Grid) -> LabelVolume:
     notes = {"MASK_BY_INDEX": 1}
     try:
         meant = _by_affine(values, _affine(image), grid, "never").values
-    except LabelError:  # there is no usable affine, which is what this option is for
+    except ValueError:  # there is no usable affine, which is what this option is for
         return LabelVolume(placed, notes)
     if (meant != placed).any():
         notes["MASK_INDEX_NOT_AFFINE"] = 1

@@ -19,12 +19,13 @@ from io import BytesIO
 from typing import Any, BinaryIO
 
 from pydicom import config as pydicom_config
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 
 from medpsp.dicom.container import open_place
-from medpsp.errors import DicomError
+from medpsp.errors import DicomError, SourceError
 from medpsp.types import Place
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote element values
@@ -41,13 +42,14 @@ PIXEL_TAGS = {
     0x7FE00008: "FloatPixelData",
     0x7FE00009: "DoubleFloatPixelData",
 }
-MAX_INFLATED = 1 << 30
-"""Bytes that a deflated data set may grow to, and 64 times its size where that is less."""
+MAX_INFLATED, FREE_INFLATED = 1 << 30, 1 << 26
+"""A deflated data set may grow to 64 times its size, to 64 MiB in any case (an empty mask packs to
+a thousandth), and never beyond 1 GiB."""
 
 _LONG_VR = (b"OB", b"OW", b"OF", b"OD", b"UN")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Parsed:
     """The header of one object.
 
@@ -84,7 +86,7 @@ def refusing(code: str, what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (DicomError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (SourceError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except RecursionError:
         raise DicomError("HDR_DEPTH", "sequences nested too deep") from None
@@ -117,16 +119,27 @@ def parse(place: Place) -> Parsed:
         found: list[int] = []
 
         def at_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
-            if int(tag) in PIXEL_TAGS:
+            if int(tag) in PIXEL_TAGS or tag > 0x7FE00010:
                 found[:] = [int(tag), length]
-            return bool(found) or tag > 0x7FE00010
+            return bool(found)
 
         begin = stream.tell()
         header = read_dataset(stream, syntax == IMPLICIT, syntax != BIG, stop_when=at_pixels)
         if not len(header):
             raise DicomError("HDR_TRUNCATED", f"{size - begin} bytes and no data element")
+        if not found:
+            _check_end(header, size)
         header.file_meta = meta  # type: ignore[assignment]
         return _with_pixels(header, stream, syntax, found, size, flags)
+
+
+def _check_end(header: Dataset, size: int) -> None:
+    """pydicom takes a last element that is cut short as it is."""
+    last: Any = header.get_item(max(header.keys()))
+    if isinstance(last, RawDataElement) and last.length != 0xFFFFFFFF:
+        end = last.value_tell + last.length
+        if end != size:
+            raise DicomError("HDR_TRUNCATED", f"the last element ends at {end} of {size} bytes")
 
 
 def _mapped(stream: BinaryIO) -> tuple[BinaryIO, list[str]]:
@@ -186,7 +199,7 @@ def _syntax(stream: BinaryIO, meta: Dataset, flags: list[str]) -> str:
 def _inflate(stream: BinaryIO) -> bytes:
     """PS3.5 A.5: raw deflate; the limit is checked while it grows."""
     packed = stream.read()
-    limit = min(MAX_INFLATED, max(64 * len(packed), 1 << 20))
+    limit = min(MAX_INFLATED, max(64 * len(packed), FREE_INFLATED))
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     data = inflater.decompress(packed, limit)
     if inflater.unconsumed_tail:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,6 +51,9 @@ class Pixels(NamedTuple):
 def read_headers(place: Place, file_id: str, policy: ReadPolicy) -> list[SliceRef]:
     """Read the header of one object: a `SliceRef` for each of its frames.
 
+    A single image whose pixels are cut short or in an unknown transfer syntax is left to
+    `read_frame`: the slice then keeps its place in the series, and the others theirs.
+
     Raises:
         DicomError: What keeps it from being an image for us: NOT_IMAGE, DICOMDIR, LABEL_OBJECT,
             MODALITY_SKIPPED, SC_IMAGE, LOCALIZER, DOSE_REPORT, PHI_BURNED_IN,
@@ -68,34 +72,23 @@ def read_headers(place: Place, file_id: str, policy: ReadPolicy) -> list[SliceRe
             if not ds.get(keyword):
                 raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
         layout = layout_of(parsed)
-        check_pixels(parsed, layout)
-        region = _region(ds, modality, policy)
+        if layout.frames > 1:  # a header may claim any number of them
+            check_pixels(parsed, layout)
         groups = ds.get("PerFrameFunctionalGroupsSequence")
         if groups is not None and len(groups) != layout.frames:
             raise DicomError(
                 "ELEM_INVALID", f"{len(groups)} functional groups, {layout.frames} frames"
             )
-        common: dict[str, Any] = {
-            "path": place.path,
-            "member": place.member,
-            "file_id": file_id,
-            "patient_id": str(ds.get("PatientID") or ""),
-            "series_uid": str(ds.SeriesInstanceUID),
-            "sop_uid": str(ds.SOPInstanceUID),
-            "modality": modality,
-            "rows": layout.rows,
-            "columns": layout.columns,
-            "photometric": layout.photometric,
-            "frames": layout.frames,
-            "frame_of_reference": str(ds.get("FrameOfReferenceUID") or ""),
-            "study_date": str(ds.get("StudyDate") or ""),
-            "region": region,
-            "manufacturer": deidentify.manufacturer(ds),
-            "body_part": deidentify.body_part(ds),
-        }
-        return [
-            SliceRef(**common, **_of_frame(parsed, layout, frame, policy))
-            for frame in range(layout.frames)
+        common = _of_object(ds, place, file_id, layout, _region(ds, modality, policy))
+        first = SliceRef(**common, **_of_frame(parsed, layout, 0, policy))
+        if groups is None:  # frames differ in their place only
+            return [
+                replace(first, frame=n, position=frames.position(ds, n, layout.frames))
+                for n in range(layout.frames)
+            ]
+        others = range(1, layout.frames)
+        return [first] + [
+            SliceRef(**common, **_of_frame(parsed, layout, n, policy)) for n in others
         ]
 
 
@@ -186,6 +179,33 @@ def _region(ds: Dataset, modality: str, policy: ReadPolicy) -> tuple[int, int, i
             "BurnedInAnnotation is not NO and the kind of image may show names; see data.burned_in",
         )
     return box
+
+
+def _of_object(
+    ds: Dataset,
+    place: Place,
+    file_id: str,
+    layout: Layout,
+    region: tuple[int, int, int, int] | None,
+) -> dict[str, Any]:
+    return {
+        "path": place.path,
+        "member": place.member,
+        "file_id": file_id,
+        "patient_id": str(ds.get("PatientID") or ""),
+        "series_uid": str(ds.SeriesInstanceUID),
+        "sop_uid": str(ds.SOPInstanceUID),
+        "modality": str(ds.get("Modality") or ""),
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "photometric": layout.photometric,
+        "frames": layout.frames,
+        "frame_of_reference": str(ds.get("FrameOfReferenceUID") or ""),
+        "study_date": str(ds.get("StudyDate") or ""),
+        "region": region,
+        "manufacturer": deidentify.manufacturer(ds),
+        "body_part": deidentify.body_part(ds),
+    }
 
 
 def _of_frame(parsed: Parsed, layout: Layout, frame: int, policy: ReadPolicy) -> dict[str, Any]:

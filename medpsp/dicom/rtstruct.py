@@ -27,10 +27,10 @@ OFF_GRID_SHARE = 0.1
 """More contours than this beside the images: the structures belong to another series."""
 
 MOST_POINTS = 4_000_000
-"""Of one object; some 2 s to read. Large plans have a tenth of it."""
+"""Of one object; some 4 s to read. Large plans have a tenth of it."""
 
 MOST_CROSSINGS = 30_000_000
-"""Of contours with pixel rows; some 2 s to fill."""
+"""Of contours with pixel rows; some 1 s to fill."""
 
 FAR_MM = 1e6
 """No coordinate is a kilometre away."""
@@ -171,7 +171,7 @@ def _rings(
         nearest = min(numbers, key=lambda n: abs(plane[n] - key[1]))
         kept = [n for n in numbers if abs(plane[n] - plane[nearest]) <= SAME_PLANE]
         count(notes, "RT_OTHER_PLANE", len(numbers) - len(kept))
-        out = (low[kept, :2] < -0.5) | (high[kept, :2] > size[:2] - 0.5)
+        out = (low[kept, :2] <= -1) | (high[kept, :2] > size[:2])  # the next centres beyond
         count(notes, "RT_CLIPPED", int(out.any(axis=1).sum()))
         # 0.001 voxel: contours drawn through voxel centres then fall on one side all along
         drawn = [np.round(index[starts[n] : starts[n] + sizes[n], :2], 3) for n in kept]

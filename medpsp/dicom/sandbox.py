@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from queue import SimpleQueue
@@ -54,6 +55,7 @@ class Sandbox:
     def __init__(self, seconds: int = 30, memory_mib: int = 1024) -> None:
         self.seconds, self.memory_mib = seconds, memory_mib
         self._child: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Sandbox:
@@ -124,7 +126,7 @@ class Sandbox:
         """Let the child do one of `tasks.TASKS`.
 
         Raises:
-            SourceError: What the task raised, or DEC_CRASH, DEC_TIMEOUT.
+            SourceError: What the task raised, or DEC_CRASH, DEC_TIMEOUT, DEC_OOM.
         """
         with self._lock:
             deadline = time.monotonic() + 4 * self.seconds + 10
@@ -132,6 +134,11 @@ class Sandbox:
                 return self._exchange({"task": task, **request}, deadline)
             except (BrokenPipeError, EOFError, TimeoutError) as error:
                 raise self._obituary(error) from None
+            except SourceError:
+                raise
+            except BaseException:  # Ctrl-C: the answer to come must not meet the next request
+                self.close()
+                raise
 
     def close(self) -> None:
         """End the child."""
@@ -144,6 +151,8 @@ class Sandbox:
                     pipe.close()
 
     def _exchange(self, request: dict[str, Any], deadline: float) -> Answer:
+        if self._owner != os.getpid():  # after a fork the child is our parent's
+            self._child, self._owner = None, os.getpid()
         if self._child is None or self._child.poll() is not None:
             self.close()
             self._child = self._start()
@@ -156,9 +165,10 @@ class Sandbox:
         raise _ERRORS.get(kind, DicomError)(str(tree[0]), str(tree[1]))
 
     def _start(self) -> subprocess.Popen[bytes]:
-        limits = [str(self.seconds), str(self.memory_mib)]
+        # the modules that we have, and none from the current folder
+        code = f"import sys; sys.path[:] = {sys.path!r}; from medpsp.dicom.tasks import main; "
         return subprocess.Popen(
-            [sys.executable, "-m", "medpsp.dicom.tasks", *limits],
+            [sys.executable, "-c", f"{code}main({self.seconds}, {self.memory_mib})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # codecs print there, and what they print may quote values
@@ -169,7 +179,8 @@ class Sandbox:
     def _obituary(self, error: Exception) -> DicomError:
         child, code = self._child, 0
         if child and not isinstance(error, TimeoutError):
-            code = child.wait()
+            with suppress(subprocess.TimeoutExpired):  # it lives, but talks nonsense
+                code = child.wait(10)
         self.close()
         if isinstance(error, TimeoutError):
             return DicomError("DEC_TIMEOUT", f"no answer within {4 * self.seconds + 10} s")

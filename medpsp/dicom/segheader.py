@@ -105,6 +105,7 @@ def read_frame(ds: Dataset, header: Header, number: int) -> Frame:
             (text_of(item, "ReferencedSOPInstanceUID"), int(frame) - 1)
             for group in groups
             for item in items_of(group, "DerivationImageSequence", "SourceImageSequence")
+            if text_of(item, "ReferencedSOPInstanceUID")
             for frame in numbers_of(item, "ReferencedFrameNumber") or (0,)
         )
     if place is None or plane is None or spacing is None:

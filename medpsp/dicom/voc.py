@@ -14,7 +14,6 @@ from PIL import Image, UnidentifiedImageError
 from medpsp.dataconfig import VocConfig
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.labels import integral
-from medpsp.dicom.values import luma
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
 from medpsp.types import PixelDtype, Place, ScanRow, Series, SliceRef, Split
 
@@ -26,25 +25,32 @@ _PILLOW_RAISES = (
     ValueError,
     SyntaxError,  # what Pillow calls a broken PNG
 )
+Read = Callable[[Path], NDArray[np.generic]]
 _LISTS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
 def scan_voc(
-    root: Path, voc: VocConfig, file_id: Callable[[str], str], *, grey: bool = False
+    root: Path,
+    voc: VocConfig,
+    file_id: Callable[[str], str],
+    *,
+    grey: bool = False,
+    read: Read | None = None,
 ) -> tuple[list[Series], list[ScanRow]]:
     """Pair images and masks by stem and group them by patient, size and kind of pixel.
 
     A 16-bit image is a series of its own: its window comes from the series, and `predict`, which
     knows no patients, has to find the same one.
 
+    A stem listed in ``train.txt``, ``val.txt`` or ``test.txt`` puts its patient in that split; a
+    patient in two lists is an error, since its images would leak across the split.
+
     Args:
         root: Folder of the archive.
         voc: Names of what lies below it.
         file_id: Turns the path of an image, relative to ``root``, into its name in every message.
-        grey: Of `read_image`.
-
-    A stem listed in ``train.txt``, ``val.txt`` or ``test.txt`` puts its patient in that split; a
-    patient in two lists is an error, since its images would leak across the split.
+        grey: Colour will be taken as its brightness, int16.
+        read: `read_image`, or what runs it in a process that may die.
 
     Raises:
         ArchiveError: Image or mask folder missing, empty, or with two images of one stem.
@@ -70,7 +76,7 @@ def scan_voc(
                 raise DicomError("NAME_NO_PATIENT", "name does not fit data.voc.patient_pattern")
             if listed and stem not in listed:
                 raise DicomError("NOT_LISTED", "in none of the split lists")
-            ref = _image_ref(path, name, match.group(1), grey=grey)
+            ref = _image_ref(path, name, match.group(1), None if grey else read or read_image)
         except DicomError as error:
             rows.append(refusal(name, error.code, error.detail))
             continue
@@ -98,16 +104,12 @@ def scan_voc(
     return series, rows
 
 
-def read_image(path: Path, *, grey: bool = False) -> NDArray[np.generic]:
+def read_image(path: Path) -> NDArray[np.generic]:
     """Read an image: grey is (H, W) int16 (8-bit) or float32 (16-bit, float), RGB (H, W, 3) uint8.
 
     Palettes and other colour spaces become RGB; an image whose three channels are equal is grey (a
     common way of exporting). Where it is transparent it lies on black, the 0 that stands for
     outside everywhere here; what an opaque alpha channel holds is lost.
-
-    Args:
-        path: Of the image.
-        grey: Colour becomes its brightness, int16 (ITU-R BT.601).
 
     Raises:
         DicomError: IMAGE_UNREADABLE, or BITS_UNSUPPORTED for colour of 16 bits, of which Pillow
@@ -122,7 +124,7 @@ def read_image(path: Path, *, grey: bool = False) -> NDArray[np.generic]:
         raise DicomError("IMAGE_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
         if (values != values[..., :1]).any():
-            return luma(values) if grey else values
+            return values
         values = values[..., 0]
     return values.astype(np.int16 if values.dtype in (np.uint8, np.bool_) else np.float32)
 
@@ -162,18 +164,18 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
     return integral(values)
 
 
-def _image_ref(path: Path, name: str, patient: str, *, grey: bool) -> SliceRef:
+def _image_ref(path: Path, name: str, patient: str, read: Read | None) -> SliceRef:
     try:
         with Image.open(path) as image:
             columns, rows = image.size
             dtype: PixelDtype = "float32" if image.mode.startswith(("I", "F")) else "int16"
-            grey = grey or _is_grey(image)
+            grey = _is_grey(image)
             frames = int(getattr(image, "n_frames", 1))
     except _PILLOW_RAISES as error:
         raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
     if frames != 1:
         raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
-    if not grey and read_image(path).ndim == 3:  # only the pixels tell whether channels differ
+    if read and not grey and read(path).ndim == 3:  # only the pixels tell whether channels differ
         dtype = "uint8"
     alone = f"/{name}" if dtype == "float32" else ""
     return SliceRef(

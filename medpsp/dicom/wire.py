@@ -41,7 +41,10 @@ def receive(pipe: IO[bytes], deadline: float = math.inf) -> tuple[Any, list[NDAr
     length, count = HEADER.unpack(_read(pipe, HEADER.size, deadline))
     if length > MAX_ANSWER:
         raise EOFError
-    tree, described = json.loads(_read(pipe, length, deadline))
+    try:
+        tree, described = json.loads(_read(pipe, length, deadline))
+    except ValueError:
+        raise EOFError from None
     arrays = []
     for dtype, shape in described[:count]:
         size = math.prod(shape)
