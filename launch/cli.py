@@ -52,6 +52,18 @@ for _name, _help in (
 
 
 @app.command()
+def report(config: ConfigArg, overrides: Overrides = None) -> None:
+    """Write the report page of shards that exist anew."""
+    from launch.jobs import setup_logging
+    from launch.rundir import open_run
+    from shards.report import write_report
+
+    setup_logging()
+    resolved, _ = open_run(config, tuple(overrides or ()))
+    typer.echo(str(write_report(resolved.shards)))
+
+
+@app.command()
 def run(
     config: ConfigArg,
     overrides: Overrides = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +15,22 @@ from launch.trained import labelled_rows, load_trained, number, shown
 from medpsp import __version__
 from medpsp.config import Config
 from medpsp.errors import ExportError
+from medpsp.types import ReadPolicy
 
 if TYPE_CHECKING:
     from shards.index import SliceRow
 
 log = logging.getLogger("medpsp")
+
+
+def _device_policy(policy: ReadPolicy) -> dict[str, str]:
+    """How `predict` reads: as the shards did, but a device may show the names in its images.
+
+    Only blanking is kept, since it decides what the network sees.
+    """
+    tree = asdict(replace(policy, burned_in="blank" if policy.burned_in == "blank" else "keep"))
+    del tree["modalities"]
+    return tree
 
 
 def export_job(config: Config) -> None:
@@ -50,7 +61,7 @@ def export_job(config: Config) -> None:
         "bins": list(config.model.bins),
         "step": step,
         "in_channels": config.model.in_channels,
-        "policy": {k: v for k, v in asdict(config.data.policy).items() if k != "modalities"},
+        "policy": _device_policy(config.data.policy),
         "key_fingerprint": read_manifest(config.shards).key_fingerprint,
     }
     channels, limit = config.model.in_channels, config.export.calibration_slices

@@ -22,7 +22,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medpsp.dicom.labels import LPS_TO_RAS
+from medpsp.dicom.placement import LPS_TO_RAS
 
 CLASSES = ("background", "liver", "kidney", "lesion")
 _HU = {"air": -1000, "body": -10, "spine": 300, "liver": 70, "kidney": 140, "lesion": 15}

@@ -48,14 +48,14 @@ def join(parts: Iterable[object]) -> Html:
 
 
 def percent(share: float) -> str:
-    """A share in three digits; never 0 or 100 % for what is not."""
+    """A share in two or three digits; never 0 or 100 % for what is not."""
     if not math.isfinite(share):
         return "–"
     if 0 < share < 1e-4:
         return "< 0.01 %"
     if 0.9995 <= share < 1:
         return "> 99.9 %"
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.{2 if share < 0.0995 else 3}g} %"
 
 
 def number(value: float) -> str:
@@ -63,7 +63,9 @@ def number(value: float) -> str:
     return f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int]) -> Html:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int], css: str = ""
+) -> Html:
     """A table; columns in ``numbers`` are set to the right."""
     right = set(numbers)
 
@@ -75,13 +77,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterab
         return tag("tr", *each)
 
     body = tag("tbody", *(line("td", row) for row in rows))
-    whole = tag("table", tag("thead", line("th", head, scope="col")), body)
+    whole = tag("table", tag("thead", line("th", head, scope="col")), body, css=css)
     return tag("div", whole, css="scroll")
 
 
 def meter(share: float, full: float, text: str, colour: str = "") -> Html:
-    """A number with a bar behind it, as long as its part of ``full``."""
-    part = share / full if full > 0 and math.isfinite(share) else 0.0
+    """A number with a bar before it, as long as its part of ``full``; 0 leaves the bar out."""
+    if not full:
+        return tag("span", tag("i", css="bar none"), tag("span", text), css="meter")
+    part = share / full if math.isfinite(share) else 0.0
     style = f"width:{100 * min(part, 1.0):.2f}%" + (f";background:{colour}" if colour else "")
     bar = tag("i", tag("b", style=style), css="bar")
     return tag("span", bar, tag("span", text), css="meter")
@@ -91,13 +95,20 @@ def tally(items: Iterable[tuple[str, int]], most: int = 10) -> Html:
     """Names with their number and a bar, the commonest first; the rest in one line."""
     ordered = sorted(items, key=lambda item: (-item[1], item[0]))
     total = max(1, sum(count for _, count in ordered))
-    shown = [(name or "not recorded", count) for name, count in ordered[:most]]
+    top = ordered[0][1] if ordered else 0
+    shown = [(name or "not recorded", count, top) for name, count in ordered[:most]]
     if len(ordered) > most:
-        shown.append((f"{len(ordered) - most} others", sum(c for _, c in ordered[most:])))
-    top = max((count for _, count in shown), default=1)
-    rows = [(name, meter(count, top, percent(count / total)), html(count)) for name, count in shown]
-    lines = (tag("tr", tag("td", n), tag("td", m), tag("td", c, css="n")) for n, m, c in rows)
+        rest = sum(count for _, count in ordered[most:])
+        shown.append((f"{len(ordered) - most} others", rest, 0))
+    lines = (
+        tag("tr", tag("td", name), tag("td", meter(n, full, percent(n / total))), _right(n))
+        for name, n, full in shown
+    )
     return tag("table", tag("tbody", *lines), css="tally")
+
+
+def _right(count: int) -> Html:
+    return tag("td", count, css="n")
 
 
 def figure(title: str, *content: object) -> Html:
@@ -105,16 +116,17 @@ def figure(title: str, *content: object) -> Html:
     return tag("div", tag("h3", title), *content, css="box")
 
 
-def histogram(values: NDArray[np.float64], unit: str) -> Html:
+def histogram(values: NDArray[np.float64], unit: str = "") -> Html:
     """Bars over the range of the finite values, their median and range in words."""
+    unit = f" {unit}" if unit else ""
     finite = values[np.isfinite(values)]
     missing = len(values) - len(finite)
-    rest = tag("p", f"unknown for {missing} of {len(values)}", css="quiet") if missing else ""
+    rest = tag("p", f"not known for {missing} of {len(values)}", css="quiet") if missing else ""
     if not len(finite):
         return join([tag("p", "not known for any", css="quiet")])
     low, middle, high = (float(f(finite)) for f in (np.min, np.median, np.max))
     if number(low) == number(high):
-        return join([tag("p", tag("strong", f"{number(low)} {unit}"), " in all"), rest])
+        return join([tag("p", tag("strong", f"{number(low)}{unit}"), " in all"), rest])
     bars, _ = np.histogram(finite, bins=min(BINS, max(6, len(np.unique(finite)))))
     step = WIDTH / len(bars)
     tall = (HEIGHT - 4) * bars / bars.max()
@@ -132,11 +144,11 @@ def histogram(values: NDArray[np.float64], unit: str) -> Html:
     at = f"{(middle - low) / (high - low) * WIDTH:.2f}"
     line = tag("line", x1=at, x2=at, y1=0, y2=HEIGHT)
     base = tag("path", d=f"M0 {HEIGHT}H{WIDTH}")
-    label = f"median {number(middle)}, from {number(low)} to {number(high)} {unit}"
+    label = f"median {number(middle)}, from {number(low)} to {number(high)}{unit}"
     box = f"0 0 {WIDTH} {HEIGHT + 1}"
     svg = tag("svg", *drawn, line, base, viewBox=box, role="img", aria_label=label)
-    ends = tag("div", tag("span", number(low)), tag("span", f"{number(high)} {unit}"), css="ends")
-    text = tag("p", "median ", tag("strong", f"{number(middle)} {unit}"))
+    ends = tag("div", tag("span", number(low)), tag("span", f"{number(high)}{unit}"), css="ends")
+    text = tag("p", "median ", tag("strong", f"{number(middle)}{unit}"))
     return join([text, svg, ends, rest])
 
 

@@ -143,6 +143,8 @@ def _cases(root: Path, manifest: Manifest, columns: Columns, most: int) -> Html:
     ]
     for reason, count in sorted(Counter(hidden.values()).items()):
         notes.append(f"Not shown: {count} that {reason}.")
+    if manifest.settings.get("source") == "voc":
+        notes.append("Plain images say nothing about names in their pixels: not checked.")
     text = (
         "Each at a quarter, half and three quarters of the labelled slices. Point at a case to "
         "see it without its label. Numbers are slice_index of index.parquet."
@@ -163,12 +165,12 @@ def _case(reader: ShardReader, columns: Columns, case: Case) -> Html:
         label = f"label on {case.first} to {case.last}"
     else:
         label = "label is empty" if case.labelled else "no label"
+    number_of = "1 slice" if case.slices == 1 else f"{case.slices} slices"
     header = tag(
         "header",
         tag("span", "patient ", tag("code", columns.patient[row])),
         tag("span", "series ", tag("code", columns.series[row])),
-        tag("em", f"{columns.modality[row]}, {columns.split[row]}, "),
-        tag("em", f"{case.slices} slices, {label}"),
+        tag("em", f"{columns.modality[row]}, {columns.split[row]}, {number_of}, {label}"),
     )
     shown = (_thumb(reader, columns, slice_row) for slice_row in case.shown)
     return tag("article", header, tag("div", *shown, css="pics"), css="case")
@@ -210,4 +212,6 @@ def _about(manifest: Manifest) -> Html:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return ", ".join(value) or "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -56,7 +56,7 @@ def found_section(objects: list[ObjectRow], found: dict[str, int]) -> Html:
     reasons = count_reasons((o.status, o.code, o.detail) for o in objects)
     rows = [
         (
-            join([tag("code", r.code), tag("small", _details(r.details))]),
+            join([tag("code", r.code), tag("small", _details(r.details, r.objects))]),
             status_of(r.status),
             r.objects,
             percent(r.objects / total),
@@ -81,12 +81,14 @@ def found_section(objects: list[ObjectRow], found: dict[str, int]) -> Html:
     )  # fmt: skip
 
 
-def _details(details: tuple[tuple[str, int], ...]) -> str:
+def _details(details: tuple[tuple[str, int], ...], objects: int) -> str:
     """The commonest details; of those that are all different, one as an example."""
     said = [(text, count) for text, count in details if text]
-    if said and said[0][1] == 1:
-        return f"for one: {said[0][0]}" if len(said) > 1 else said[0][0]
-    return "; ".join(f"{count} × {text}" for text, count in said)
+    if not said:
+        return ""
+    if said[0][1] in (1, objects):
+        return said[0][0] if said[0][1] == objects else f"for example: {said[0][0]}"
+    return "; ".join(f"{text} ({count})" for text, count in said)
 
 
 def _lost(lost: list[Lost]) -> Iterator[Html]:
@@ -134,14 +136,19 @@ def splits_section(columns: Columns) -> Html:
     ]
     head = ("split", "patients", "series", "slices", "labelled slices", "share")
     text = "A patient is in one split only, by a keyed hash or by the split lists."
-    return section("splits", "Splits", tag("p", text, css="quiet"), table(head, rows, range(1, 6)))
+    return section(
+        "splits",
+        "Splits",
+        tag("p", text, css="quiet"),
+        table(head, rows, range(1, 6), css="narrow"),
+    )
 
 
 def images_section(columns: Columns) -> Html:
     """Modalities, matrices, spacings, windows, scanners."""
     first = first_of_series(columns)
     boxes = [
-        figure("Matrix and pixel type, slices", tally(Counter(columns.bucket.tolist()).items())),
+        figure("Matrix and pixel type, slices", tally(_buckets(columns))),
         figure("Manufacturer, slices", tally(Counter(columns.manufacturer.tolist()).items())),
         figure("Body part, slices", tally(Counter(columns.body_part.tolist()).items())),
         figure(
@@ -150,9 +157,15 @@ def images_section(columns: Columns) -> Html:
         ),
         figure("Pixel spacing (rows), series", histogram(columns.spacing[first, 0], "mm")),
         figure("Slice distance, series", histogram(columns.spacing[first, 2], "mm")),
-        figure("Slices in a series", histogram(_lengths(columns), "slices")),
+        figure("Slices in a series", histogram(_lengths(columns))),
     ]
     return section("images", "Images", _modalities(columns), tag("div", *boxes, css="boxes"))
+
+
+def _buckets(columns: Columns) -> list[tuple[str, int]]:
+    names, counts = np.unique(columns.bucket, return_counts=True)
+    words = (str(name).replace("x", " × ", 1).replace("_", ", ") for name in names)
+    return list(zip(words, counts.tolist(), strict=True))
 
 
 def _lengths(columns: Columns) -> Floats:
@@ -207,7 +220,7 @@ def classes_section(classes: tuple[str, ...], columns: Columns) -> Html:
         swatch = tag("span", css="swatch", style=f"background:{colour or 'transparent'}")
         pixels = [float(shares[split][0][index]) for split in here]
         slices = [percent(float(shares[split][1][index])) for split in here]
-        bars = [meter(p, full, percent(p), colour) if index else percent(p) for p in pixels]
+        bars = [meter(p, full if index else 0, percent(p), colour) for p in pixels]
         rows.append((join([swatch, name]), *bars, *slices))
     head = (
         "class",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,14 @@ from medpsp.types import IGNORE, Window
 from shards.figures import Columns, first_of_series
 from shards.reader import ShardReader
 
-LONGEST = 160
+LONGEST = 150
 """Pixels of the longer side: anatomy shows, small print does not."""
 
 PARTS = (0.25, 0.5, 0.75)
 """Of the labelled range: the ends of an organ show little."""
 
 OPACITY = 0.45
+BICUBIC, BOX = Image.Resampling.BICUBIC, Image.Resampling.BOX  # box: no label beyond its pixels
 
 
 class Case(NamedTuple):
@@ -119,9 +120,10 @@ def draw(reader: ShardReader, columns: Columns, row: int) -> Thumb | None:
             inverted=bool(columns.photometric[row] == "MONOCHROME1"),
         )
         size = fitted(label.shape, columns.spacing[row, :2])
-        grey = Image.fromarray((shown * 255).astype(np.uint8))
+        grey = Image.fromarray((shown * 255).astype(np.uint8)).resize(size, BICUBIC)
         tint = _tint(label[::step, ::step])
-        return Thumb(_png(grey, size), _png(Image.fromarray(tint), size) if tint.any() else b"")
+        over = Image.fromarray(tint).resize(size, BOX) if tint.any() else None
+        return Thumb(_png(grey), _png(over) if over else b"")
     except (ShardError, OSError, ValueError, MemoryError):
         return None
 
@@ -132,7 +134,8 @@ def fitted(shape: tuple[int, ...], spacing: NDArray[np.float64]) -> tuple[int, i
     height, width = np.array(shape) * (spacing if known else 1.0)
     longest = max(height, width)
     least = LONGEST / 8  # a line of pixels is still to be seen
-    return tuple(round(max(least, LONGEST * v / longest)) for v in (width, height))  # type: ignore[return-value]
+    wide, high = (round(max(least, LONGEST * v / longest)) for v in (width, height))
+    return wide, high
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
@@ -149,7 +152,7 @@ def _tint(label: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return table[label]
 
 
-def _png(image: Any, size: tuple[int, int]) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.BOX, reducing_gap=None).save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

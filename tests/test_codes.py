@@ -54,7 +54,7 @@ return "PIX_LOST", 3
 
 
 def test_the_table_holds_every_code_of_the_source_and_no_other():
-    texts = {path.name: path.read_text(encoding="utf-8") for path in SOURCES}
+    texts = {str(path): path.read_text(encoding="utf-8") for path in SOURCES}
     assert len(texts) > 30
     found = {code: name for name, text in texts.items() for code in codes_in(text)}
     for code in CODES:  # written out where it stands alone, as GZIP in a list

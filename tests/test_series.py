@@ -518,8 +518,8 @@ def test_reasons_hold_numbers_and_no_identity() -> None:
     refs += [replace(refs[0], file_id="z", path="/z"), replace(refs[1], sop_uid="x")]
     told = [str(error) for _, error in group(refs, "reject")[1]]
     assert sorted(set(told)) == [
-        "DUP_CONFLICT: 2 objects of one SOPInstanceUID differ",
-        "DUP_POSITION: 2 images of one position differ",
+        "DUP_CONFLICT: 2 objects of one SOPInstanceUID differ, or are damaged",
+        "DUP_POSITION: 2 images of one position differ, or are damaged",
         "MISSING_SLICES: 1 of 2 distances differ from 5.000 mm, "
         "the first is 10.000 mm after slice 1",
     ]

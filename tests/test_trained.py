@@ -14,7 +14,7 @@ from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.configio import load_config, without_paths
-from medpsp.dicom.labels import LPS_TO_RAS, place_mask
+from medpsp.dicom.placement import LPS_TO_RAS, place_mask
 from medpsp.errors import LabelError, ShardError
 from medpsp.train.checkpoint import TrainState
 from medpsp.train.loop import same_so_far, schedule_of

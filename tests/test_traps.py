@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from math import radians, tan
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +30,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medpsp.types import ReadPolicy
+from medpsp.types import ReadPolicy, Series, SliceRef
+from tests.factory import grouped, set_raw
 from tests.trapmaker import (
     POINTS,
     Archive,
@@ -80,8 +82,9 @@ def turned(about_z: float, about_x: float) -> Volume:
 AXIAL = Volume()
 AGAIN = Volume(code=1)  # other values at the same places
 MR = Volume(offset=0)
-MR_AGAIN = Volume(code=1, offset=0)
-SAGITTAL = Volume(code=2, axes=((0, 1, 0), (0, 0, -1)), step=(-2.5, 0, 0), origin=(19, -20.13, -381.17))
+SAGITTAL = Volume(
+    code=2, axes=((0, 1, 0), (0, 0, -1)), step=(-2.5, 0, 0), origin=(19, -20.13, -381.17)
+)
 SCOUT = Volume(
     code=3,
     shape=(1, 48, 64),
@@ -193,6 +196,10 @@ def float_pixels(ds: Dataset, k: int) -> None:
 def copies(archive: Archive) -> None:
     for k in (2, 9, 10):
         shutil.copy(archive.path(k), archive.root / f"copy{k}")
+
+
+def damaged_copy(archive: Archive) -> None:
+    (archive.root / "0").write_bytes(archive.path(7).read_bytes()[:-1000])
 
 
 def rewritten(name: str, **elements: object) -> Build:
@@ -401,10 +408,8 @@ TRAPS: dict[str, Trap] = {
         fates="coded right",
     ),
     "file cut in its pixels": Trap(
-        then(each(AXIAL), raw(lambda data: data[:-1000], 7)),
-        sizes=(12, 7),
+        then(each(AXIAL), raw(lambda data: data[:-1000], 7)),  # its header still has a place
         codes=(("PIX_TRUNCATED", 1),),
-        flags=(HOLE,),
         fates="coded right",
     ),
     "file cut in its header": Trap(
@@ -413,6 +418,7 @@ TRAPS: dict[str, Trap] = {
         codes=(("HDR_TRUNCATED", 1),),
         fates="coded right",
     ),
+    "copy that is cut short": Trap(then(each(AXIAL), damaged_copy), codes=(("DUP_CONFLICT", 1),)),
     "no preamble, no meta": Trap(then(each(AXIAL), raw(without_meta))),
     "no TransferSyntaxUID": Trap(
         then(each(AXIAL), raw(lambda d: d.replace(b"\2\0\x10\0UI", b"\2\0\x11\0UI", 1)))
@@ -532,6 +538,13 @@ TRAPS: dict[str, Trap] = {
         flags=(HOLE,),
         fates="coded right",
     ),
+    "position that is no number on one slice": Trap(
+        each(AXIAL, lambda ds, k: k == 7 and set_raw(ds, "ImagePositionPatient", b"0\\0\\nan")),
+        sizes=(12, 7),
+        codes=(("ELEM_INVALID", 1),),
+        flags=(HOLE,),
+        fates="coded right",
+    ),
     "12 bits signed under garbage": Trap(each(SIGNED, signed_with_garbage)),
     "HighBit 15 of BitsStored 12": Trap(each(AXIAL, high_bits)),
     "odd number of bytes": Trap(each(ODD_BYTES, eight_bits)),
@@ -574,6 +587,45 @@ def test_trap(name: str, tmp_path: Path) -> None:
     assert verdict.codes == dict(trap.codes)
     assert verdict.sizes == list(trap.sizes)
     assert verdict.flags == set(trap.flags)
+
+
+def swapped_spacing(item: Series) -> Series:
+    affine = np.array(item.affine)
+    affine[:3, 0], affine[:3, 1] = affine[:3, 0] / 0.6 * 0.8, affine[:3, 1] / 0.8 * 0.6
+    return replace(item, affine=tuple(map(tuple, affine.tolist())))
+
+
+def averaged_spacing(item: Series) -> Series:
+    affine = np.array(item.affine)
+    affine[:3, 2] *= 20 / 19
+    return replace(item, affine=tuple(map(tuple, affine.tolist())))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        swapped_spacing,
+        averaged_spacing,
+        lambda item: replace(item, slices=item.slices[::-1]),
+        lambda item: replace(item, slices=(item.slices[1], item.slices[0], *item.slices[2:])),
+        lambda item: replace(item, slices=(item.slices[0], *item.slices[:-1])),
+        lambda item: replace(item, slices=item.slices[:-1]),  # one lost without a word
+        lambda item: replace(item, affine=None, slices=item.slices[:-1]),
+    ],
+)
+def test_the_judge_sees_what_is_wrong(
+    damage: Callable[[Series], Series], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = Archive(tmp_path)
+    archive.add(AXIAL)
+
+    def damaged(refs: list[SliceRef], policy: ReadPolicy) -> object:
+        series, refused = grouped(refs, policy)
+        return [damage(item) for item in series], refused
+
+    monkeypatch.setattr("tests.trapmaker.grouped", damaged)
+    points = judge(archive, ReadPolicy()).points
+    assert points["wrong"] + points["silent"] > 0
 
 
 def test_there_are_enough() -> None:

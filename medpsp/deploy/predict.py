@@ -53,7 +53,7 @@ class Predictor:
 
     Args:
         path: ONNX file written by `medpsp export`.
-        threads: CPU threads; 0 for all.
+        threads: CPU threads, and at most that many decoders; 0 for all.
 
     Raises:
         ModelFileError: Not an ONNX file, or not one of ours.
@@ -62,6 +62,7 @@ class Predictor:
     def __init__(self, path: Path, threads: int = 0) -> None:
         if not path.is_file():
             raise ModelFileError(f"model {path}: no such file; give the .onnx of `medpsp export`")
+        self.decoders = min(DECODERS, threads or os.cpu_count() or 1)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -154,7 +155,7 @@ class Predictor:
             raise ConfigError(
                 f"{out}: not empty; masks of other patients would stand among the new"
             )
-        with SandboxPool(min(DECODERS, os.cpu_count() or 1)) as pool:
+        with SandboxPool(self.decoders) as pool:
             scan = scan_folder(source, self.policy, str, pool)
             predictions: list[Prediction] = []
             rows = scan.rows

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from medpsp.dicom.names import LabelVolume
 from medpsp.dicom.placement import (
     CORNER_TOL_VOXEL,
-    LPS_TO_RAS,
     Floats,
     Grid,
     nearest_mask,
@@ -27,8 +26,6 @@ from medpsp.dicom.placement import (
 )
 from medpsp.errors import ConfigError, LabelError
 from medpsp.types import IGNORE, SliceRef
-
-__all__ = ["LPS_TO_RAS", "integral", "map_labels", "mask_path", "place_mask", "read_nifti_mask"]
 
 _NIBABEL_RAISES = (
     ImageFileError,

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.dicom.labels import LPS_TO_RAS
+from medpsp.dicom.placement import LPS_TO_RAS
 
 
 def write_nifti_mask(path: Path, mask: NDArray[np.uint8], affine_lps: NDArray[np.float64]) -> None:

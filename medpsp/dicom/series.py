@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ SAME_GRID_TOL = 1e-3
 
 SamePixels = Callable[[Sequence[SliceRef]], bool]
 Refused = list[tuple[SliceRef, GeometryError]]
+_T = TypeVar("_T")
 
 
 class _Stack(NamedTuple):
@@ -58,16 +59,17 @@ def group_series(
     """Group and order slices; whatever is in no series comes back with a reason.
 
     Objects of one SOPInstanceUID are one image if headers and pixels agree: all but one are
-    refused as DUP_IDENTICAL. Where they differ nobody knows which is right: DUP_CONFLICT. So it
-    is with images of one position that no echo, time, b-value, acquisition or kernel tells
-    apart: DUP_IDENTICAL or DUP_POSITION. Images without patient geometry become series without
-    an affine: the frames of one object, or the single images of one SeriesInstanceUID.
+    refused as DUP_IDENTICAL. Where they differ nobody knows which is right: DUP_CONFLICT for
+    all, unless just one version decodes. So it is with images of one position that no echo,
+    time, b-value, acquisition or kernel tells apart: DUP_IDENTICAL or DUP_POSITION. Images
+    without patient geometry become series without an affine: the frames of one object, or the
+    single images of one SeriesInstanceUID.
 
     Args:
         slices: Frames in any order.
         policy: ``gaps`` counts here.
-        same_pixels: Whether these images, two or more, decode to the same values; asked only
-            where two images claim one identity or one place.
+        same_pixels: Whether these images decode, and to the same values; asked only where two
+            images claim one identity or one place.
 
     Returns:
         The series, sorted by (patient, series UID, first position), and the refused slices with
@@ -111,25 +113,35 @@ def _one_of_each(
     for ref in refs:
         by_uid[ref.sop_uid or ref.place][ref.place].append(ref)
     for objects in by_uid.values():
-        first, *others = objects.values()
-        if not others:
-            yield first
+        if len(objects) == 1:
+            yield from objects.values()
             continue
         # flags tell how the bytes came, inside a zip file for one
         headers = {
             tuple(replace(r, path="", member="", file_id="", flags=()) for r in frames)
             for frames in objects.values()
         }
-        pairs = zip(*objects.values(), strict=False)
-        if len(headers) == 1 and all(same_pixels(pair) for pair in pairs):
-            yield first
-            error = GeometryError("DUP_IDENTICAL", "an object of this SOPInstanceUID is kept")
-        else:
-            error = GeometryError(
-                "DUP_CONFLICT", f"{len(objects)} objects of one SOPInstanceUID differ"
+        copies: list[list[SliceRef]] = []
+        if len(headers) == 1:
+            copies = _agreeing(
+                list(objects.values()), lambda some: all(map(same_pixels, zip(*some, strict=True)))
             )
-            others = list(objects.values())
-        refused.extend((ref, error) for frames in others for ref in frames)
+        yield from copies[:1]
+        same = GeometryError("DUP_IDENTICAL", "an object of this SOPInstanceUID is kept")
+        other = GeometryError(
+            "DUP_CONFLICT", f"{len(objects)} objects of one SOPInstanceUID differ, or are damaged"
+        )
+        for frames in objects.values():
+            if frames not in copies[:1]:
+                refused += [(ref, same if frames in copies else other) for ref in frames]
+
+
+def _agreeing(images: list[_T], alike: Callable[[list[_T]], bool]) -> list[_T]:
+    """The images that are equal once damaged ones are set aside; none if whole ones differ."""
+    if alike(images):
+        return images
+    whole = [image for image in images if alike([image])]
+    return whole if 0 < len(whole) < len(images) and alike(whole) else []
 
 
 def _has_no_place(ref: SliceRef) -> bool:
@@ -228,15 +240,13 @@ def _settle(
     if len(rivals) == 1:
         return rivals
     rivals = sorted(rivals, key=lambda i: _name(refs[i]))
-    if same_pixels([refs[i] for i in rivals]):
-        refused += [
-            (refs[i], GeometryError("DUP_IDENTICAL", "an equal image of this position is kept"))
-            for i in rivals[1:]
-        ]
-        return rivals[:1]
-    error = GeometryError("DUP_POSITION", f"{len(rivals)} images of one position differ")
-    refused += [(refs[i], error) for i in rivals]
-    return []
+    copies = _agreeing(rivals, lambda some: same_pixels([refs[i] for i in some]))
+    same = GeometryError("DUP_IDENTICAL", "an equal image of this position is kept")
+    other = GeometryError(
+        "DUP_POSITION", f"{len(rivals)} images of one position differ, or are damaged"
+    )
+    refused += [(refs[i], same if i in copies else other) for i in rivals if i not in copies[:1]]
+    return copies[:1]
 
 
 def _labels(places: list[int], keys: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
