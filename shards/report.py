@@ -100,7 +100,7 @@ def _doubts(manifest: Manifest, columns: Columns) -> Html:
         share = percent(reject_fraction(manifest))
         text = f" objects were quarantined, {share} of these and the kept ones; see below why."
         lines.append(join([quarantined, text]))
-    graver = [f for f in count_flags(columns) if code_of(f.code).status == "quarantined"]
+    graver = [f for f in count_flags(columns) if not code_of(f.code).action.startswith("Nothing")]
     lines += [
         join([f.slices, " kept slices carry ", tag("code", f.code), ": ", code_of(f.code).meaning])
         for f in graver

@@ -45,8 +45,8 @@ def sources(folder: Path, largest: int = 160_000) -> list[Source]:
     """pydicom's own files up to ``largest`` bytes, every transfer syntax, labels, containers."""
     found = [
         Source(path.name, "dicom", path.read_bytes())
-        for path in sorted(WHEEL.rglob("*"))
-        if path.is_file() and path.stat().st_size <= largest and path.suffix in (".dcm", "", ".gz")
+        for path in sorted([*WHEEL.glob("*.*"), WHEEL / "dicomdirtests" / "DICOMDIR"])
+        if path.stat().st_size <= largest and path.suffix in (".dcm", "", ".gz")
     ]
     row, column = np.indices((40, 36))
     grey = (column * 50 + row * 20).astype("<u2")
@@ -60,7 +60,8 @@ def sources(folder: Path, largest: int = 160_000) -> list[Source]:
             data = write_object(made, values, syntax).read_bytes()
             found.append(Source(f"{kind} {syntax[17:] or '.'}", "dicom", data))
     whole = next(s.data for s in found if s.name == "MR_small.dcm")
-    return [*found, *_labels(folder), *_containers(whole), Source("png", "image", _png())]
+    others = [*_labels(folder), *_containers(whole), Source("png", "image", _png())]
+    return [*found, *others, *others]
 
 
 def _saved(path: Path, ds: Dataset) -> bytes:

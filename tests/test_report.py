@@ -388,7 +388,7 @@ def test_colour_and_inverted_images_are_drawn(tmp_path: Path):
     root = written(tmp_path, rows, [KEPT])
     nothing = np.full((1, 4, 8), 255, dtype=np.uint8)
     pixels(root, "4x8_uint8", np.full((1, 4, 8, 3), (200, 10, 30), dtype=np.uint8), nothing)
-    pixels(root, "4x8_int16", np.zeros((1, 4, 8), dtype=np.int16), nothing)
+    pixels(root, "4x8_int16", np.full((1, 4, 8), -9, dtype=np.int16), nothing)
     columns = read_columns(root / "index.parquet", 3)
     colour, inverted = (draw(ShardReader(root), columns, row) for row in (0, 1))
     assert colour is not None

@@ -541,7 +541,7 @@ TRAPS: dict[str, Trap] = {
     "position that is no number on one slice": Trap(
         each(AXIAL, lambda ds, k: k == 7 and set_raw(ds, "ImagePositionPatient", b"0\\0\\nan")),
         sizes=(12, 7),
-        codes=(("ELEM_INVALID", 1),),
+        codes=(("GEOM_NONFINITE", 1),),
         flags=(HOLE,),
         fates="coded right",
     ),

@@ -133,6 +133,8 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Export it again: rescaling or padding is wrong."),
     "RESCALE_ABSENT": ("kept", "CT without rescaling: its values may not be HU.",
         "Check the values; leave it out if they are not."),
+    "UID_MISSING": ("kept", "Series or image without its UID; geometry tells series apart.",
+        "Export it again from the archive."),
     "VOI_INVALID": ("kept", "The window of the file is unusable and ignored.",
         "Nothing."),
     "TILED": ("kept", "A tile of a whole-slide image.",

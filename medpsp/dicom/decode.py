@@ -1,6 +1,6 @@
 """Stored values of one frame: sizes are checked before memory is asked for, then one decoder.
 
-Native pixels are read by pydicom, compressed ones by `codestream`.
+Native pixels are read here, compressed ones by `codestream`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from medpsp.dicom.codestream import CODECS, LOSSY, MAX_FRAME_BYTES, Layout
 from medpsp.dicom.fragments import frame_bytes, frames_of
@@ -87,7 +85,7 @@ def check_pixels(parsed: Parsed, layout: Layout) -> None:
     if parsed.syntax not in NATIVE:
         if parsed.syntax not in CODECS:
             raise DicomError("TS_UNSUPPORTED", f"transfer syntax {parsed.syntax}")
-        if parsed.length != -1:
+        if parsed.length != -1 or layout.floating:
             raise DicomError("TS_MISMATCH", "native pixels under a compressed transfer syntax")
         frames_of(parsed, layout.frames)
         return
@@ -104,10 +102,12 @@ def check_pixels(parsed: Parsed, layout: Layout) -> None:
 
 def native_bytes(layout: Layout) -> int:
     """Bytes of all native frames; 1-bit frames follow one another without padding (PS3.5 8.1.1)."""
+    return math.ceil(layout.frames * _frame_pixels(layout) * layout.allocated / 8)
+
+
+def _frame_pixels(layout: Layout) -> int:
     pixels = layout.rows * layout.columns * layout.samples
-    if layout.photometric == "YBR_FULL_422":
-        pixels = pixels // 3 * 2
-    return math.ceil(layout.frames * pixels * layout.allocated / 8)
+    return pixels // 3 * 2 if layout.photometric == "YBR_FULL_422" else pixels
 
 
 class Stored(NamedTuple):
@@ -151,27 +151,30 @@ def stored_values(parsed: Parsed, layout: Layout, frame: int) -> Stored:
 
 
 def _native(parsed: Parsed, layout: Layout, frame: int) -> NDArray[Any]:
-    """By pydicom; it is told that all bits count, since our own bit arithmetic follows."""
-    syntax = ExplicitVRBigEndian if parsed.syntax == BIG else ExplicitVRLittleEndian
-    options: dict[str, Any] = {
-        "rows": layout.rows,
-        "columns": layout.columns,
-        "number_of_frames": layout.frames,
-        "samples_per_pixel": layout.samples,
-        "bits_allocated": layout.allocated,
-        "bits_stored": layout.allocated,
-        "photometric_interpretation": layout.photometric,
-        "pixel_keyword": parsed.pixel_keyword,
-        "pixel_vr": "OW" if parsed.pixel_vr not in ("OB", "OW", "OF", "OD") else parsed.pixel_vr,
-    }
-    if not layout.floating:
-        options["pixel_representation"] = 0
-    if layout.samples > 1:
-        options["planar_configuration"] = int(parsed.header.get("PlanarConfiguration") or 0)
-    parsed.stream.seek(parsed.value_at)
-    # all frames where the object has one: pydicom would look for the frame's place else
-    raw, _ = get_decoder(syntax).as_array(parsed.stream, index=frame, raw=True, **options)
-    return np.asarray(raw)
+    """Our own: pydicom 3.0 reads too few bytes of a 1-bit frame that crosses one more byte."""
+    pixels = _frame_pixels(layout)
+    bits = pixels * layout.allocated
+    start, end = frame * bits // 8, math.ceil((frame + 1) * bits / 8)
+    swapped = parsed.syntax == BIG and layout.allocated == 8 and parsed.pixel_vr == "OW"
+    skip = start % 2 if swapped else 0
+    parsed.stream.seek(parsed.value_at + start - skip)
+    data = parsed.stream.read(end - start + skip + (end % 2 if swapped else 0))
+    if swapped:  # 8-bit pixels as big endian words (PS3.5 8.1.1)
+        data = np.frombuffer(data, ">u2").astype("<u2").tobytes()[skip : skip + pixels]
+    if layout.allocated == 1:
+        values = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        values = values[frame * bits % 8 :][:pixels]
+    else:
+        kind = "f" if layout.floating else "u"
+        dtype = np.dtype(f"{'>' if parsed.syntax == BIG else '<'}{kind}{layout.allocated // 8}")
+        values = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="))
+    if layout.photometric == "YBR_FULL_422":  # Y Y B R stand for two pixels
+        y, chroma = values.reshape(-1, 4)[:, :2], values.reshape(-1, 4)[:, None, 2:]
+        values = np.concatenate([y[..., None], np.repeat(chroma, 2, axis=1)], axis=2)
+    elif layout.samples == 3 and int(parsed.header.get("PlanarConfiguration") or 0) == 1:
+        planes = values.reshape(3, layout.rows, layout.columns)
+        return np.ascontiguousarray(np.moveaxis(planes, 0, -1))
+    return values.reshape(layout.shape)
 
 
 def _compressed(parsed: Parsed, layout: Layout, frame: int) -> tuple[NDArray[Any], str]:
@@ -191,11 +194,9 @@ def _meaning(raw: NDArray[Any], layout: Layout, lossy: bool) -> NDArray[Any]:
     """P1: the bits that count, with their sign."""
     if layout.allocated == 1:
         return raw
-    size = raw.dtype.itemsize
-    bits, stored = 8 * size, layout.stored
-    values = raw.view(f"{raw.dtype.byteorder}u{size}").astype(f"u{size}")
+    bits, stored, kind = 8 * raw.dtype.itemsize, layout.stored, "i" if layout.signed else "u"
     if lossy and (raw.dtype.kind == "i" or not layout.signed):
         return raw  # rounding may step over the range, where a mask would wrap it
     top = bits - 1 - (stored - 1 if lossy else layout.high)
-    moved: NDArray[Any] = (values << top).view(f"{'i' if layout.signed else 'u'}{size}")
-    return np.asarray(moved >> (bits - stored))
+    moved = raw.view(f"u{bits // 8}") << top
+    return np.asarray(moved.view(f"{kind}{bits // 8}") >> (bits - stored))

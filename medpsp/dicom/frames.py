@@ -36,15 +36,17 @@ def functional(ds: Dataset, frame: int, macro: str, keyword: str) -> Any:
 
 
 def numbers(value: Any, count: int) -> Numbers | None:
-    """``count`` finite numbers, or None where the element is absent or empty.
+    """``count`` numbers, or None where the element is absent or empty.
+
+    One that is not finite passes: `group_series` refuses the frame that it belongs to.
 
     Raises:
-        ValueError: Another number of values, or one that is no finite number.
+        ValueError: Another number of values, or one that is no number.
     """
     if value is None or (isinstance(value, MultiValue) and not value):
         return None
     found = tuple(float(v) for v in value)
-    if len(found) != count or not all(math.isfinite(v) for v in found):
+    if len(found) != count:
         raise ValueError("not the numbers expected")
     return found
 
@@ -185,10 +187,12 @@ def collision_key(ds: Dataset, frame: int) -> tuple[str, ...]:
     parts = (
         echo if echo is not None else (ds.get("EchoTime"), ds.get("EchoNumbers")),
         time if time is not None else ds.get("TemporalPositionIdentifier"),
-        ds.get("TriggerTime"),
+        functional(ds, frame, "CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime")
+        or ds.get("TriggerTime"),
         (
             functional(ds, frame, diffusion, "DiffusionBValue"),
-            ds.get("DiffusionGradientOrientation"),
+            functional(ds, frame, diffusion, "DiffusionGradientDirectionSequence")
+            or ds.get("DiffusionGradientOrientation"),
         ),
         functional(ds, frame, content, "FrameAcquisitionNumber") or ds.get("AcquisitionNumber"),
         functional(ds, frame, "CTReconstructionSequence", "ConvolutionKernel"),

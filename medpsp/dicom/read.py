@@ -68,9 +68,6 @@ def read_headers(place: Place, file_id: str, policy: ReadPolicy) -> list[SliceRe
         if policy.modalities is not None and modality not in policy.modalities:
             raise DicomError("MODALITY_SKIPPED", "modality not in data.modalities")
         _check_wanted(ds, policy)
-        for keyword in ("SeriesInstanceUID", "SOPInstanceUID"):
-            if not ds.get(keyword):
-                raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
         layout = layout_of(parsed)
         if layout.frames > 1:  # a header may claim any number of them
             check_pixels(parsed, layout)
@@ -193,8 +190,8 @@ def _of_object(
         "member": place.member,
         "file_id": file_id,
         "patient_id": str(ds.get("PatientID") or ""),
-        "series_uid": str(ds.SeriesInstanceUID),
-        "sop_uid": str(ds.SOPInstanceUID),
+        "series_uid": str(ds.get("SeriesInstanceUID") or ""),
+        "sop_uid": str(ds.get("SOPInstanceUID") or ""),
         "modality": str(ds.get("Modality") or ""),
         "rows": layout.rows,
         "columns": layout.columns,
@@ -215,6 +212,8 @@ def _of_frame(parsed: Parsed, layout: Layout, frame: int, policy: ReadPolicy) ->
     pixel_spacing, source = frames.spacing(ds, frame, modality)
     window, any_window = frames.window(ds, frame)
     flags = list(parsed.flags)
+    if not (ds.get("SeriesInstanceUID") and ds.get("SOPInstanceUID")):
+        flags.append("UID_MISSING")  # frame of reference and geometry must tell series apart
     if modality == "CT" and not given and "ModalityLUTSequence" not in ds:
         flags.append("RESCALE_ABSENT")
     if source == "detector":

@@ -25,6 +25,7 @@ _PILLOW_RAISES = (
     ValueError,
     SyntaxError,  # what Pillow calls a broken PNG
 )
+_Groups = dict[tuple[str, int, int, str, str], list[tuple[SliceRef, Place]]]
 Read = Callable[[Path], NDArray[np.generic]]
 _LISTS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
@@ -65,7 +66,7 @@ def scan_voc(
     if pattern.groups < 1:
         raise ConfigError("data.voc.patient_pattern: needs one group, for example ^(p[0-9]+)-")
     listed = _read_lists(root / voc.lists)
-    groups: dict[tuple[str, int, int, str, str], list[tuple[SliceRef, Place]]] = defaultdict(list)
+    groups: _Groups = defaultdict(list)
     splits: dict[str, set[Split]] = defaultdict(set)
     rows: list[ScanRow] = []
     for stem, path in sorted(images.items()):
@@ -84,13 +85,17 @@ def scan_voc(
             splits[ref.patient_id] |= listed[stem]
         key = (ref.patient_id, ref.rows, ref.columns, ref.dtype, ref.series_uid)
         groups[key].append((ref, Place(str(masks.get(stem, "")))))
+    return _series(groups, splits), rows
+
+
+def _series(groups: _Groups, splits: dict[str, set[Split]]) -> list[Series]:
     for patient_splits in splits.values():
         if len(patient_splits) > 1:
             raise ConfigError(
                 f"split lists: one patient is in {sorted(patient_splits)}; "
                 "check data.voc.patient_pattern, or delete the lists to split by keyed hash"
             )
-    series = [
+    return [
         Series(
             slices=tuple(ref for ref, _ in group),
             affine=None,
@@ -101,7 +106,6 @@ def scan_voc(
         )
         for key, group in sorted(groups.items())
     ]
-    return series, rows
 
 
 def read_image(path: Path) -> NDArray[np.generic]:
