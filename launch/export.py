@@ -50,12 +50,13 @@ def export_job(config: Config) -> None:
     from shards.dataset import stage_rows
     from shards.index import read_manifest
 
-    window = config.data.window
+    window = config.data.fixed_window
     metadata = {
         "tool": f"medpsp {__version__}",
         "classes": list(config.data.classes),
         "modalities": sorted({row.modality for row in rows}),
-        "window": {"center": window.center, "width": window.width} if window else None,
+        "window": asdict(window) if window else None,
+        "header_window": config.data.window == "header",
         "backbone": config.model.backbone,
         "head": config.model.head,
         "bins": list(config.model.bins),

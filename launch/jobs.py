@@ -78,12 +78,14 @@ def shards_job(config: Config) -> None:
     """
     from shards.build import build_shards
     from shards.index import reject_fraction
+    from shards.report import write_report
 
     manifest = build_shards(config)
     counts = ", ".join(f"{n} {status}" for status, n in manifest.counts.items())
     log.info("shards: %s (%d slices; objects: %s)", config.shards, manifest.slices, counts)
     if manifest.codes:
         log.info("not kept: %s", ", ".join(f"{n} {code}" for code, n in manifest.codes.items()))
+    log.info("report: %s", write_report(config.shards))
     fraction, limit = reject_fraction(manifest), config.data.max_reject_fraction
     if fraction > limit:
         raise ShardError(
@@ -164,7 +166,7 @@ def train_job(config: Config) -> None:
                 batches=lambda stage, first: train_batches(
                     root, rows, config, world, (stage, first)
                 ),
-                val_batches=lambda: whole_slices(root, val, world),
+                val_batches=lambda: whole_slices(root, val, world, config.model.in_channels),
             ),
             model,
         )

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from medpsp.types import ReadPolicy
+from medpsp.types import ReadPolicy, Window
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -140,10 +140,11 @@ class DataConfig(Node):
     decode_memory_mib: Annotated[int, Field(ge=256)] = Field(
         default=1024, description="Memory of one decoder process, MiB."
     )
-    window: WindowConfig | None = Field(
+    window: WindowConfig | Literal["header"] | None = Field(
         default=None,
         description="None: 40/400 for CT, the full range for 8-bit images, else percentiles "
-        "0.5-99.5 of the series.",
+        "0.5-99.5 of the series. header: Window Center and Width of each slice, by its VOI LUT "
+        "Function; slices without go as if None.",
     )
     split: SplitConfig = SplitConfig()
     voc: VocConfig = VocConfig()
@@ -158,6 +159,13 @@ class DataConfig(Node):
     shard_slices: Annotated[int, Field(ge=1, le=4096)] = 128
     workers: Annotated[int, Field(ge=1)] = 2
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+    @property
+    def fixed_window(self) -> Window | None:
+        """The configured window, if it is one."""
+        if isinstance(self.window, WindowConfig):
+            return Window(center=self.window.center, width=self.window.width)
+        return None
 
     @property
     def policy(self) -> ReadPolicy:

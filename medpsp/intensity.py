@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.errors import DicomError
-from medpsp.types import FloatArray, Window
+from medpsp.types import FloatArray, VoiFunction, Window
 
-VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 """VOI LUT Function (0028,1056); an absent one means LINEAR."""
 
 CT_WINDOW = Window(center=40.0, width=400.0)
@@ -26,9 +25,10 @@ EIGHT_BIT = Window(center=127.5, width=255.0)
 
 
 def to_unit(values: NDArray[np.generic], window: Window, inverted: bool = False) -> FloatArray:
-    """Map modality values to [0, 1] by a LINEAR_EXACT window (PS3.3 C.11.2.1.3.2).
+    """Map modality values to [0, 1]: what the network sees.
 
-    This is what the network sees; `voi` and `voi_lut` are what a viewer shows.
+    LINEAR_EXACT (PS3.3 C.11.2.1.3.2) in single precision; the functions of `voi` for windows of a
+    header.
 
     Args:
         values: (..., H, W) modality values of any real dtype, or (..., H, W, 3) RGB.
@@ -38,6 +38,9 @@ def to_unit(values: NDArray[np.generic], window: Window, inverted: bool = False)
     Returns:
         float32 of the same shape; values outside the window clip to 0 or 1, NaN counts as low.
     """
+    if window.function != "LINEAR_EXACT":
+        unit = voi(values, window)
+        return 1.0 - unit if inverted else unit
     low = np.float32(window.center - window.width / 2)
     unit = (values.astype(np.float32) - low) / np.float32(window.width)
     np.fmax(unit, 0.0, out=unit)  # unlike clip, it turns NaN into 0: one would spoil a whole step
@@ -45,9 +48,7 @@ def to_unit(values: NDArray[np.generic], window: Window, inverted: bool = False)
     return 1.0 - unit if inverted else unit
 
 
-def voi(
-    values: NDArray[np.generic], window: Window, function: VoiFunction = "LINEAR"
-) -> FloatArray:
+def voi(values: NDArray[np.generic], window: Window) -> FloatArray:
     """Map modality values to [0, 1] as a viewer does (PS3.3 C.11.2.1.2.1, C.11.2.1.3).
 
     With centre c and width w: LINEAR (x - (c - 0.5)) / (w - 1) + 0.5, so that w is a number of
@@ -56,8 +57,7 @@ def voi(
 
     Args:
         values: Modality values of any shape and real dtype.
-        window: Centre and width in the same units.
-        function: VOI LUT Function.
+        window: Centre and width in the same units, and VOI LUT Function.
 
     Returns:
         float32 of the same shape; NaN counts as low.
@@ -66,6 +66,7 @@ def voi(
         DicomError: VOI_INVALID where the width is below 1 for LINEAR or not above 0, or where
             the function is none of the three.
     """
+    function = window.function
     if function not in get_args(VoiFunction):  # it may be text of a file: not quoted
         raise DicomError("VOI_INVALID", "VOILUTFunction is not one of PS3.3 C.11.2.1.3")
     x, width = values.astype(np.float64) - window.center, window.width

@@ -18,6 +18,7 @@ IGNORE = 255
 Split = Literal["train", "val", "test"]
 PixelDtype = Literal["int16", "float32", "uint8"]  # uint8 is RGB, (H, W, 3)
 SpacingSource = Literal["patient", "calibrated", "detector", "ultrasound", ""]
+VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 MaskKind = Literal["", "nifti", "png", "seg", "rtstruct"]
 Status = Literal["kept", "skipped", "quarantined", "duplicate"]
 FloatArray = NDArray[np.floating[Any]]
@@ -25,10 +26,11 @@ FloatArray = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """A VOI window in modality units (HU for CT); PS3.3 C.11.2.1.2."""
+    """A VOI window in modality units (HU for CT) and its function (PS3.3 C.11.2.1.2)."""
 
     center: float
     width: float
+    function: VoiFunction = "LINEAR_EXACT"
 
 
 class Place(NamedTuple):

@@ -18,12 +18,13 @@ from medpsp.dicom.names import name_rule
 from medpsp.errors import ArchiveError, ConfigError, ShardError
 from medpsp.identity import fingerprint, load_key
 from medpsp.progress import Bar
-from medpsp.types import ScanRow, Window
+from medpsp.types import ScanRow
 from shards.gather import Gathered, file_id, gather, tally
 from shards.index import (
     INDEX,
     MANIFEST,
     OBJECTS,
+    REPORT,
     Manifest,
     ObjectRow,
     SliceRow,
@@ -63,7 +64,8 @@ def build_shards(config: Config) -> Manifest:
     plans = plan_shards(gathered.planned, data.shard_slices)
     settings = _settings(data)
     root.mkdir(parents=True, exist_ok=True)
-    (root / MANIFEST).unlink(missing_ok=True)  # no manifest while shards change below it
+    for name in (MANIFEST, REPORT):  # neither while shards change below them
+        (root / name).unlink(missing_ok=True)
     clear_stale(root, plans)
     for plan in {p.bucket: p for p in plans}.values():
         slots = sum(p.count for p in plans if p.bucket == plan.bucket)
@@ -81,7 +83,8 @@ def _settings(data: DataConfig) -> WriteSettings:
         label_map=tuple(sorted(data.label_map.items())),
         mask_geometry=data.mask_geometry,
         mask_resample=data.mask_resample,
-        window=Window(center=data.window.center, width=data.window.width) if data.window else None,
+        window=data.fixed_window,
+        header_window=data.window == "header",
         padding=data.padding,
         shard_slices=data.shard_slices,
         decode_seconds=data.decode_seconds,
@@ -217,7 +220,7 @@ def _deid(data: DataConfig, key: bytes) -> dict[str, Any]:
         "profile": "allow-list over the Basic Application Level Confidentiality Profile",
         "options": ["Clean Pixel Data"] if data.burned_in == "blank" else [],
         "pixel": {"quarantine": "flagged", "blank": "cleaned", "keep": "not_checked"}[
-            data.burned_in
+            data.burned_in if data.source == "dicom" else "keep"
         ],
         "temporal": "REMOVED" if data.dates == "none" else "MODIFIED",
         "tool": f"medpsp {__version__}",

@@ -14,7 +14,7 @@ from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.labelref import LabelRef, match_series
 from medpsp.dicom.labels import mask_path
-from medpsp.dicom.sandbox import Sandbox, SandboxPool
+from medpsp.dicom.sandbox import Sandbox, SandboxPool, shared_sandbox
 from medpsp.dicom.scan import LabelFile, Scan, find_labels, scan_folder
 from medpsp.dicom.voc import scan_voc
 from medpsp.errors import ArchiveError, ConfigError, LabelError, SourceError
@@ -73,7 +73,14 @@ def tally(rows: list[ScanRow]) -> str:
 def _scan(data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
     name = partial(file_id, key)
     if data.source == "voc":
-        series, rows = scan_voc(data.archive, data.voc, name)
+        box = shared_sandbox(data.decode_seconds, data.decode_memory_mib)
+        series, rows = scan_voc(
+            data.archive,
+            data.voc,
+            name,
+            grey=data.colour == "grey",
+            read=lambda path: box.image(Place(str(path))),
+        )
         objects = sum(len(s.slices) for s in series) + len(rows)
         return Scan(series=series, rows=rows, labels=[], objects=objects)
     with Bar("scan", 0, "files") as bar:

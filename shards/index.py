@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.errors import ShardError
-from medpsp.types import ScanRow, Split, Window
+from medpsp.types import ScanRow, Split, VoiFunction, Window
 from shards.layout import FORMAT
 
 MANIFEST, INDEX, OBJECTS = "manifest.json", "index.parquet", "objects.parquet"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +33,9 @@ class SliceRow:
         spacing: (between rows, between columns, between slices), mm; NaN where unknown.
         spacing_source: Trust of the first two; see `SliceRef.pixel_spacing`.
         affine: 16 numbers, rows first, index (column, row, slice) of the series to mm LPS.
-        window_center, window_width: What the network is shown, modality units.
-        voi_center, voi_width: What the file recorded (0028,1050), (0028,1051); NaN if absent.
+        window_center, window_width, window_function: What the network is shown, modality units.
+        voi_center, voi_width, voi_function: What the file recorded (0028,1050), (0028,1051),
+            (0028,1056); NaN and empty if absent.
         histogram: Pixels of each class, then of ignore.
         file_id, frame: Pseudonym of the object, frame within it.
         flags: Codes of what is unusual about slice or series.
@@ -62,6 +64,8 @@ class SliceRow:
     histogram: tuple[int, ...]
     file_id: str
     frame: int = 0
+    window_function: VoiFunction = "LINEAR_EXACT"
+    voi_function: str = ""
     spacing_source: str = ""
     flags: tuple[str, ...] = ()
     padding: float = 0.0
@@ -72,7 +76,9 @@ class SliceRow:
     @property
     def window(self) -> Window:
         """The window that the network is shown."""
-        return Window(center=self.window_center, width=self.window_width)
+        return Window(
+            center=self.window_center, width=self.window_width, function=self.window_function
+        )
 
     @property
     def inverted(self) -> bool:

@@ -14,9 +14,11 @@ import numpy as np
 
 from medpsp.dicom.codes import code_of
 from medpsp.errors import ShardError
+from medpsp.intensity import CLASS_COLOURS
 from shards.figures import Columns, class_shares, count_flags, count_splits, read_columns
 from shards.index import (
     INDEX,
+    REPORT,
     Manifest,
     read_manifest,
     read_objects,
@@ -35,8 +37,6 @@ from shards.sections import (
     splits_section,
 )
 from shards.thumbs import Case, choose_cases, class_colour, draw, withheld
-
-REPORT = "report.html"
 
 
 def write_report(root: Path, cases: int = 24) -> Path:
@@ -143,6 +143,8 @@ def _cases(root: Path, manifest: Manifest, columns: Columns, most: int) -> Html:
     ]
     for reason, count in sorted(Counter(hidden.values()).items()):
         notes.append(f"Not shown: {count} that {reason}.")
+    if len(manifest.classes) > len(CLASS_COLOURS):
+        notes.append(f"Colours repeat after {len(CLASS_COLOURS) - 1} classes.")
     if manifest.settings.get("source") == "voc":
         notes.append("Plain images say nothing about names in their pixels: not checked.")
     text = (

@@ -17,6 +17,7 @@ from medpsp.dicom.codes import refusal
 from medpsp.dicom.names import NameRule
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, shared_sandbox
+from medpsp.dicom.values import luma
 from medpsp.errors import DicomError, SourceError
 from medpsp.intensity import needs_series_values, series_window
 from medpsp.types import IGNORE, ScanRow, Series, SliceRef, Window
@@ -36,6 +37,7 @@ class WriteSettings:
     mask_geometry: str
     mask_resample: str
     window: Window | None
+    header_window: bool
     padding: str
     shard_slices: int
     decode_seconds: int = 30
@@ -92,13 +94,14 @@ def read_part(part: Part, settings: WriteSettings, refused: list[ScanRow]) -> It
         for number in wanted:
             refuse(number, error)
         return
-    pixels, window = _pixels(part, settings, box, refuse)
+    pixels, series_wide = _pixels(part, settings, box, refuse)
     for number, (image, padding) in pixels.items():
         try:
             label, labelled = _slice_label(series, number, volume, settings, box)
         except SourceError as error:
             refuse(number, error)
             continue
+        window = series.slices[number].window if settings.header_window else None
         if padding is not None and settings.padding == "ignore":
             label = np.where(padding & (label == 0), np.uint8(IGNORE), label)
         yield Slice(
@@ -106,7 +109,7 @@ def read_part(part: Part, settings: WriteSettings, refused: list[ScanRow]) -> It
             image=image,
             label=label,
             labelled=labelled,
-            window=window,
+            window=window or series_wide,
             padding=0.0 if padding is None else float(padding.mean()),
             flags=flags,
         )
@@ -119,6 +122,7 @@ def _pixels(
     series, wanted = part.planned.series, range(part.start, part.stop)
     first = series.first
     whole = needs_series_values(first.modality, settings.window, first.channels)
+    whole = whole and not (settings.header_window and all(ref.window for ref in series.slices))
     pixels: dict[int, Pixels] = {}
     shown: list[NDArray[Any]] = []
     for number in range(len(series.slices)) if whole else wanted:
@@ -139,8 +143,10 @@ def _pixels(
 
 
 def _read_image(ref: SliceRef, source: str, series: Series, box: Sandbox) -> Pixels:
-    pixels = box.frame(ref) if source == "dicom" else Pixels(box.image(ref.place), None)
     first = series.first
+    pixels = box.frame(ref) if source == "dicom" else Pixels(box.image(ref.place), None)
+    if source == "voc" and first.channels == 1 and pixels.values.ndim == 3:
+        pixels = Pixels(luma(pixels.values), None)
     shape = (first.rows, first.columns, 3)[: 3 if first.channels == 3 else 2]
     values = pixels.values
     if values.shape != shape or values.dtype != first.dtype:  # numpy would cut it to fit

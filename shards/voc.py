@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from medpsp.dataconfig import VocConfig
 from medpsp.errors import ConfigError
 from medpsp.intensity import to_unit
 from medpsp.progress import Bar
+from medpsp.types import Window
 from shards.index import Manifest, SliceRow, read_index, read_manifest
 from shards.reader import ShardReader
 
@@ -73,7 +75,7 @@ _BITS = {
 
 
 class Coding(NamedTuple):
-    """How a PNG holds a slice: modality value = stored value * scale + offset."""
+    """How a PNG holds a slice: modality value = stored value * scale + offset; NaN for SIGMOID."""
 
     bits: int
     scale: float
@@ -101,7 +103,7 @@ def coded(
         image: (H, W) modality values, or (H, W, 3) RGB, which stays as it is.
         row: Of the index; gives the window and whether low values are bright.
         bits: 8: what the network sees, 0..1 as 0..255. 16: int16 exact, moved by 32768; float32
-            within the window as 0..65535. Modality values are never inverted.
+            within the window, taken as LINEAR_EXACT, as 0..65535; neither is inverted.
 
     Returns:
         Unsigned integers of the shape of the image, and their meaning.
@@ -111,12 +113,22 @@ def coded(
     if bits == 16 and image.dtype == np.int16:
         moved = image.astype(np.int32) - INT16_OFFSET
         return moved.astype(np.uint16), Coding(16, 1.0, float(INT16_OFFSET))
+    window = row.window if bits == 8 else replace(row.window, function="LINEAR_EXACT")
     inverted = row.inverted and bits == 8
     top = 2**bits - 1
-    stored = np.rint(to_unit(image, row.window, inverted) * top)
-    scale, low = row.window_width / top, row.window_center - row.window_width / 2
-    coding = Coding(bits, -scale, low + row.window_width) if inverted else Coding(bits, scale, low)
-    return stored.astype(np.uint8 if bits == 8 else np.uint16), coding
+    stored = np.rint(to_unit(image, window, inverted) * top)
+    return stored.astype(np.uint8 if bits == 8 else np.uint16), _coding(window, bits, inverted)
+
+
+def _coding(window: Window, bits: int, inverted: bool) -> Coding:
+    low = window.center - window.width / 2  # is black for LINEAR, too
+    span = {
+        "LINEAR_EXACT": window.width,
+        "LINEAR": window.width - 1,
+        "SIGMOID": math.nan,  # no straight line
+    }[window.function]
+    scale = span / (2**bits - 1)
+    return Coding(bits, -scale, low + span) if inverted else Coding(bits, scale, low + 0 * span)
 
 
 def slice_names(rows: Sequence[SliceRow]) -> tuple[str, ...]:
@@ -264,6 +276,7 @@ def _record(name: str, row: SliceRow, coding: Coding) -> dict[str, object]:
         **{f"affine_{i // 4}{i % 4}": value for i, value in enumerate(affine)},
         "window_center": row.window_center,
         "window_width": row.window_width,
+        "window_function": row.window.function,
         "bits": coding.bits,
         "scale": coding.scale,
         "offset": coding.offset,

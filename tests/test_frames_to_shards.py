@@ -108,7 +108,7 @@ def test_colour_may_become_grey(cines: Path, make_config: Make, ray_once: None) 
 def test_names_in_pixels_are_quarantined_unless_said_otherwise(
     cines: Path, make_config: Make, ray_once: None
 ) -> None:
-    with pytest.raises(ArchiveError, match="nothing usable; found 8 PHI_BURNED_IN$"):
+    with pytest.raises(ArchiveError, match=r"nothing usable; found 8 PHI_BURNED_IN$"):
         make_shards(cines, make_config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from medpsp.intensity import (
     CLASS_COLOURS,
     CT_WINDOW,
     EIGHT_BIT,
-    VoiFunction,
     needs_series_values,
     overlay,
     percentile_window,
@@ -27,7 +27,7 @@ from medpsp.intensity import (
     voi,
     voi_lut,
 )
-from medpsp.types import Window
+from medpsp.types import VoiFunction, Window
 
 SOFT = Window(center=40, width=400)  # -160 .. 240
 
@@ -95,7 +95,7 @@ def test_colour_is_shown_whole() -> None:
 def test_linear_by_the_examples_of_the_standard(
     center: float, width: float, black: float, half: float, white: float
 ) -> None:
-    window = Window(center=center, width=width)
+    window = Window(center=center, width=width, function="LINEAR")
     found = voi(np.array([black - 9, black, half, white, white + 9]), window)
     assert found.dtype == np.float32
     assert found.tolist() == [0, 0, 0 if math.isnan(half) else 0.5, 1, 1]
@@ -106,13 +106,17 @@ def test_the_three_functions_at_one_place() -> None:
 
     The sigmoid at the lower edge of the window, c - w / 2, is 1 / (1 + e^2).
     """
-    window = Window(center=50, width=101)
+    window = Window(center=50, width=101, function="LINEAR")
     assert voi(np.array([24.5, 49.5, 74.5]), window).tolist() == [0.25, 0.5, 0.75]
-    assert voi(np.array([24.75, 50, 75.25]), window, "LINEAR_EXACT").tolist() == [0.25, 0.5, 0.75]
+    assert voi(np.array([24.75, 50, 75.25]), replace(window, function="LINEAR_EXACT")).tolist() == [
+        0.25,
+        0.5,
+        0.75,
+    ]
     edge = 1 / (1 + math.exp(2))
-    found = voi(np.array([-0.5, 50, 100.5]), window, "SIGMOID")
+    found = voi(np.array([-0.5, 50, 100.5]), replace(window, function="SIGMOID"))
     np.testing.assert_allclose(found, [edge, 0.5, 1 - edge], rtol=1e-6)
-    steep = voi(np.array([-1e30, 1e30]), Window(center=0, width=1e-3), "SIGMOID")
+    steep = voi(np.array([-1e30, 1e30]), Window(center=0, width=1e-3, function="SIGMOID"))
     assert steep.tolist() == [0, 1]
 
 
@@ -120,7 +124,7 @@ def test_the_three_functions_at_one_place() -> None:
 def test_no_number_is_black_and_infinity_has_an_end(function: VoiFunction) -> None:
     values = np.array([math.nan, -math.inf, math.inf])
     for width in (1, 400):
-        assert voi(values, Window(center=40, width=width), function).tolist() == [0, 0, 1]
+        assert voi(values, Window(center=40, width=width, function=function)).tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +141,7 @@ def test_no_number_is_black_and_infinity_has_an_end(function: VoiFunction) -> No
 )
 def test_widths_and_functions_that_the_standard_forbids(width: float, function: str) -> None:
     with pytest.raises(DicomError, match="VOI_INVALID") as caught:
-        voi(np.zeros(1), Window(center=0, width=width), function)  # type: ignore[arg-type]
+        voi(np.zeros(1), Window(center=0, width=width, function=function))  # type: ignore[arg-type]
     assert "Jane" not in str(caught.value)
 
 
@@ -154,7 +158,7 @@ def test_linear_is_the_formula_of_the_standard(xs: list[int], c: int, w: int) ->
             return 1
         return (x - (c - 0.5)) / (w - 1) + 0.5
 
-    found = voi(np.array(xs, dtype=np.int16), Window(center=c, width=w))
+    found = voi(np.array(xs, dtype=np.int16), Window(center=c, width=w, function="LINEAR"))
     np.testing.assert_allclose(found, [formula(x) for x in xs], rtol=0, atol=1e-7)
 
 
@@ -165,13 +169,11 @@ def test_windows_keep_the_order_and_what_the_network_sees_is_linear_exact(
     values, window = np.array(sorted(xs), dtype=np.int16), Window(center=c, width=w)
     functions: tuple[VoiFunction, ...] = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
     for function in functions:
-        shown = voi(values, window, function)
+        shown = voi(values, replace(window, function=function))
         assert (np.diff(shown) >= 0).all()
         assert 0 <= shown.min()
         assert shown.max() <= 1
-    np.testing.assert_allclose(
-        voi(values, window, "LINEAR_EXACT"), to_unit(values, window), rtol=0, atol=1e-3 / w
-    )
+    np.testing.assert_allclose(voi(values, window), to_unit(values, window), rtol=0, atol=1e-3 / w)
 
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])

@@ -144,6 +144,24 @@ def test_eight_bits_are_what_the_network_sees() -> None:
         np.testing.assert_allclose((values * scale + offset)[inside], HU[inside], atol=400 / 510)
 
 
+def test_windows_of_headers_keep_their_function() -> None:
+    """LINEAR 3/5 is black at 0.5 and white at 4.5, so four values of distance 1 lie in between."""
+    values = np.array([[-9, 0, 1], [2, 3, 9]], dtype=np.int16)
+    row = replace(ROW, window_center=3.0, window_width=5.0, window_function="LINEAR")
+    stored, coding = coded(values, row, 8)
+    assert stored.tolist() == [[0, 0, 32], [96, 159, 255]]  # 31.875, 95.625, 159.375
+    assert coding == (8, 4 / 255, 0.5)
+    inverted, back = coded(values, replace(row, photometric="MONOCHROME1"), 8)
+    assert inverted.tolist() == [[255, 255, 223], [159, 96, 0]]
+    assert back == (8, -4 / 255, 4.5)
+    stored, coding = coded(values, replace(row, window_function="SIGMOID"), 8)
+    assert stored[1, 1] == 128  # the center; 127.5 goes to the even one
+    assert np.isnan([coding.scale, coding.offset]).all()
+    deep, coding = coded(values.astype(np.float32), row, 16)  # a line that leads back
+    assert deep[1, 1] == 32768
+    assert coding == (16, 5 / 65535, 0.5)
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_sixteen_bits_keep_every_int16(photometric: str) -> None:
     row = replace(ROW, photometric=photometric)

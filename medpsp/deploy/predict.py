@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ BATCH, DECODERS = 4, 4
 """Slices at once through the network; children that decode, at most."""
 
 Show = Callable[[int], FloatArray]
+Windows = Sequence[Window | None]
 """Number of a slice to (H, W) or (H, W, 3) in [0, 1]: whole series in float would fill a device."""
 
 
@@ -83,6 +84,7 @@ class Predictor:
             self.modalities: tuple[str, ...] = tuple(meta["modalities"])
             window = meta["window"]
             self.window = Window(**window) if window else None
+            self.header_window = bool(meta.get("header_window", False))
             self.channels = int(meta.get("in_channels", 1))
             self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
         except (ValueError, KeyError, TypeError) as error:
@@ -114,13 +116,16 @@ class Predictor:
             parts.append(self.session.run(None, {"image": batch})[0].argmax(1).astype(np.uint8))
         return np.concatenate(parts)
 
-    def show(self, pixels: Pixels, modality: str, photometric: str = "MONOCHROME2") -> Show:
+    def show(
+        self, pixels: Pixels, modality: str, inverted: bool = False, headers: Windows = ()
+    ) -> Show:
         """How the network sees the slices of one series.
 
         Args:
             pixels: (N, H, W) modality values or (N, H, W, 3) RGB, and their padding.
             modality: Decides the window where the model carries none.
-            photometric: MONOCHROME1 is inverted.
+            inverted: True for MONOCHROME1.
+            headers: The window of each slice's header, for models that are shown those.
 
         Raises:
             DicomError: COLOUR_FOR_GREY_MODEL.
@@ -131,7 +136,9 @@ class Predictor:
             raise DicomError("COLOUR_FOR_GREY_MODEL", "trained with model.in_channels 1")
         valid = None if pixels.padding is None else ~pixels.padding
         window = series_window(modality, self.window, values, channels, valid)
-        return lambda number: to_unit(values[number], window, photometric == "MONOCHROME1")
+        own = headers if self.header_window and channels == 1 else ()
+        windows = [header or window for header in own] or [window] * len(values)
+        return lambda number: to_unit(values[number], windows[number], inverted)
 
     def folder(
         self, source: Path, out: Path, advance: Callable[[str], None] = lambda name: None
@@ -179,7 +186,8 @@ class Predictor:
         return predictions, rows
 
     def _series(self, pixels: Pixels, series: Series, out: Path, name: str) -> Prediction:
-        show = self.show(pixels, series.first.modality, series.first.photometric)
+        first, headers = series.first, [ref.window for ref in series.slices]
+        show = self.show(pixels, first.modality, first.photometric == "MONOCHROME1", headers)
         mask = self.mask(show, len(series.slices))
         folder, grid, files = out / name, series.grid_index, []
         folder.mkdir(parents=True)

@@ -104,7 +104,10 @@ def _jpeg(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
 
 
 def jpeg_space(stream: bytes, photometric: str) -> str:
-    """Colour space of a JPEG: the codestream's word over the tag's (APP14, JFIF, component ids)."""
+    """Colour space of a JPEG: the codestream's word over the tag's (APP14, JFIF, component ids).
+
+    Components of unlike sampling are no RGB, whatever the tag says.
+    """
     for marker, body in _segments(stream):
         if marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
             return "YBR_FULL" if body[11] == 1 else "RGB"
@@ -112,6 +115,8 @@ def jpeg_space(stream: bytes, photometric: str) -> str:
             return "YBR_FULL"
         if marker in _FRAME_HEADERS and body[6:15:3] == b"RGB":
             return "RGB"
+        if marker in _FRAME_HEADERS and len(set(body[7:16:3])) > 1:
+            return "YBR_FULL"
     return photometric
 
 

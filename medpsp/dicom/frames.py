@@ -6,12 +6,14 @@ Per-frame functional groups override shared ones, which override the top level (
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, cast, get_args
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
-from medpsp.types import SpacingSource, Window
+from medpsp.intensity import valid_windows
+from medpsp.types import SpacingSource, VoiFunction, Window
 
 PROJECTION = frozenset("CR DX MG XA RF IO PX RG".split())
 _CM = 3
@@ -161,9 +163,11 @@ def window(ds: Dataset, frame: int) -> tuple[Window | None, bool]:
     macro = "FrameVOILUTSequence"
     centers = _listed(functional(ds, frame, macro, "WindowCenter"))
     widths = _listed(functional(ds, frame, macro, "WindowWidth"))
-    for center, width in zip(centers, widths, strict=False):
-        if math.isfinite(center) and math.isfinite(width) and width > 0:
-            return Window(center=center, width=width), True
+    function: Any = str(functional(ds, frame, macro, "VOILUTFunction") or "LINEAR").upper()
+    if function in get_args(VoiFunction):
+        for found in valid_windows(centers, widths):
+            if found.width >= 1 or function != "LINEAR":
+                return replace(found, function=function), True
     return None, bool(centers or widths)
 
 

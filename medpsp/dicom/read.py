@@ -205,13 +205,18 @@ def _of_object(
     }
 
 
+def _names_possible(ds: Dataset, modality: str, policy: ReadPolicy) -> list[str]:
+    kept = policy.burned_in == "keep" and deidentify.burned_in_suspected(ds, modality)
+    return ["PHI_BURNED_IN"] if kept else []
+
+
 def _of_frame(parsed: Parsed, layout: Layout, frame: int, policy: ReadPolicy) -> dict[str, Any]:
     ds = parsed.header
     modality = str(ds.get("Modality") or "")
     slope, intercept, given = frames.rescaling(ds, frame)
     pixel_spacing, source = frames.spacing(ds, frame, modality)
     window, any_window = frames.window(ds, frame)
-    flags = list(parsed.flags)
+    flags = [*parsed.flags, *_names_possible(ds, modality, policy)]
     if not (ds.get("SeriesInstanceUID") and ds.get("SOPInstanceUID")):
         flags.append("UID_MISSING")  # frame of reference and geometry must tell series apart
     if modality == "CT" and not given and "ModalityLUTSequence" not in ds:
@@ -220,6 +225,8 @@ def _of_frame(parsed: Parsed, layout: Layout, frame: int, policy: ReadPolicy) ->
         flags.append("SPACING_DETECTOR")
     if any_window and window is None:
         flags.append("VOI_INVALID")
+    if window is None and "VOILUTSequence" in ds:
+        flags.append("VOI_LUT")
     if deidentify.face_possible(modality, deidentify.body_part(ds)):
         flags.append("RECOGNIZABLE_FACE_POSSIBLE")
     if str(ds.get("DimensionOrganizationType") or "").startswith("TILED"):
