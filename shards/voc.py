@@ -50,13 +50,12 @@ Every name is <patient>_<series>_<place in the series>, all pseudonyms.
     {bits}
 {places.masks}/<name>.png
     palette PNG: class index (line of classes.txt, from 0), 255 = ignore
-{places.lists}/<split>.txt
-    names with a mask, by the split of their patient
-slices.csv
-    one line a slice, also of those without a mask (labelled 0), which are in no list
+{places.lists}/<split>.txt  names with a mask, by the split of their patient
+slices.csv  one line a slice, also of those without a mask (labelled 0), which are in no list
 
 In slices.csv, modality value = stored value * scale + offset. affine_rc (row r, column c of 4 x 4)
-leads from (column, row, slice_index) to mm in the patient, DICOM LPS. An empty field is unknown.
+leads from (column, row, slice_index) to mm in the patient, DICOM LPS. What is unknown is empty, and
+so are scale and offset for a SIGMOID window, which no straight line undoes.
 
 To read it back:
 data:
@@ -67,10 +66,10 @@ data:
   voc: {{patient_pattern: "{places.patient_pattern}"}}
 """
 _BITS = {
-    8: "8 bits, 0..255 is the window; RGB as it was",
+    8: "8 bits, 0..255 is the window, MONOCHROME1 inverted; RGB as it was",
     16: "16 bits, modality value + 32768; floating point: 0..65535 is the window, what lies\n"
-    "    outside is cut; RGB of 8 bits as it was. Reading back, an image gets a window of its own\n"
-    "    unless data.window is set, with 32768 added to its center",
+    "    outside is cut; MONOCHROME1 is not inverted; RGB of 8 bits as it was. Reading back, an\n"
+    "    image gets a window of its own unless data.window is set, with 32768 added to its center",
 }
 
 
@@ -121,14 +120,12 @@ def coded(
 
 
 def _coding(window: Window, bits: int, inverted: bool) -> Coding:
+    if window.function == "SIGMOID":  # no straight line leads back
+        return Coding(bits, math.nan, math.nan)
     low = window.center - window.width / 2  # is black for LINEAR, too
-    span = {
-        "LINEAR_EXACT": window.width,
-        "LINEAR": window.width - 1,
-        "SIGMOID": math.nan,  # no straight line
-    }[window.function]
+    span = window.width - (window.function == "LINEAR")
     scale = span / (2**bits - 1)
-    return Coding(bits, -scale, low + span) if inverted else Coding(bits, scale, low + 0 * span)
+    return Coding(bits, -scale, low + span) if inverted else Coding(bits, scale, low)
 
 
 def slice_names(rows: Sequence[SliceRow]) -> tuple[str, ...]:
@@ -252,7 +249,7 @@ def _write_table(
 ) -> None:
     records = [_record(name, row, c) for (name, row), c in zip(named, codings, strict=True)]
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(records[0]) if records else [], lineterminator="\n")
+        table = csv.DictWriter(file, list(records[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(records)
 
@@ -291,8 +288,7 @@ def _record(name: str, row: SliceRow, coding: Coding) -> dict[str, object]:
 
 
 def _write_readme(out: Path, manifest: Manifest, rows: Sequence[SliceRow], bits: int) -> None:
-    names = [f"{name}\n" for name in manifest.classes]
-    (out / CLASSES).write_text("".join(names), encoding="utf-8")
+    (out / CLASSES).write_text("\n".join((*manifest.classes, "")), encoding="utf-8")
     text = _README.format(
         images=len(rows),
         masks=sum(row.labelled for row in rows),

@@ -75,21 +75,17 @@ class Canaries:
 
     def value(self, where: str, keyword: str) -> str:
         """A canary that is legal in an element."""
-        where = f"{where} {keyword}"
-        match dictionary_VR(keyword):
-            case "PN":
-                return self.name(where) + "\u00fc"
-            case "UI":
-                return self.uid(where)
-            case "DA":
-                return self.date(where)
-            case "TM":
-                return self.time(where)
-            case "DT":
-                return self.date(where) + self.time(where)
-            case "IS" | "DS":
-                return self.number(where)
-        return self.text(where)
+        where, kind = f"{where} {keyword}", dictionary_VR(keyword)
+        makers = {
+            "PN": self.name,
+            "UI": self.uid,
+            "DA": self.date,
+            "TM": self.time,
+            "DT": lambda where: self.date(where) + self.time(where),
+            "IS": self.number,
+            "DS": self.number,
+        }
+        return makers.get(kind, self.text)(where)
 
     def needles(self) -> dict[bytes, str]:
         """Every wrapping of every canary, and which canary in which form it is."""
@@ -133,7 +129,9 @@ def encoded(text: str) -> Iterator[tuple[str, bytes]]:
 
 
 class Scanner:
-    """Finds any of a hundred thousand needles in one pass, by the hash of eight bytes.
+    """Finds any of a hundred thousand needles in one pass.
+
+    Where the first two bytes of any needle stand, the hash of eight bytes is looked at.
 
     Args:
         needles: What to look for, eight bytes or more, and what to call it.
@@ -142,12 +140,13 @@ class Scanner:
     def __init__(self, needles: Mapping[bytes, str]) -> None:
         assert min(map(len, needles)) >= LEAST
         self.needles, self.scanned = needles, 0
-        self.by_start: dict[int, list[bytes]] = {}
+        self.by_start: dict[bytes, list[bytes]] = {}
         for needle in needles:
-            self.by_start.setdefault(int.from_bytes(needle[:LEAST], "little"), []).append(needle)
-        self.starts = np.array(sorted(self.by_start), dtype=np.uint64)
-        self.known = np.zeros(1 << 24, dtype=np.bool_)
-        self.known[self._hash(self.starts)] = True
+            self.by_start.setdefault(needle[:LEAST], []).append(needle)
+        starts = np.frombuffer(b"".join(self.by_start), "<u8")
+        self.pairs, self.known = np.zeros(1 << 16, np.bool_), np.zeros(1 << 22, np.bool_)
+        self.pairs[starts & 0xFFFF] = True
+        self.known[_place(starts)] = True
 
     def hits(self, data: bytes) -> set[str]:
         """Names of the needles in ``data``."""
@@ -155,18 +154,22 @@ class Scanner:
         found = set()
         step, last = 1 << 20, len(data) - LEAST + 1
         for start in range(0, last, step):
-            words = np.ndarray((min(step, last - start),), "<u8", data, start, (1,))
-            at = np.flatnonzero(self.known[self._hash(words)])
-            at = at[np.isin(words[at], self.starts)]
+            count = min(step, last - start)
+            pairs, words = (
+                np.ndarray((count,), kind, data, start, (1,)) for kind in ("<u2", "<u8")
+            )
+            at = np.flatnonzero(self.pairs[pairs])
+            at = at[self.known[_place(words[at])]]
             for place in (at + start).tolist():
-                for needle in self.by_start[int.from_bytes(data[place : place + LEAST], "little")]:
+                for needle in self.by_start.get(data[place : place + LEAST], ()):
                     if data.startswith(needle, place) and _alone(data, place, needle):
                         found.add(self.needles[needle])
         return found
 
-    @staticmethod
-    def _hash(words: np.ndarray) -> np.ndarray:
-        return (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+
+def _place(words: np.ndarray) -> np.ndarray:
+    """In a table of 4 Mi, by Fibonacci hashing."""
+    return (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(42)
 
 
 def _alone(data: bytes, at: int, needle: bytes) -> bool:

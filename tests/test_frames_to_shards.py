@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from launch.phantom import Phantom, write_archive
 from medpsp.config import Config
 from medpsp.errors import ArchiveError
+from medpsp.types import Window
 from shards.build import build_shards
 from shards.check import check_shards
+from shards.dataset import read_unit
 from shards.index import read_index, read_objects
 from shards.reader import ShardReader
 
@@ -129,3 +133,30 @@ def test_tiles_of_a_slide_are_slices_and_its_label_never_is(
     assert {row.flags for row in rows} == {("TILED",)}
     codes = [(o.status, o.code) for o in read_objects(config.shards)]
     assert sorted(codes) == [("kept", "")] * 8 + [("quarantined", "PHI_BURNED_IN")] * 8
+
+
+def test_the_network_may_be_shown_the_window_of_each_header(
+    tmp_path: Path, make_config: Make, ray_once: None
+) -> None:
+    dicom, _ = write_archive(tmp_path, 8, Phantom(shape=(2, 16, 16)))
+    paths = sorted(path for path in dicom.rglob("*") if path.name.startswith("IM"))
+    for number, path in enumerate(paths):
+        ds = pydicom.dcmread(path)
+        ds.WindowCenter, ds.WindowWidth = ["", 100 + number], ["", 51]  # VM 1-n, an empty value
+        ds.VOILUTFunction = ("LINEAR", "SIGMOID", "CANARY")[number % 3]
+        ds.save_as(path)
+    config = make_config(tmp_path, tmp_path / "out", window="header")
+    build_shards(config)
+    rows = read_index(config.shards)
+    functions = {row.window_function: row for row in rows}
+    assert set(functions) == {"LINEAR", "SIGMOID", "LINEAR_EXACT"}
+    shown = functions["LINEAR_EXACT"]  # nobody's function: as if nothing were configured
+    assert (shown.window_center, shown.window_width) == (40, 400)
+    assert "VOI_INVALID" in shown.flags
+    linear = functions["LINEAR"]
+    assert linear.window == Window(center=linear.voi_center, width=51, function="LINEAR")
+    assert 100 <= linear.window_center < 116
+    unit, _ = read_unit(ShardReader(config.shards), linear)
+    image, _ = ShardReader(config.shards).read(linear.bucket, linear.slot)
+    expected = (image - (linear.window_center - 0.5)) / 50 + 0.5  # C.11.2.1.2.1
+    np.testing.assert_allclose(unit, expected.clip(0, 1), atol=1e-6)

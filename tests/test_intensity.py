@@ -185,7 +185,7 @@ def test_windows_agree_with_pydicom(function: VoiFunction) -> None:
         ds.WindowCenter, ds.WindowWidth, ds.VOILUTFunction = center, width, function
         with np.errstate(over="ignore"):  # in its sigmoid
             theirs = (apply_voi_lut(values, ds) + 32768) / 65535
-        found = voi(values, Window(center=center, width=width), function)
+        found = voi(values, Window(center=center, width=width, function=function))
         np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-6)
 
 

@@ -145,7 +145,7 @@ def test_eight_bits_are_what_the_network_sees() -> None:
 
 
 def test_windows_of_headers_keep_their_function() -> None:
-    """LINEAR 3/5 is black at 0.5 and white at 4.5, so four values of distance 1 lie in between."""
+    """LINEAR 3/5 is black at 0.5 and white at 4.5; 1 to 4 lie in between."""
     values = np.array([[-9, 0, 1], [2, 3, 9]], dtype=np.int16)
     row = replace(ROW, window_center=3.0, window_width=5.0, window_function="LINEAR")
     stored, coding = coded(values, row, 8)
