@@ -33,6 +33,27 @@ def _device_policy(policy: ReadPolicy) -> dict[str, str]:
     return tree
 
 
+def _metadata(config: Config, rows: tuple[SliceRow, ...], step: int) -> dict[str, Any]:
+    """What the file says of itself, and what `predict` needs to read as training did."""
+    from shards.index import read_manifest
+
+    window = config.data.fixed_window
+    return {
+        "tool": f"medpsp {__version__}",
+        "classes": list(config.data.classes),
+        "modalities": sorted({row.modality for row in rows}),
+        "window": asdict(window) if window else None,
+        "header_window": config.data.window == "header",
+        "backbone": config.model.backbone,
+        "head": config.model.head,
+        "bins": list(config.model.bins),
+        "step": step,
+        "in_channels": config.model.in_channels,
+        "policy": _device_policy(config.data.policy),
+        "key_fingerprint": read_manifest(config.shards).key_fingerprint,
+    }
+
+
 def export_job(config: Config) -> None:
     """Best checkpoint to fp32 and int8 ONNX, both checked.
 
@@ -48,23 +69,8 @@ def export_job(config: Config) -> None:
     from medpsp.deploy.quantize import quantize_int8
     from medpsp.deploy.verify import check_parity, mask_agreement
     from shards.dataset import stage_rows
-    from shards.index import read_manifest
 
-    window = config.data.fixed_window
-    metadata = {
-        "tool": f"medpsp {__version__}",
-        "classes": list(config.data.classes),
-        "modalities": sorted({row.modality for row in rows}),
-        "window": asdict(window) if window else None,
-        "header_window": config.data.window == "header",
-        "backbone": config.model.backbone,
-        "head": config.model.head,
-        "bins": list(config.model.bins),
-        "step": step,
-        "in_channels": config.model.in_channels,
-        "policy": _device_policy(config.data.policy),
-        "key_fingerprint": read_manifest(config.shards).key_fingerprint,
-    }
+    metadata = _metadata(config, rows, step)
     channels, limit = config.model.in_channels, config.export.calibration_slices
     log.info("export: fp32, opset %d", config.export.opset)
     export_onnx(model, run.fp32, channels, config.export.opset, metadata)

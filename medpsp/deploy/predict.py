@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from medpsp.deploy.picture import write_sheet
 from medpsp.dicom.codes import refusal
+from medpsp.dicom.load import Refused, read_series
 from medpsp.dicom.nifti import write_nifti_mask
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, SandboxPool
@@ -24,7 +25,7 @@ from medpsp.dicom.values import luma
 from medpsp.dicom.voc import SUFFIXES
 from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError, SourceError
 from medpsp.intensity import overlay, planes, series_window, to_unit
-from medpsp.types import FloatArray, Place, ReadPolicy, ScanRow, Series, SliceRef, Window
+from medpsp.types import FloatArray, Place, ReadPolicy, ScanRow, Series, Window
 
 BATCH, DECODERS = 4, 4
 """Slices at once through the network; children that decode, at most."""
@@ -169,7 +170,7 @@ class Predictor:
             for number, series in enumerate(scan.series):
                 name = f"series-{number:03d}"
                 try:
-                    pixels, readable, refused = _read(pool, series)
+                    pixels, readable, refused = read_series(pool, series)
                     predictions.append(self._series(pixels, readable, out, name))
                     rows += _refusals(refused, name)
                 except SourceError as error:
@@ -240,54 +241,6 @@ class Predictor:
         return Prediction(
             name=name, slices=len(mask), files=tuple(files), pixels=tuple(int(p) for p in pixels)
         )
-
-
-Refused = list[tuple[SliceRef, SourceError]]
-
-
-def _read(pool: SandboxPool, series: Series) -> tuple[Pixels, Series, Refused]:
-    """(N, H, W[, 3]) values of a series.
-
-    Images without geometry stand alone: those that fail are left out, as long as one is left.
-
-    Returns:
-        Values and padding, the series of the slices that they are, and the slices left out.
-
-    Raises:
-        SourceError: A slice of a volume cannot be decoded, or no image at all.
-    """
-    found: list[Pixels] = []
-    kept: list[int] = []
-    refused: Refused = []
-    for number, (ref, pixels) in enumerate(pool.map(_frame, series.slices)):
-        if isinstance(pixels, Pixels):
-            found.append(pixels)
-            kept.append(number)
-        elif series.affine is None:
-            refused.append((ref, pixels))
-        else:
-            raise pixels
-    if not found:
-        raise refused[0][1]
-    values = np.stack([pixels.values for pixels in found])
-    padding = None
-    if any(pixels.padding is not None for pixels in found):
-        padding = np.zeros(values.shape, dtype=np.bool_)
-        for place, pixels in zip(padding, found, strict=True):
-            place[...] = False if pixels.padding is None else pixels.padding
-    readable = replace(
-        series,
-        slices=tuple(series.slices[n] for n in kept),
-        grid=tuple(series.grid_index[n] for n in kept),
-    )
-    return Pixels(values, padding), readable, refused
-
-
-def _frame(box: Sandbox, ref: SliceRef) -> Pixels | SourceError:
-    try:
-        return box.frame(ref)
-    except SourceError as error:
-        return error
 
 
 def _picture(box: Sandbox, path: Path) -> NDArray[Any] | SourceError:

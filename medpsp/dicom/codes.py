@@ -135,6 +135,8 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Check the values; leave it out if they are not."),
     "UID_MISSING": ("kept", "Series or image without its UID; geometry tells series apart.",
         "Export it again from the archive."),
+    "VOI_LUT": ("kept", "The file is shown by a VOI LUT, which no window stands for.",
+        "Nothing; the network is shown the configured window or percentiles."),
     "VOI_INVALID": ("kept", "The window of the file is unusable and ignored.",
         "Nothing."),
     "TILED": ("kept", "A tile of a whole-slide image.",

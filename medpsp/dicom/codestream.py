@@ -151,6 +151,8 @@ def _rle(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
     if segments != width * layout.samples:
         raise DicomError("DEC_ERROR", f"{segments} segments, expected {width * layout.samples}")
     need = _packed_bytes(layout)
+    if need > 64 * len(stream):  # two bytes stand for 128 at most
+        raise DicomError("PIX_TRUNCATED", f"{len(stream)} bytes of RLE for {need}")
     data = imagecodecs.dicomrle_decode(stream, f"<u{width}", out=bytearray(need))
     if len(data) < need:
         raise DicomError("PIX_TRUNCATED", f"{len(data)} bytes, expected {need}")

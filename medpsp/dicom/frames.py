@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
+from medpsp.dicom.codestream import Layout
 from medpsp.intensity import valid_windows
 from medpsp.types import SpacingSource, VoiFunction, Window
 
@@ -169,6 +170,25 @@ def window(ds: Dataset, frame: int) -> tuple[Window | None, bool]:
             if found.width >= 1 or function != "LINEAR":
                 return replace(found, function=function), True
     return None, bool(centers or widths)
+
+
+def padding(ds: Dataset, layout: Layout) -> tuple[float | None, float | None]:
+    """Padding value and the other end of its range, as stored values (C.7.5.1.1.2).
+
+    VR US under signed pixels, or SS under others, is a common slip: the bits are meant.
+    """
+    prefix = {32: "Float", 64: "DoubleFloat"}[layout.allocated] if layout.floating else ""
+    found: list[float | None] = [None, None]
+    for n, keyword in enumerate((f"{prefix}PixelPaddingValue", f"{prefix}PixelPaddingRangeLimit")):
+        value, span = ds.get(keyword), 2**layout.allocated
+        if not isinstance(value, int | float):
+            continue
+        if layout.signed and value >= span // 2:
+            value -= span
+        elif value < 0 and not (layout.signed or layout.floating):
+            value += span
+        found[n] = float(value)
+    return found[0], found[1]
 
 
 def _listed(value: Any) -> list[float]:

@@ -107,7 +107,7 @@ def read_frame(ref: SliceRef) -> Pixels:
         if stored.flags:
             raise DicomError(stored.flags[0], "the codestream is signed, PixelRepresentation is 0")
         if stored.space.startswith("MONOCHROME"):
-            padding = _padding(parsed.header, stored.values, layout)
+            padding = padding_mask(stored.values, *frames.padding(parsed.header, layout))
             values = _modality_values(parsed.header, stored.values, ref, padding)
         else:
             padding, values = None, _colour(parsed.header, stored, ref)
@@ -270,25 +270,15 @@ def _modality_values(
     return rescale(stored, (slope, intercept), ref.dtype, padding)
 
 
-def _padding(ds: Dataset, stored: NDArray[Any], layout: Layout) -> NDArray[np.bool_] | None:
-    prefix = {"f4": "Float", "f8": "DoubleFloat"}.get(stored.dtype.str[1:], "")
-    found: list[float | None] = []
-    for keyword in (f"{prefix}PixelPaddingValue", f"{prefix}PixelPaddingRangeLimit"):
-        value = ds.get(keyword)
-        if value in (None, "") or not isinstance(value, int | float):
-            found.append(None)
-            continue
-        # VR US under signed pixels is a common slip: read it as the bits it stands for
-        wraps = layout.signed and value >= 2 ** (layout.allocated - 1)
-        found.append(float(value) - (2**layout.allocated if wraps else 0))
-    return padding_mask(stored, found[0], found[1])
-
-
 def _colour(ds: Dataset, stored: Stored, ref: SliceRef) -> NDArray[Any]:
     values = stored.values
     if stored.space == "PALETTE COLOR":
         table = apply_color_lut(values, ds)[..., :3]
-        values = (table >> 8).astype(np.uint8) if table.dtype.itemsize == 2 else table
+        if table.dtype == np.uint16:
+            every = np.arange(2**16, dtype=np.uint16)
+            if table.max() > 255 or apply_color_lut(every, ds).max() > 255:
+                table = table >> 8  # else 8-bit entries lie in a table of 16 bits
+        values = table.astype(np.uint8)
     elif stored.space == "YBR_FULL":
         values = ybr_to_rgb(values)
     return luma(values) if ref.dtype == "int16" else values

@@ -1,8 +1,9 @@
 """164 files of public repositories: exact pixels, or the reason code that is written down here.
 
 The manifest holds what pydicom and its plug-ins make of each file. A file counts as exact if its
-stored values hash to the manifest's; and each frame that the `Sandbox` gives must be the one that
-`read_frame` gives here.
+stored values hash to the manifest's, and as a twin if the manifest has no pixels for it: the tests
+below compare it with another file of the same picture (SC1_JPLY alone has none). Each frame that
+the `Sandbox` gives must be the one that `read_frame` gives here.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ CLASSES = {
     "skip: no pixel data (RTSTRUCT": ("HDR_REQUIRED_MISSING", "LABEL_OBJECT"),
     # decoders that the manifest's did not have
     "reject: pixel decode error (RuntimeError: Unable to decode as exceptions were raised by all "
-    "available plugins:   gdcm: GDCM does not support 'JPEG Extended'": ("unlisted", "read"),
+    "available plugins:   gdcm: GDCM does not support 'JPEG Extended'": ("twin", "read"),
     "reject: pixel decode error (RuntimeError: Unable to decode as exceptions were raised by all "
-    "available plugins:   pylibjpeg: The decoded segment": ("unlisted", "LABEL_OBJECT"),
-    "reject: unsupported transfer syntax 1.2.840.10008.1.2.8.1": ("unlisted", "LABEL_OBJECT"),
+    "available plugins:   pylibjpeg: The decoded segment": ("twin", "LABEL_OBJECT"),
+    "reject: unsupported transfer syntax 1.2.840.10008.1.2.8.1": ("twin", "LABEL_OBJECT"),
 }
 COLOUR_OVER_8_BITS = ("exact", "BITS_UNSUPPORTED")
 NO_ROWS = ("HDR_REQUIRED_MISSING", "HDR_TRUNCATED")  # an image object of which the rest is cut
@@ -58,8 +59,8 @@ FILES = {
     "SC_rgb_expb_16bit_2frame.dcm": COLOUR_OVER_8_BITS,
     "SC_rgb_expb_32bit.dcm": COLOUR_OVER_8_BITS,
     "TOSHIBA_J2K_SIZ1_PixRep0.dcm": ("exact", "SIGN_MISMATCH"),
-    "GH1339.dcm": ("unlisted", "read"),  # no delimiter after the pixels: pydicom drops them
-    "emri_small_jpeg_2k_lossless_too_short.dcm": ("unlisted", "read"),
+    "GH1339.dcm": ("twin", "read"),  # no delimiter after the pixels: pydicom drops them
+    "emri_small_jpeg_2k_lossless_too_short.dcm": ("twin", "read"),
     "GH340.dcm": ("HDR_REQUIRED_MISSING", "HDR_REQUIRED_MISSING"),
     "GH177_D_CLUNIE_CT1_IVRLE_BigEndian_undefined_length.dcm": ("HDR_TRUNCATED", "HDR_TRUNCATED"),
     "multiframe.dcm": ("DEC_ERROR", "DEC_ERROR"),  # JPEG of 55 columns, Columns is 240
@@ -72,11 +73,12 @@ FILES = {
     "no-meta-length-test.dcm": NO_ROWS,
 }
 LOSSY_TWINS = {  # 12-bit JPEG against the same picture from elsewhere: greatest and mean difference
-    "MG1": ("J2KI", 192, 13.3),
-    "MR3": ("J2KR", 55, 4.5),
-    "MR4": ("UNC", 40, 3.1),
-    "RG3": ("JLSL", 48, 1.8),
-    "XA1": ("JLSL", 116, 2.2),
+    "MG1": ("MG1_J2KI", 192, 13.3),
+    "MR2": ("MR2_J2KI.dcm", 68, 6.1),
+    "MR3": ("MR3_J2KR", 55, 4.5),
+    "MR4": ("MR4_UNC", 40, 3.1),
+    "RG3": ("RG3_JLSL", 48, 1.8),
+    "XA1": ("XA1_JLSL", 116, 2.2),
 }
 
 
@@ -113,7 +115,7 @@ def pixels_of(path: Path, row: Row) -> str:
     except DicomError as error:
         return error.code
     if not row["raw_min"]:
-        return "unlisted"
+        return "twin"
     shape = "x".join(str(n) for n in values.shape)
     if (shape, float(values.min()), float(values.max())) != (
         row["raw_shape"],
@@ -141,6 +143,13 @@ def path_through(box: Sandbox, path: Path) -> str:
     return "read"
 
 
+def named(pixels: str, path: str) -> str:
+    """One word for the table: what is refused counts by what the archive's owner is told."""
+    if path == "read" or pixels in ("exact", "near", "twin"):
+        return pixels if path == "read" else f"{pixels} but {path}"
+    return path
+
+
 def expected_of(row: Row) -> tuple[str, str]:
     name = Path(row["path"]).name
     fits = [key for key in CLASSES if row["expected"].startswith(key)]
@@ -158,26 +167,26 @@ def test_every_file_is_exact_or_has_its_code(
             if found != expected_of(row):
                 wrong.append((path.name, found, expected_of(row)))
             syntax = UID(row["ts_uid"]).name if row["ts_uid"] else "none"
-            outcomes[syntax][" ".join(dict.fromkeys(found))] += 1
+            outcomes[syntax][named(*found)] += 1
     with capsys.disabled():
         print()
         for syntax, counts in sorted(outcomes.items()):
             listed = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
-            print(f"  {syntax:58} {sum(counts.values()):3}: {listed}")
+            print(f"  {syntax[:48]:48} {sum(counts.values()):3}: {listed}")
     assert not wrong
     assert len(manifest) == sum(sum(counts.values()) for counts in outcomes.values()) == 164
     total = sum(outcomes.values(), Counter())
     assert sum(n for what, n in total.items() if what.startswith("exact")) == 111
-    assert sum(n for what, n in total.items() if what.startswith(("near", "unlisted"))) == 14
+    assert sum(n for what, n in total.items() if what.startswith(("near", "twin"))) == 14
 
 
 def test_twelve_bit_jpeg_is_the_same_picture(found: dict[str, Path]) -> None:
     for name, (twin, greatest, mean) in LOSSY_TWINS.items():
-        lossy, whole = (stored(found[f"{name}_{kind}"]).astype(int) for kind in ("JPLY", twin))
+        lossy, whole = (stored(found[file]).astype(int) for file in (f"{name}_JPLY", twin))
         apart = np.abs(lossy - whole)
         assert apart.max() <= greatest
         assert apart.mean() <= mean
-        assert np.corrcoef(lossy.ravel(), whole.ravel())[0, 1] > 0.998
+        assert np.corrcoef(lossy.ravel(), whole.ravel())[0, 1] > 0.996
 
 
 def test_files_that_no_decoder_of_the_manifest_reads(found: dict[str, Path]) -> None:
@@ -238,7 +247,6 @@ def test_palette(found: dict[str, Path]) -> None:
     import pydicom
 
     ds = pydicom.dcmread(found["no-pixel-spacing.dcm"])
-    colour = apply_color_lut(ds.pixel_array, ds)  # 16-bit table
     values = rgb(found["no-pixel-spacing.dcm"])
-    assert (values == colour >> 8).all()
-    assert values[30, 30].tolist() == colour[30, 30].tolist()
+    assert (values == apply_color_lut(ds.pixel_array, ds) >> 8).all()  # a table of 16 bits
+    assert values[30, 30].tolist() == [13, 23, 40]  # the dark blue bar behind the maker's name
