@@ -116,6 +116,15 @@ def fragmented(
     return _ITEM + struct.pack("<I", len(offsets)) + offsets + out + tail
 
 
+def vr_of(vr: str, value: Any) -> str:
+    """One of the VRs that the dictionary leaves open, US or SS or OW."""
+    if " or " not in vr:
+        return vr
+    if isinstance(value, bytes):
+        return "OW"
+    return "SS" if min(np.atleast_1d(value)) < 0 else "US"
+
+
 def write_object(
     path: Path, values: Array, syntax: str = ExplicitVRLittleEndian, **elements: Any
 ) -> Path:
@@ -124,7 +133,7 @@ def write_object(
     Bits and sign follow the dtype. ``elements`` replace elements, or drop them (None);
     ``PixelData`` may be the bytes behind the tag of an encapsulated object.
     """
-    colour = values.shape[-1] == 3
+    colour = values.ndim > 2 and values.shape[-1] == 3 and values.dtype == np.uint8
     frames = values if values.ndim == 3 + colour else values[None]
     bits = 8 * values.dtype.itemsize
     native = syntax not in ENCODERS
@@ -148,7 +157,6 @@ def write_object(
         else:
             data = fragmented([ENCODERS[syntax](frame) for frame in frames])
         ds.PixelData = data + b"\0" * (len(data) % 2)
-        ds["PixelData"].VR = "OB" if bits == 8 else "OW"
         if not native:
             ds.file_meta.TransferSyntaxUID = written
         for keyword, value in elements.items():
@@ -156,8 +164,9 @@ def write_object(
                 del ds[keyword]
             else:
                 setattr(ds, keyword, value)
-        if not native:
-            ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+                ds[keyword].VR = vr_of(ds[keyword].VR, value)
+        ds["PixelData"].VR = "OW" if native and bits > 8 else "OB"
+        ds["PixelData"].is_undefined_length = not native
 
     syntax_of_header = UID(syntax) if native else ExplicitVRLittleEndian
     one_slice(path, edit, Phantom(shape=(1, 40, 36), syntax=syntax_of_header))

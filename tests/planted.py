@@ -90,6 +90,8 @@ PhotometricInterpretation SeriesInstanceUID StudyDate BurnedInAnnotation
 GridFrameOffsetVector PlanarConfiguration DimensionOrganizationType TriggerTime
 """.split()
 """Elements that the reader converts, for values that do not convert."""
+FIRST = b"\x08\x00\x08\x00CS"
+"""What a data set starts with: ImageType."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class Planted:
     Attributes:
         dicom, masks: The archive and its NIfTI masks.
         voc: A VOC archive.
-        broken: A folder of objects of which none can be read.
-        sound: The series of one patient, for `predict`.
+        device: The series of one patient, and every broken object, for `predict`.
+        odd: A folder without any DICOM object.
         key: A key that puts patients into all splits.
         patients: PatientIDs, in order.
     """
@@ -108,8 +110,8 @@ class Planted:
     dicom: Path
     masks: Path
     voc: Path
-    broken: Path
-    sound: Path
+    device: Path
+    odd: Path
     key: str
     patients: tuple[str, ...]
 
@@ -281,26 +283,25 @@ def write_planted(root: Path, known: Canaries) -> Planted:
             }
             _store(dicom, known, number, files)
             if number == 0:
-                sound = root / "sound" / known.text("predict folder")
-                _write(sound, files)
+                _write(root / "device" / known.text("device folder"), files)
             mask = masks / f"{patients[-1]}.nii.gz"
             write_mask(mask, label, SHAPE)
             _plant_mask(mask, known, who)
             _write(dicom / known.text("labels"), _label_objects(known, who, label))
         _odd_masks(root, known)
         _ultrasound(dicom / known.text("ultrasound"), known)
-        broken = root / "broken"
         for name, data in broken_objects(scratch, known):
-            _write(broken, {known.text(f"broken file {name}"): data})
-            _write(dicom / known.text("broken"), {known.text(f"broken file {name}"): data})
-        _odd_files(dicom / known.text("odd"), known)
+            for folder in (root / "device", dicom):
+                _write(folder / known.text("broken"), {known.text(f"broken file {name}"): data})
+        for folder in (root / "odd", dicom / known.text("odd")):
+            _odd_files(folder, known)
         _voc(root / "voc", known)
     return Planted(
         dicom=dicom,
         masks=masks,
         voc=root / "voc",
-        broken=broken,
-        sound=sound,
+        device=root / "device",
+        odd=root / "odd",
         key=_key_for(patients),
         patients=tuple(patients),
     )
@@ -485,12 +486,8 @@ def broken_objects(scratch: Path, known: Canaries) -> Iterator[tuple[str, bytes]
     for length in (20, 131, 132, 140, 300, 700, 2000, 4000, len(whole) - 300, len(whole) - 700):
         yield f"cut at {length}", whole[:length]
     yield "no preamble", raw(fresh("no preamble"))[132:]
-    ds = fresh("no meta")
-    head = raw(ds)
-    yield (
-        "no meta",
-        head[head.index(b"\x08\x00\x05\x00") :] if "SpecificCharacterSet" in ds else head,
-    )
+    data = raw(fresh("no meta"))
+    yield "no meta", data[data.index(FIRST) :]
     name = known.name("long element PatientName").encode()
     data = raw(fresh("long element"))
     at = data.index(name) - 2
@@ -513,18 +510,19 @@ def _broken_pixels(fresh: Callable[..., Dataset], known: Canaries) -> Iterator[t
     ds = fresh("screen")
     ds.BurnedInAnnotation = "YES"
     yield "screen", raw(ds)
-    ds = fresh("deep")
-    for level in range(300):
-        ds.ContentSequence = [
-            item(
-                ContentSequence=ds.get("ContentSequence", []),
-                TextValue=known.text(f"deep {level % 3}"),
-            )
-        ]
-    yield "deep", raw(ds)
+    yield "deep", _nested(raw(fresh("deep")), known.text("deep text").encode())
     ds = fresh("short pixels")
     ds.PixelData = known.text("short pixels").encode()
     yield "short pixels", raw(ds)
+
+
+def _nested(data: bytes, text: bytes) -> bytes:
+    """300 sequences in each other at the start of a data set, a text in the innermost."""
+    opened = b"\x40\x00\x30\xa7SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    closed = b"\xfe\xff\x0d\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"
+    inner = b"\x40\x00\x60\xa1LO" + struct.pack("<H", len(text)) + text
+    start = data.index(FIRST)
+    return data[:start] + opened * 300 + inner + closed * 300 + data[start:]
 
 
 def _other_objects(fresh: Callable[..., Dataset], known: Canaries) -> Iterator[tuple[str, bytes]]:

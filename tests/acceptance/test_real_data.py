@@ -140,3 +140,30 @@ def test_cardiac_mr_pairs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     masks = [np.asarray(Image.open(p.files[0])) > 0 for p in predictions]
     truths = [np.asarray(Image.open(archive / "labels" / p.name))[..., 0] > 0 for p in predictions]
     report(capsys, "cardiac MR, 200 steps", scores, dice(np.stack(truths), np.stack(masks)))
+
+
+def test_rtstruct_gives_the_voxels_of_the_nifti_masks(data: Path, tmp_path: Path):
+    """Both formats of every CT series through the shards: the same counts, slice by slice."""
+    archive = data / "seg3d" / "sts_dicom_rtstruct"
+    counts = []
+    for name, changes in {
+        "nifti": {"data.labels": archive, "data.label_pattern": "'{PatientID}/CT/mask.nii.gz'"},
+        "rtstruct": {"data.label_format": "rtstruct", "data.label_names": "{'GTV_Mass*': tumour}"},
+    }.items():
+        (tmp_path / name).mkdir()
+        config, _ = open_config(
+            tmp_path / name,
+            **{
+                "data.archive": archive,
+                "data.modalities": "[CT]",
+                "data.classes": "[background, tumour]",
+                "data.split": "{val: 0.25, test: 0.2}",
+                **changes,
+            },
+        )
+        JOBS["shards"](config)
+        rows = read_index(config.shards)
+        assert len(rows) == 424
+        counts.append({(row.file_id, row.frame): row.histogram for row in rows})
+    assert counts[0] == counts[1]
+    assert sum(histogram[1] for histogram in counts[0].values()) > 100_000
