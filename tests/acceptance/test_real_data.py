@@ -147,7 +147,7 @@ def test_rtstruct_gives_the_voxels_of_the_nifti_masks(data: Path, tmp_path: Path
     archive = data / "seg3d" / "sts_dicom_rtstruct"
     counts = []
     for name, changes in {
-        "nifti": {"data.labels": archive, "data.label_pattern": "'{PatientID}/CT/mask.nii.gz'"},
+        "nifti": {"data.label_pattern": "'{PatientID}/CT/mask.nii.gz'"},
         "rtstruct": {"data.label_format": "rtstruct", "data.label_names": "{'GTV_Mass*': tumour}"},
     }.items():
         (tmp_path / name).mkdir()
@@ -155,6 +155,7 @@ def test_rtstruct_gives_the_voxels_of_the_nifti_masks(data: Path, tmp_path: Path
             tmp_path / name,
             **{
                 "data.archive": archive,
+                "data.labels": archive,
                 "data.modalities": "[CT]",
                 "data.classes": "[background, tumour]",
                 "data.split": "{val: 0.25, test: 0.2}",
