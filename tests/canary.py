@@ -7,7 +7,6 @@ at its end, a day of the nineteenth century, a number of ten digits.
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import io
 import json
@@ -28,6 +27,9 @@ from pydicom.datadict import dictionary_VR
 ROOT_UID = "1.2.826.0.1.3680043.8.498."
 LEAST = 8
 """Bytes of the shortest needle: none is found by chance, and the scanner looks at so many first."""
+
+CHANCE, DIGITS = 4, b"0123456789"
+"""So many more digits around a number make it a part of a longer one."""
 
 CODECS = ("utf-8", "utf-16-le", "utf-16-be")
 """Canaries are ASCII, which is the same in UTF-8, Latin-1 and every code page."""
@@ -65,6 +67,12 @@ class Canaries:
         code = f"{_hash(where) % 10**9:09}"
         return self.times.setdefault(where, f"1{code[0]}2{code[1]}3{code[2]}.{code[3:]}")
 
+    def moment(self, where: str) -> str:
+        """YYYYMMDDHHMMSS.FFFFFF."""
+        day, time = self.date(where), self.time(where)
+        self.numbers[where] = day + time[:6]
+        return day + time
+
     def number(self, where: str) -> str:
         """1000000000 to 1999999999: legal in IS and DS."""
         return self.numbers.setdefault(where, f"{10**9 + _hash(where) % 10**9}")
@@ -81,7 +89,7 @@ class Canaries:
             "UI": self.uid,
             "DA": self.date,
             "TM": self.time,
-            "DT": lambda where: self.date(where) + self.time(where),
+            "DT": self.moment,
             "IS": self.number,
             "DS": self.number,
         }
@@ -162,7 +170,7 @@ class Scanner:
             at = at[self.known[_place(words[at])]]
             for place in (at + start).tolist():
                 for needle in self.by_start.get(data[place : place + LEAST], ()):
-                    if data.startswith(needle, place) and _alone(data, place, needle):
+                    if data.startswith(needle, place) and not _by_chance(data, place, needle):
                         found.add(self.needles[needle])
         return found
 
@@ -172,11 +180,14 @@ def _place(words: np.ndarray) -> np.ndarray:
     return (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(42)
 
 
-def _alone(data: bytes, at: int, needle: bytes) -> bool:
-    """Whether a number is no part of a longer one: eight digits are in many a float by chance."""
+def _by_chance(data: bytes, at: int, needle: bytes) -> bool:
+    """Whether a number is part of a float or a hash: any eight digits are in some of these."""
     if len(needle) > 10 or not needle.isdigit():
-        return True
-    return not (data[at - 1 : at].isdigit() or data[at + len(needle) :][:1].isdigit())
+        return False
+    before = data[max(0, at - CHANCE) : at]
+    after = data[at + len(needle) : at + len(needle) + CHANCE]
+    digits = len(before) - len(before.rstrip(DIGITS)) + len(after) - len(after.lstrip(DIGITS))
+    return digits >= CHANCE
 
 
 def layers(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -188,8 +199,10 @@ def layers(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _unpacked(data: bytes) -> Iterator[tuple[str, bytes]]:
     if data[:2] == b"\x1f\x8b":
-        yield "gzip", gzip.decompress(data)
-    elif data[:4] == b"PK\3\4":  # checkpoints too
+        stream = zlib.decompressobj(31)  # gives what there is of one that is cut short
+        yield "gzip", stream.decompress(data)
+        yield "behind gzip", stream.unused_data
+    elif zipfile.is_zipfile(io.BytesIO(data)):  # checkpoints too
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for member in archive.infolist():
                 yield f"zip {member.filename}", archive.read(member)

@@ -143,6 +143,9 @@ def write_object(
 
     def edit(ds: Dataset) -> None:
         del ds.RescaleSlope, ds.RescaleIntercept
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+            setattr(ds, keyword, "1.2.3")  # the same wherever it is written
+        ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
         ds.Rows, ds.Columns = frames.shape[1:3]
         ds.BitsAllocated, ds.BitsStored, ds.HighBit = bits, bits, bits - 1
         ds.PixelRepresentation = int(values.dtype.kind == "i")

@@ -109,18 +109,18 @@ def _png() -> bytes:
 
 
 def _containers(member: bytes) -> list[Source]:
-    zipped, tarred, tar = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as file:
+    zipped, tar = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as packed:
         for number in range(3):
-            file.writestr(zipfile.ZipInfo(f"folder/{number}"), member, zipfile.ZIP_DEFLATED)
-    for buffer, mode in ((tarred, "w:gz"), (tar, "w:")):
-        with tarfile.open(fileobj=buffer, mode=mode) as file:  # type: ignore[call-overload]
-            entry = tarfile.TarInfo("folder/x")
-            entry.size = len(member)
-            file.addfile(entry, io.BytesIO(member))
+            entry = zipfile.ZipInfo(f"folder/{number}")
+            packed.writestr(entry, member, zipfile.ZIP_DEFLATED)
+    with tarfile.open(fileobj=tar, mode="w:") as file:
+        info = tarfile.TarInfo("folder/x")
+        info.size = len(member)
+        file.addfile(info, io.BytesIO(member))
     return [
         Source("a.zip", "archive", zipped.getvalue()),
-        Source("a.tar.gz", "archive", tarred.getvalue()),
+        Source("a.tar.gz", "archive", gzip.compress(tar.getvalue(), mtime=0)),
         Source("a.tar", "archive", tar.getvalue()),
         Source("a.gz", "archive", gzip.compress(member, mtime=0)),
     ]

@@ -27,6 +27,7 @@ from nibabel.nifti1 import Nifti1Extension
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -122,7 +123,9 @@ def plant(ds: Dataset, known: Canaries, who: str) -> None:
     The PatientID stays that of the caller.
     """
     for keyword in ELEMENTS:
-        setattr(ds, keyword, known.value(who, keyword))
+        # days are short, so few of them: each more raises the odds of finding one by chance
+        shared = dictionary_VR(keyword) in ("DA", "DT") and not who.startswith("patient")
+        setattr(ds, keyword, known.value("others" if shared else who, keyword))
     ds.Manufacturer = f"{known.text(f'{who} Manufacturer')} SIEMENS"
     ds.BodyPartExamined = known.text(f"{who} BodyPartExamined")
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL", known.text(f"{who} ImageType")]
@@ -181,11 +184,13 @@ def _sequences(ds: Dataset, known: Canaries, who: str) -> None:
     ds.OriginalAttributesSequence = [
         given(
             "original",
-            *("SourceOfPreviousValues", "ModifyingSystem", "AttributeModificationDateTime"),
+            *("SourceOfPreviousValues", "ModifyingSystem"),
+            AttributeModificationDateTime=known.moment("others modification"),
             ModifiedAttributesSequence=[
                 given(
                     "modified",
-                    *("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber"),
+                    *("PatientName", "PatientID", "AccessionNumber"),
+                    PatientBirthDate=known.date("others modified birth"),
                     OtherPatientIDsSequence=[given("deep", "PatientID")],
                 )
             ],
@@ -595,4 +600,4 @@ def _voc(root: Path, known: Canaries) -> None:
         grey = Image.fromarray(((hu[1].clip(-160, 240) + 160) / 400 * 255).astype(np.uint8))
         grey.save(images / f"{stem}.png", pnginfo=info, icc_profile=profile)
         Image.fromarray(label[1]).save(masks / f"{stem}.png", pnginfo=info)
-    (images / f"{known.text('VOC broken')}.png").write_bytes(known.text("VOC bytes").encode() * 9)
+    (images / f"{known.text('VOC broken')}_0.png").write_bytes(known.text("VOC bytes").encode() * 9)

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from medpsp.errors import DicomError
 
 _FRAME_HEADERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})  # SOFn, SOF55
+FREE_INFLATED = 1 << 26
+"""Deflated data may grow to 64 MiB whatever their size: an empty mask packs to a thousandth."""
 MAX_FRAME_BYTES = 1 << 29
 """512 MiB: a mammogram of 4096 x 5625 has 46 MB, a slide tile of 1024 x 1024 3 MB."""
 
@@ -167,6 +169,8 @@ def _rle(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
 def _deflated(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
     """Deflated Image Frame Compression (PS3.5 A.4.13): each frame a raw deflate stream."""
     need = _packed_bytes(layout)
+    if need > max(64 * len(stream), FREE_INFLATED):
+        raise DicomError("INFLATE_LIMIT", f"{len(stream)} bytes for {need}")
     data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(stream, need + 2)
     if not need <= len(data) <= need + 1:
         raise DicomError("PIX_TRUNCATED", f"{len(data)} bytes inflated, expected {need}")

@@ -29,7 +29,7 @@ def layout_of(parsed: Parsed) -> Layout:
     """Read and check what describes the pixels.
 
     Raises:
-        DicomError: HDR_REQUIRED_MISSING, SIZE_LIMIT, BITS_UNSUPPORTED.
+        DicomError: HDR_REQUIRED_MISSING, ELEM_INVALID, SIZE_LIMIT, BITS_UNSUPPORTED.
     """
     ds = parsed.header
     floating = parsed.pixel_keyword in ("FloatPixelData", "DoubleFloatPixelData")
@@ -38,6 +38,9 @@ def layout_of(parsed: Parsed) -> Layout:
     for keyword in needed:
         if ds.get(keyword) in (None, ""):
             raise DicomError("HDR_REQUIRED_MISSING", f"no {keyword}")
+    for keyword in ("PixelRepresentation", "PlanarConfiguration"):
+        if (ds.get(keyword) or 0) not in (0, 1):
+            raise DicomError("ELEM_INVALID", f"{keyword} is neither 0 nor 1")
     allocated = int(ds.BitsAllocated)
     stored = allocated if floating else int(ds.BitsStored)
     high = stored - 1 if ds.get("HighBit") in (None, "") else int(ds.HighBit)

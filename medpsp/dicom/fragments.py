@@ -6,7 +6,6 @@ and no length of a codestream is trusted that the file does not have.
 
 from __future__ import annotations
 
-import os
 import struct
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
@@ -74,8 +73,9 @@ def _fragments(stream: BinaryIO, at: int, available: int) -> tuple[list[Fragment
     """Fragments that are not empty, and the Basic Offset Table."""
     stream.seek(at)
     end, found, table, base = at + available, [], b"", -1
-    while (head := stream.read(8)) and len(head) == 8:
-        tag, length = struct.unpack("<II", head)
+    for _ in range(MAX_FRAGMENTS):
+        head = stream.read(8)
+        tag, length = struct.unpack("<II", head) if len(head) == 8 else (0, 0)
         if tag != _ITEM:  # the delimiter, or what follows where it is missing
             break
         start = stream.tell()
@@ -85,8 +85,8 @@ def _fragments(stream: BinaryIO, at: int, available: int) -> tuple[list[Fragment
             base, table = start + length, stream.read(length)
         elif length:
             found.append(Fragment(start, length, start - 8 - base))
-        if len(found) > MAX_FRAGMENTS:
-            raise DicomError("SIZE_LIMIT", f"over {MAX_FRAGMENTS} fragments")
-        stream.seek(start + length, os.SEEK_SET)
+        stream.seek(start + length)
+    else:
+        raise DicomError("SIZE_LIMIT", f"over {MAX_FRAGMENTS} fragments")
     offsets = struct.unpack(f"<{len(table) // 4}I", table[: len(table) // 4 * 4])
     return found, list(offsets)

@@ -24,6 +24,7 @@ from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 
+from medpsp.dicom.codestream import FREE_INFLATED
 from medpsp.dicom.container import open_place
 from medpsp.errors import DicomError, SourceError
 from medpsp.types import Place
@@ -42,9 +43,8 @@ PIXEL_TAGS = {
     0x7FE00008: "FloatPixelData",
     0x7FE00009: "DoubleFloatPixelData",
 }
-MAX_INFLATED, FREE_INFLATED = 1 << 30, 1 << 26
-"""A deflated data set may grow to 64 times its size, to 64 MiB in any case (an empty mask packs to
-a thousandth), and never beyond 1 GiB."""
+MAX_INFLATED = 1 << 30
+"""Bytes that a deflated data set may grow to, and 64 times its size where that is less."""
 
 _LONG_VR = (b"OB", b"OW", b"OF", b"OD", b"UN")
 
