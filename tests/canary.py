@@ -202,9 +202,10 @@ def _unpacked(data: bytes) -> Iterator[tuple[str, bytes]]:
         stream = zlib.decompressobj(31)  # gives what there is of one that is cut short
         yield "gzip", stream.decompress(data)
         yield "behind gzip", stream.unused_data
-    elif zipfile.is_zipfile(io.BytesIO(data)):  # checkpoints too
+    elif zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for member in archive.infolist():
+            # what is stored stands in the file as it is; so it is with checkpoints
+            for member in (m for m in archive.infolist() if m.compress_type):
                 yield f"zip {member.filename}", archive.read(member)
     elif data[:4] == b"PAR1":
         yield "parquet", parquet_text(data)
