@@ -135,10 +135,12 @@ def predict(
     from collections import Counter
 
     from launch.jobs import setup_logging
+    from launch.rundir import keep_private
     from medpsp.deploy.predict import Predictor
     from medpsp.progress import Bar
 
     setup_logging()
+    keep_private(source)
     predictor = Predictor(model, threads)
     with Bar("predict", 0, "series") as bar:
         predictions, rows = predictor.folder(source, out, lambda name: bar.advance(note=name))

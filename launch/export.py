@@ -43,7 +43,7 @@ def _metadata(config: Config, rows: tuple[SliceRow, ...], step: int) -> dict[str
         "classes": list(config.data.classes),
         "modalities": sorted({row.modality for row in rows}),
         "window": asdict(window) if window else None,
-        "header_window": config.data.window == "header",
+        "header_window": config.data.header_window,
         "backbone": config.model.backbone,
         "head": config.model.head,
         "bins": list(config.model.bins),

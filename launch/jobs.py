@@ -12,7 +12,7 @@ from launch.cluster import detect_world
 from launch.evaluate import evaluate_job
 from launch.export import export_job
 from launch.ranks import start_ranks
-from launch.rundir import RunDir
+from launch.rundir import RunDir, keep_private, told_path
 from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.configio import load_config, without_paths
@@ -30,6 +30,7 @@ def run_command(name: str, config_path: Path) -> tuple[int, str]:
     """
     setup_logging()
     config = load_config(config_path)
+    keep_private(config.data.archive, config.data.labels)
     run = RunDir(config.out)
     run.log_to(name)
     marker = run.logs / f"{name}.failed"
@@ -63,10 +64,10 @@ class _Stderr(logging.Handler):
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line."""
+    """An error as one line; the path of an OSError may name a patient and is left out."""
     if isinstance(error, OSError) and not isinstance(error, MedpspError):
-        where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or type(error).__name__}{where}"
+        where = told_path(error)
+        return (error.strerror or type(error).__name__) + (f": {where}" if where else "")
     return " ".join(str(error).split())
 
 
@@ -141,6 +142,7 @@ def train_job(config: Config) -> None:
 
     run, root = RunDir(config.out), config.shards
     val = [row for row in rows if row.split == "val"]
+    clean = [row for row in val if "PHI_BURNED_IN" not in row.flags]  # event files travel
     pixels = class_pixels(stage_rows(rows, 1.0), len(config.data.classes))
     newest = latest_checkpoint(run.checkpoints)
     first_step = read_state(newest).step if newest else 0
@@ -162,7 +164,7 @@ def train_job(config: Config) -> None:
                 board=board,
                 weights=weights,
                 data_id=read_manifest(root).data_id,
-                examples=example_batch(root, val, config),
+                examples=example_batch(root, clean, config) if clean else None,
                 batches=lambda stage, first: train_batches(
                     root, rows, config, world, (stage, first)
                 ),

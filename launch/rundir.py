@@ -15,6 +15,7 @@ from medpsp.errors import ConfigError, LaunchError
 
 log = logging.getLogger("medpsp")
 _locked: set[Path] = set()
+_private: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,24 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"config '{name}': no such file and no shipped name; {hint}")
 
 
+def keep_private(*folders: Path | None) -> None:
+    """Folders of patients: a path below them is in no message of this process."""
+    _private.update(folder.resolve() for folder in folders if folder)
+
+
+def told_path(error: OSError) -> str:
+    """The path of an error for a message; empty where it may name a patient."""
+    if not error.filename:
+        return ""
+    path = Path(os.fsdecode(error.filename))
+    inside = any(path.absolute().is_relative_to(folder) for folder in _private)
+    return "" if inside else str(path)
+
+
 def open_run(name: str, overrides: tuple[str, ...]) -> tuple[Config, RunDir]:
     """Load a configuration and make its run folder."""
     config = load_config(find_config(name), overrides)
+    keep_private(config.data.archive, config.data.labels)
     archive, root = config.data.archive.resolve(), config.out.resolve()
     if config.data.source == "dicom" and root.is_relative_to(archive):
         raise ConfigError(

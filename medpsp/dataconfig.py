@@ -140,11 +140,15 @@ class DataConfig(Node):
     decode_memory_mib: Annotated[int, Field(ge=256)] = Field(
         default=1024, description="Memory of one decoder process, MiB."
     )
-    window: WindowConfig | Literal["header"] | None = Field(
+    window: WindowConfig | None = Field(
         default=None,
         description="None: 40/400 for CT, the full range for 8-bit images, else percentiles "
-        "0.5-99.5 of the series. header: Window Center and Width of each slice, by its VOI LUT "
-        "Function; slices without go as if None.",
+        "0.5-99.5 of the series.",
+    )
+    header_window: bool = Field(
+        default=False,
+        description="Each slice by Window Center and Width of its header and its VOI LUT Function; "
+        "slices without them by `window`.",
     )
     split: SplitConfig = SplitConfig()
     voc: VocConfig = VocConfig()
@@ -163,9 +167,8 @@ class DataConfig(Node):
     @property
     def fixed_window(self) -> Window | None:
         """The configured window, if it is one."""
-        if isinstance(self.window, WindowConfig):
-            return Window(center=self.window.center, width=self.window.width)
-        return None
+        window = self.window
+        return Window(center=window.center, width=window.width) if window else None
 
     @property
     def policy(self) -> ReadPolicy:
@@ -182,6 +185,16 @@ class DataConfig(Node):
     def _map_into_classes(self) -> DataConfig:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must differ, got {', '.join(self.classes)}")
+        for name in self.modalities:
+            if name != name.upper().strip() or not name:
+                raise ValueError(f"modalities: '{name}', expected a DICOM code in capitals, as CT")
+        try:
+            self.label_pattern.format(PatientID="", SeriesInstanceUID="", Modality="", folder="")
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ValueError(
+                f"label_pattern '{self.label_pattern}': fields are {{PatientID}}, "
+                "{SeriesInstanceUID}, {Modality} and {folder}"
+            ) from None
         if unknown := set(self.label_names.values()) - set(self.classes):
             raise ValueError(
                 f"label_names leads to {', '.join(sorted(unknown))}; classes are "

@@ -56,6 +56,8 @@ def create_key(path: Path, text: str = "") -> None:
     Raises:
         ConfigError: The file exists; a key is never overwritten.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder, expected the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

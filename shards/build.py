@@ -84,7 +84,7 @@ def _settings(data: DataConfig) -> WriteSettings:
         mask_geometry=data.mask_geometry,
         mask_resample=data.mask_resample,
         window=data.fixed_window,
-        header_window=data.window == "header",
+        header_window=data.header_window,
         padding=data.padding,
         shard_slices=data.shard_slices,
         decode_seconds=data.decode_seconds,
@@ -93,10 +93,21 @@ def _settings(data: DataConfig) -> WriteSettings:
 
 
 def _require_places(data: DataConfig, root: Path) -> None:
-    """Nothing of ours into the archive, where it would be scanned; no real path into shards."""
+    """Nothing of ours into the archive, where it would be scanned; nothing of theirs into ours.
+
+    What lies in the folder of the shards and is in no plan is deleted.
+    """
     archive, shards = data.archive.resolve(), root.resolve()
     if data.source == "dicom" and shards.is_relative_to(archive):
         raise ConfigError(f"out: {root} lies inside data.archive; take a folder outside it")
+    for name in ("archive", "labels", "key_file"):
+        place = getattr(data, name)
+        if place and place.resolve().is_relative_to(shards):
+            raise ConfigError(f"data.{name} {place}: lies inside the shards; move it out of {root}")
+    if root.is_dir() and any(root.iterdir()) and not (root / "zarr.json").is_file():
+        raise ConfigError(
+            f"out: {root} holds something that is no shards of medpsp; take an empty folder"
+        )
     if data.source == "dicom" and data.labels and not data.labels.is_dir():
         raise ConfigError(f"data.labels {data.labels}: no such folder")
     if data.crosswalk:
@@ -205,6 +216,7 @@ def _publish(config: Config, key: bytes, commits: list[Commit], gathered: Gather
         data_id=data_id(data, fingerprint(key), {(r["patient"], r["split"]) for r in kept}),
         shards=tuple({"name": c.name, "digest": c.digest, "files": c.files} for c in commits),
         slices=len(kept),
+        torn=sum(o.status == "kept" and o.kept < o.frames for o in objects),
         counts=dict(counts),
         codes=dict(sorted(Counter(row.code for row in objects if row.code).items())),
         deid=_deid(data, key),

@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import refusal
@@ -20,7 +19,7 @@ from medpsp.dicom.voc import scan_voc
 from medpsp.errors import ArchiveError, ConfigError, LabelError, SourceError
 from medpsp.identity import pseudonym, shifted_day, split_of, unit_hash
 from medpsp.progress import Bar
-from medpsp.types import Place, ScanRow, Series
+from medpsp.types import Place, ScanRow, Series, SliceRef
 from shards.layout import PlannedSeries
 
 log = logging.getLogger("medpsp")
@@ -173,12 +172,27 @@ def _target(box: Sandbox, file: LabelFile) -> LabelRef | SourceError:
         return error
 
 
+def _stamp(path: str) -> tuple[int, ...]:
+    """What changes with a file; nothing for one that is gone, which its reader will say."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _series_parts(first: SliceRef) -> tuple[str, ...]:
+    """What makes a series one; objects without UIDs are told apart by their names."""
+    where = "" if first.series_uid and first.sop_uid else first.file_id
+    return first.patient_id, first.series_uid, first.sop_uid, str(first.frame), where
+
+
 def _planned(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
     first = series.first
     patient = first.patient_id
     split = series.split or split_of(key, patient, data.split.val, data.split.test)
     sources = {*(s.path for s in series.slices), *(m.path for m in series.masks)}
-    stats = [os.stat(p) for p in sorted(sources) if Path(p).is_file()]
+    stats = [_stamp(path) for path in sorted(sources)]
     day = shifted_day(key, patient, first.study_date) if data.dates == "shift" else -1
     return PlannedSeries(
         series=series,
@@ -186,8 +200,8 @@ def _planned(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
         order=unit_hash(key, "stage", patient),
         patient=pseudonym(key, "patient", patient),
         # one SeriesInstanceUID may hold several series: planes, localizers, stacks of one object
-        name=pseudonym(key, "series", f"{first.series_uid} {first.sop_uid} {first.frame}"),
-        stamp=pseudonym(key, "stamp", json.dumps([(s.st_size, s.st_mtime_ns) for s in stats])),
+        name=pseudonym(key, "series", "\0".join(_series_parts(first))),
+        stamp=pseudonym(key, "stamp", json.dumps(stats)),
         study_day=day,
     )
 

@@ -112,6 +112,7 @@ class Manifest:
         shards: Name, digest of the plan and SHA-256 of the files of each.
         tables: SHA-256 of index, object table and every zarr.json.
         slices: Rows of the index.
+        torn: Kept objects that lost frames.
         counts: Objects by status: kept, skipped, quarantined, duplicate.
         codes: Objects by reason code, also of kept ones that lost frames.
         deid: How the shards were de-identified, in the terms of PS3.15 E.
@@ -128,6 +129,7 @@ class Manifest:
     data_id: str
     shards: tuple[dict[str, Any], ...]
     slices: int
+    torn: int
     counts: dict[str, int]
     codes: dict[str, int]
     deid: dict[str, Any]
@@ -287,6 +289,6 @@ def class_pixels(rows: Sequence[SliceRow], classes: int) -> NDArray[np.int64]:
 
 
 def reject_fraction(manifest: Manifest) -> float:
-    """Share of quarantined objects among kept and quarantined ones."""
-    bad = manifest.counts["quarantined"]
-    return bad / max(1, bad + manifest.counts["kept"])
+    """Share of objects that are quarantined or lost frames, among those and the kept ones."""
+    bad = manifest.counts["quarantined"] + manifest.torn
+    return bad / max(1, manifest.counts["quarantined"] + manifest.counts["kept"])

@@ -78,7 +78,7 @@ class ShardPlan:
 def data_settings(data: DataConfig) -> dict[str, Any]:
     """What of the configuration decides slices, labels, windows and splits, as JSON values."""
     keep = {
-        *("source", "classes", "modalities", "window", "split", "unlabelled"),
+        *("source", "classes", "modalities", "window", "header_window", "split", "unlabelled"),
         *("label_format", "label_map", "label_names", "label_overlap", "seg_threshold"),
         *("mask_geometry", "mask_resample"),
         *("gaps", "burned_in", "non_volumes", "colour", "padding", "dates"),

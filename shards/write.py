@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -28,6 +29,9 @@ from shards.layout import Part, ShardPlan
 from shards.source import Slice, WriteSettings, read_part
 
 COMMITS = "commits"
+BUCKET = re.compile(r"\d+x\d+_(int16|float32|uint8)")
+PASSING = frozenset({"DEC_OOM", "DEC_TIMEOUT", "DEC_CRASH", "FILE_UNREADABLE"})
+"""Codes of failures that may be gone the next time: their shard is written anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +68,23 @@ def clear_stale(root: Path, plans: Iterable[ShardPlan]) -> None:
     A patient taken out of the archive is gone from the shards after the next run.
     """
     keep = {root / name for plan in plans for name in (*_files(plan), _commit_name(plan))}
-    buckets = {plan.bucket for plan in plans}
-    for folder in root.glob("*x*_*"):
-        if folder.name not in buckets:
+    planned = {plan.bucket for plan in plans}
+    for folder in (f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()):
+        if folder.name not in planned:
             shutil.rmtree(folder)
-    for pattern in (f"{COMMITS}/*", "*x*_*/*/c/*/0/**/*", "**/.*.partial"):
-        for path in list(root.glob(pattern)):
-            if path not in keep and path.is_file():
-                path.unlink()
+            continue
+        for name in ("image", "label"):
+            _clear(folder / name, "c/*/0/**/*", keep)
+            _clear(folder / name, "**/.*.partial", keep)
+    _clear(root / COMMITS, "*", keep)
+    for folder in (root, root / COMMITS):
+        _clear(folder, ".*.partial", keep)
+
+
+def _clear(folder: Path, pattern: str, keep: set[Path]) -> None:
+    for path in list(folder.glob(pattern)):
+        if path not in keep and path.is_file():
+            path.unlink()
 
 
 def _create(
@@ -110,6 +123,8 @@ def read_commit(root: Path, plan: ShardPlan, digest: str) -> Commit | None:
         tree = json.loads((root / _commit_name(plan)).read_text(encoding="utf-8"))
         commit = Commit(**{**tree, "rows": tuple(tree["rows"]), "refused": tuple(tree["refused"])})
         if commit.digest != digest:
+            return None
+        if any(row["code"] in PASSING for row in commit.refused):
             return None
         whole = all(file_sha256(root / name) == sha for name, sha in commit.files.items())
     except (OSError, ValueError, TypeError, KeyError):

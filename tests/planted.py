@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import DataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pack_bits
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -292,7 +292,7 @@ def write_planted(root: Path, known: Canaries) -> Planted:
             mask = masks / f"{patients[-1]}.nii.gz"
             write_mask(mask, label, SHAPE)
             _plant_mask(mask, known, who)
-            _write(dicom / known.text("labels"), _label_objects(known, who, label))
+            _write(dicom / known.text("labels"), label_objects(known, who, label))
         _odd_masks(root, known)
         _ultrasound(dicom / known.text("ultrasound"), known)
         for name, data in broken_objects(scratch, known):
@@ -371,7 +371,7 @@ def _plant_mask(path: Path, known: Canaries, who: str) -> None:
     nib.save(image, path)
 
 
-def _label_objects(known: Canaries, who: str, label: NDArray[np.uint8]) -> dict[str, bytes]:
+def label_objects(known: Canaries, who: str, label: NDArray[np.uint8]) -> dict[str, bytes]:
     """A SEG of the liver, an RTSTRUCT with a square, each also with a name that is no class."""
     affine, images = (
         SHAPE.affine_lps(),
@@ -410,6 +410,7 @@ def _label_objects(known: Canaries, who: str, label: NDArray[np.uint8]) -> dict[
         ds.file_meta = FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds.file_meta.MediaStorageSOPClassUID = uid
+        ds.preamble = known.text(f"{who} {kind} preamble").encode().ljust(128, b"\0")
         found[known.text(f"{who} {kind} file")] = raw(ds)
     return found
 
@@ -500,6 +501,30 @@ def broken_objects(scratch: Path, known: Canaries) -> Iterator[tuple[str, bytes]
     yield "odd VR", data.replace(b"\x10\x00\x10\x00PN", b"\x10\x00\x10\x00QZ")
     yield from _broken_pixels(fresh, known)
     yield from _other_objects(fresh, known)
+
+
+def malformed(data: bytes, known: Canaries, who: str) -> Iterator[tuple[str, bytes]]:
+    """A DICOM file once for each of its elements, in sequences too, with text for its value."""
+    for path in list(_paths(pydicom.dcmread(io.BytesIO(data)))):
+        ds: Any = pydicom.dcmread(io.BytesIO(data))
+        item = ds
+        for tag in path[:-1]:
+            item = item[tag].value[0]
+        value = known.text(f"{who} {path}").encode()
+        item[path[-1]] = RawDataElement(
+            path[-1], item[path[-1]].VR, len(value), value, 0, False, True
+        )
+        try:
+            yield f"{who} {path}", raw(ds)
+        except (TypeError, ValueError):  # pydicom needs it, to write the others
+            continue
+
+
+def _paths(ds: Dataset, above: tuple[BaseTag, ...] = ()) -> Iterator[tuple[BaseTag, ...]]:
+    for element in ds:
+        yield (*above, element.tag)
+        if element.VR == "SQ" and element.value:
+            yield from _paths(element.value[0], (*above, element.tag))
 
 
 def _broken_pixels(fresh: Callable[..., Dataset], known: Canaries) -> Iterator[tuple[str, bytes]]:

@@ -447,7 +447,6 @@ def test_a_split_whose_patients_all_turn_out_bad_is_an_error_with_the_reason(
     [
         ({"archive": Path("/nowhere")}, ArchiveError, "/nowhere: no such folder"),
         ({"labels": Path("/nowhere")}, ConfigError, r"^data\.labels /nowhere: no such folder"),
-        ({"label_pattern": "{Name}.nii"}, ConfigError, r"^data\.label_pattern"),
         ({"label_pattern": "no/{PatientID}"}, ArchiveError, "nothing usable; .*32 LABEL_NONE"),
         ({"modalities": ["MR"]}, ArchiveError, "nothing usable; .*32 MODALITY_SKIPPED"),
     ],
@@ -461,6 +460,31 @@ def test_what_cannot_become_shards_is_refused(
     match: str,
 ):
     refused(make_config(archive, tmp_path, **data), kind, match)
+
+
+def test_what_is_not_ours_is_never_deleted(
+    archive: Path, make_config: Make, tmp_path: Path, ray_once: None
+):
+    """The folder of the shards is swept: an archive in it, or anything else, must not be."""
+    inside = tmp_path / "out" / "shards" / "hosp2020x2021_archive"
+    shutil.copytree(archive / "dicom", inside)
+    files = sum(1 for path in inside.rglob("*") if path.is_file())
+    config = make_config(archive, tmp_path / "out", archive=inside)
+    refused(config, ConfigError, r"data\.archive .* lies inside the shards; move it out")
+    other = make_config(archive, tmp_path / "out")
+    refused(other, ConfigError, "holds something that is no shards of medpsp")
+    assert sum(1 for path in inside.rglob("*") if path.is_file()) == files
+
+
+def test_a_failure_that_may_pass_is_tried_again(copied: Config):
+    commit = next((copied.shards / "commits").iterdir())
+    tree = json.loads(commit.read_text())
+    row = tree["rows"].pop()
+    lost = {"file_id": row["file_id"], "status": "quarantined", "code": "DEC_OOM", "detail": ""}
+    tree["refused"].append({**lost, "frame": 0})
+    commit.write_text(json.dumps(tree))
+    assert build_shards(copied).counts["quarantined"] == 2  # as the archive has it
+    assert check_shards(copied.shards) == []
 
 
 def test_nothing_is_written_into_the_archive(archive: Path, make_config: Make):

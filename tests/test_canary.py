@@ -10,7 +10,9 @@ import base64
 import gzip
 import io
 import json
+import logging
 import os
+import pickle
 import re
 import shutil
 import stat
@@ -18,11 +20,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import traceback
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +45,34 @@ import zarr
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from launch.phantom import draw, write_mask
+from medpsp.dicom.labelref import label_target
+from medpsp.dicom.labels import read_nifti_mask
+from medpsp.dicom.names import NameRule
+from medpsp.dicom.parse import parse
+from medpsp.dicom.placement import grid_of
+from medpsp.dicom.read import read_frame, read_headers
+from medpsp.dicom.rtstruct import read_contours
+from medpsp.dicom.sandbox import Sandbox
+from medpsp.dicom.seg import read_segments
+from medpsp.dicom.series import group_series
+from medpsp.errors import LabelError, SourceError
 from medpsp.identity import create_key, pseudonym
+from medpsp.types import Place, ReadPolicy, SliceRef
 from shards.index import read_index, read_objects
 from tests.canary import CODECS, Canaries, Scanner, encoded, leaks, tree_layers
-from tests.planted import PATIENTS, Planted, write_planted
+from tests.labelled import series, slice_ref
+from tests.planted import (
+    PATIENTS,
+    SHAPE,
+    Planted,
+    broken_objects,
+    label_objects,
+    malformed,
+    planted_slices,
+    raw,
+    write_planted,
+)
 
 CLASSES = ["background", "liver", "kidney", "lesion"]
 Parts = list[tuple[str, bytes]]
@@ -470,3 +501,121 @@ def test_the_scanner_looks_into_every_container(
     assert leaks(scanner_of(known), tree_layers(tmp_path)) == {}
     wrap(tmp_path, text)
     assert leaks(scanner_of(known), tree_layers(tmp_path))
+
+
+# what errors say
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scanner, list[Path]]:
+    """Objects that cannot be read, or not wholly, and the canaries in them."""
+    folder, known = tmp_path_factory.mktemp("bad"), Canaries()
+    hu, label = draw(SHAPE, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = dict(broken_objects(folder / "scratch", known))
+        slices = planted_slices(folder / "scratch", known, "patient 0", hu, SHAPE)
+        whole = {"CT": raw(slices[0]), **label_objects(known, "patient 0", label)}
+        for name, data in whole.items():
+            found |= malformed(data, known, name)
+            found |= {f"{name} cut at {k}": data[:k] for k in range(0, len(data), 211)}
+    paths = []
+    for number, (name, data) in enumerate(found.items()):
+        paths.append(folder / f"{number}_{known.text(name)}")
+        paths[-1].write_bytes(data)
+    return scanner_of(known), paths
+
+
+def _attempts(path: Path, box: Sandbox | None) -> Iterator[Callable[[], object]]:
+    """All that can be asked of an object, in this process or in the sandbox."""
+    place, policy = Place(str(path)), ReadPolicy(burned_in="keep", non_volumes="keep")
+    rule = NameRule(classes=tuple(CLASSES))
+    volume = series(affine=SHAPE.affine_lps(), shape=SHAPE.shape)
+    if box:
+        yield lambda: [box.frame(ref) for ref in box.headers(place, "id", policy)]
+        yield lambda: box.label_target(place)
+        for kind in ("seg", "rtstruct", "nifti"):
+            labelled = replace(volume, masks=(place,), mask_kind=kind)
+            yield partial(box.labels, labelled, rule, "affine", "never")
+        return
+    grid = grid_of(volume)
+    yield lambda: [read_frame(ref) for ref in read_headers(place, "id", policy)]
+    yield lambda: label_target(parse(place).header)
+    yield lambda: read_contours(parse(place).header, grid, rule)
+    yield lambda: read_segments(parse(place).header, lambda n: np.zeros((48, 48)), grid, rule)
+
+
+def _told(error: BaseException) -> bytes:
+    """Everything that a log could hold of an error."""
+    lines = [*traceback.format_exception(error), repr(error), repr(error.args)]
+    return "\n".join(lines).encode("utf-8", "surrogateescape") + pickle.dumps(error)
+
+
+@pytest.mark.parametrize("where", ["here", "sandbox"])
+def test_no_error_tells_a_value(
+    bad: tuple[Scanner, list[Path]],
+    where: str,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scanner, paths = bad
+    told: list[tuple[str, list[str]]] = []
+    caplog.set_level(logging.DEBUG)
+    with Sandbox() if where == "sandbox" else nullcontext() as box, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in paths:
+            for attempt in _attempts(path, box):
+                try:
+                    attempt()
+                except SourceError as error:
+                    told.append((error.code, sorted(scanner.hits(_told(error)))))
+    assert [(code, hits) for code, hits in told if hits] == []
+    codes = Counter(code for code, _ in told)
+    assert codes.total() > 1000
+    assert len(codes) > 25
+    printed = "".join((*capfd.readouterr(), caplog.text)).encode("utf-8", "surrogateescape")
+    assert scanner.hits(printed) == set()
+
+
+def test_no_nifti_header_is_told(tmp_path: Path) -> None:
+    known, grid = Canaries(), grid_of(series(affine=SHAPE.affine_lps(), shape=SHAPE.shape))
+    path = tmp_path / f"{known.text('name')}.nii"
+    write_mask(path, draw(SHAPE, 0)[1], SHAPE)
+    whole, text, errors = path.read_bytes(), known.text("field").encode(), []
+    for at in range(0, 348, 2):
+        path.write_bytes(whole[:at] + text + whole[at + len(text) :])
+        try:
+            read_nifti_mask(path, grid)
+        except LabelError as error:
+            errors.append(_told(error))
+    assert len(errors) > 50
+    scanner = scanner_of(known)
+    assert [told for told in errors if scanner.hits(told)] == []
+
+
+def test_no_geometry_error_tells_an_identity() -> None:
+    known, no = Canaries(), float("nan")
+    keywords = ("patient_id", "series_uid", "frame_of_reference", "study_date", "series_split_key")
+    given = {key: known.text(key) for key in keywords}
+    plane = {"orientation": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), "pixel_spacing": (1.0, 1.0)}
+
+    def ref(z: float, name: str, **fields: Any) -> SliceRef:
+        own = {"sop_uid": known.uid(f"{name} {z}"), "path": known.text(f"path of {name} {z}")}
+        return slice_ref(**{**given, **own, **plane, "position": (0, 0, z), **fields})
+
+    refs = [
+        *(ref(z, "gap", series_uid=known.uid("gap")) for z in (0, 1, 2, 7, 8)),
+        *(ref(z, "uneven", series_uid=known.uid("uneven")) for z in (0, 1, 2.5, 3.5)),
+        *(ref(0, name, series_uid=known.uid("same place")) for name in "ab"),
+        *(ref(z, "conflict", sop_uid=known.uid("conflict")) for z in (20, 30)),
+        ref(no, "nonfinite"),
+        ref(40, "orientation", orientation=(1.0, 0, 0, 1, 0, 0)),
+        ref(50, "spacing", pixel_spacing=(0.0, 1.0)),
+    ]
+    _, refused = group_series(refs, ReadPolicy(gaps="reject"), lambda refs: False)
+    assert {error.code for _, error in refused} == {
+        *("MISSING_SLICES", "UNEVEN_SPACING", "DUP_POSITION", "DUP_CONFLICT"),
+        *("GEOM_NONFINITE", "GEOM_BAD_IOP", "GEOM_BAD_SPACING"),
+    }
+    scanner = scanner_of(known)
+    assert [error for _, error in refused if scanner.hits(_told(error))] == []

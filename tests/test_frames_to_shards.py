@@ -145,7 +145,7 @@ def test_the_network_may_be_shown_the_window_of_each_header(
         ds.WindowCenter, ds.WindowWidth = ["", 100 + number], ["", 51]  # VM 1-n, an empty value
         ds.VOILUTFunction = ("LINEAR", "SIGMOID", "CANARY")[number % 3]
         ds.save_as(path)
-    config = make_config(tmp_path, tmp_path / "out", window="header")
+    config = make_config(tmp_path, tmp_path / "out", header_window=True)
     build_shards(config)
     rows = read_index(config.shards)
     functions = {row.window_function: row for row in rows}

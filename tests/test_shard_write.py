@@ -216,6 +216,7 @@ SETTINGS = WriteSettings(
     mask_geometry="affine",
     mask_resample="never",
     window=None,
+    header_window=False,
     padding="background",
     shard_slices=4,
 )

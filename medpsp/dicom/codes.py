@@ -38,7 +38,7 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Check permissions and the disk, then run again."),
     "SYMLINK_LOOP": ("skipped", "A link to itself, or to a folder around it.",
         "Nothing."),
-    "SYMLINK_OUTSIDE": ("skipped", "A link to a folder outside the archive, not followed.",
+    "SYMLINK_OUTSIDE": ("quarantined", "A link to a folder outside the archive, not followed.",
         "Move or copy the folder into the archive if it belongs there."),
     "SYMLINK_FOLDER": ("duplicate", "A link to a folder that is in the archive anyway.",
         "Nothing."),

@@ -45,7 +45,7 @@ class Run:
     Attributes:
         batches: Stage index and first step within the stage to this rank's batches.
         val_batches: This rank's share of the validation slices, whole slices.
-        examples: A few validation slices to draw.
+        examples: A few validation slices to draw; None where all may show a name.
         weights: (K,) class weights.
         data_id: Of the shards; a checkpoint goes on only with the data it was made from.
     """
@@ -57,7 +57,7 @@ class Run:
     board: Board
     batches: Callable[[int, int], Iterable[Batch]]
     val_batches: Callable[[], Iterable[Batch]]
-    examples: Batch
+    examples: Batch | None
     weights: Tensor
     data_id: str = ""
 
@@ -197,8 +197,9 @@ def evaluate_and_save(
                 **{f"val/dice/{n}": float(d) for n, d in zip(names, dice[1:], strict=True)},
             },
         )
-        predicted = predict_batch(model, run.examples, run.device)
-        run.board.overlays(step, run.examples.image.numpy(), run.examples.label.numpy(), predicted)
+        if drawn := run.examples:
+            predicted = predict_batch(model, drawn, run.device)
+            run.board.overlays(step, drawn.image.numpy(), drawn.label.numpy(), predicted)
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         last = step == sum(s.steps for s in config.train.stages[: index + 1])
         if last:
