@@ -83,6 +83,7 @@ def written(root: Path, rows: list[SliceRow], objects: list[ObjectRow], **fields
         "data_id": "d1",
         "shards": (),
         "slices": len(rows),
+        "torn": 0,
         "counts": counts,
         "codes": {},
         "deid": {"profile": "allow-list", "options": []},
