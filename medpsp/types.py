@@ -22,6 +22,8 @@ VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 MaskKind = Literal["", "nifti", "png", "seg", "rtstruct"]
 Status = Literal["kept", "skipped", "quarantined", "duplicate"]
 FloatArray = NDArray[np.floating[Any]]
+Box = tuple[int, int, int, int]
+"""First row, first column, rows, columns of a part of an image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +66,27 @@ class ReadPolicy:
 class SliceRef:
     """One frame of one image object as the header scan saw it; pixels are read later.
 
-    ``patient_id``, the UIDs, ``study_date`` and the place are the real ones: they stay in the
+    ``patient_id``, the UIDs, dates, times and the place are the real ones: they stay in the
     memory of the conversion and never reach a shard, a table or a log. ``file_id`` is the
     pseudonym of the object. An object of one frame has frame 0 of 1.
 
     Attributes:
+        patient_id: Empty where the header has none, until `group_series` puts a stand-in.
+        photometric: MONOCHROME1 also where PresentationLUTShape inverts MONOCHROME2.
         position, orientation: (0020,0032) mm LPS, (0020,0037) six direction cosines.
         pixel_spacing: Between rows, between columns, mm; see ``spacing_source`` for its trust:
             patient plane, calibrated projection, detector plane, ultrasound region.
-        series_split_key: Keeps slices of one SeriesInstanceUID apart: kind of image, frame of
-            reference, stack.
-        collision_key: Echo, temporal position, b-value, acquisition, kernel: separates slices
-            only where their positions collide.
+        series_split_key: Keeps slices of one SeriesInstanceUID apart: kind of image, unit of its
+            values, frame of reference, stack.
+        contrast_key: Echo, b-value, kernel, tube voltage: separates slices where their positions
+            collide, and where those of one value are a regular stack of their own.
+        collision_key: Temporal position, trigger, gradient direction, acquisition: separates
+            slices only where their positions collide.
+        times: Of acquisition and of content, or empty: the last thing to tell slices of one
+            position apart.
         flags: Codes of what is unusual but readable, for example RESCALE_ABSENT.
-        region: (first row, first column, rows, columns) that is shown, all else is blanked.
+        region: Boxes of (first row, first column, rows, columns) that are shown, all else is
+            blanked; without any, all is shown.
         manufacturer, body_part: Of a closed vocabulary, or empty.
     """
 
@@ -99,12 +108,15 @@ class SliceRef:
     spacing_source: SpacingSource = ""
     window: Window | None = None
     sop_uid: str = ""
+    study_uid: str = ""
     frame_of_reference: str = ""
     study_date: str = ""
     series_split_key: str = ""
+    contrast_key: tuple[str, ...] = ()
     collision_key: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    region: tuple[int, int, int, int] | None = None
+    region: tuple[Box, ...] = ()
     manufacturer: str = ""
     body_part: str = ""
 

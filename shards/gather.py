@@ -8,13 +8,14 @@ import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.labelref import LabelRef, match_series
 from medpsp.dicom.labels import mask_path
 from medpsp.dicom.sandbox import Sandbox, SandboxPool, shared_sandbox
-from medpsp.dicom.scan import LabelFile, Scan, find_labels, scan_folder
+from medpsp.dicom.scan import LabelFile, Scan, find_labels, label_head, scan_folder
 from medpsp.dicom.voc import scan_voc
 from medpsp.errors import ArchiveError, ConfigError, LabelError, SourceError
 from medpsp.identity import pseudonym, shifted_day, split_of, unit_hash
@@ -23,6 +24,9 @@ from medpsp.types import Place, ScanRow, Series, SliceRef
 from shards.layout import PlannedSeries
 
 log = logging.getLogger("medpsp")
+
+LABELS = "labels//"
+"""Before the names of the objects in a labels folder outside the archive: no path holds "//"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +52,12 @@ def gather(data: DataConfig, key: bytes) -> Gathered:
         ConfigError: The training or validation split would be empty.
     """
     with SandboxPool(data.workers, data.decode_seconds, data.decode_memory_mib) as pool:
-        scan = _scan(data, key, pool)
-        series, rows = _with_masks(scan, data, key, pool)
-    if not series:
-        raise ArchiveError(f"data.archive: nothing usable; found {tally(rows)}")
-    planned = [_planned(s, data, key) for s in series]
+        scan = _with_masks(_scan(data, key, pool), data, key, pool)
+    if not scan.series:
+        raise ArchiveError(f"data.archive: nothing usable; found {tally(scan.rows)}")
+    planned = [_planned(s, data, key) for s in scan.series]
     _require_splits(planned, data)
-    return Gathered(planned=planned, rows=rows, objects=scan.objects)
+    return Gathered(planned=planned, rows=scan.rows, objects=scan.objects)
 
 
 def file_id(key: bytes, name: str) -> str:
@@ -86,25 +89,24 @@ def _scan(data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
         return scan_folder(data.archive, data.policy, name, pool, bar.advance)
 
 
-def _with_masks(
-    scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool
-) -> tuple[list[Series], list[ScanRow]]:
+def _with_masks(scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
     """Give each DICOM series its mask; one without is left out or kept, and counted either way."""
     if data.source == "voc" or (data.labels is None and data.label_format == "nifti"):
-        return scan.series, scan.rows
-    rows = scan.rows
+        return scan
+    reasons: dict[int, tuple[str, str]] = {}
     if data.label_format == "nifti":
-        labelled, reasons = _nifti_masks(scan.series, data)
+        series, reasons = _nifti_masks(scan.series, data)
+        scan = replace(scan, series=series)
     else:
-        labelled, rows = _dicom_masks(scan, data, key, pool)
-        reasons = {}
+        scan = _dicom_masks(_with_labels(scan, data, key, pool), data, pool)
     if data.unlabelled == "keep":
-        return labelled, rows
-    for number, item in enumerate(labelled):
+        return scan
+    rows = list(scan.rows)
+    for number, item in enumerate(scan.series):
         if not item.masks:
             code, detail = reasons.get(number, ("LABEL_NONE", "no mask for this series"))
-            rows = rows + [refusal(r.file_id, code, detail, r.frame) for r in item.slices]
-    return [item for item in labelled if item.masks], rows
+            rows += [refusal(r.file_id, code, detail, r.frame) for r in item.slices]
+    return replace(scan, series=[item for item in scan.series if item.masks], rows=rows)
 
 
 def _nifti_masks(
@@ -127,49 +129,67 @@ def _nifti_masks(
     return [replace(item, mask_partial=shared[item.masks] > 1) for item in found], reasons
 
 
-def _dicom_masks(
-    scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool
-) -> tuple[list[Series], list[ScanRow]]:
-    """SEG or RTSTRUCT objects to the series that they belong to."""
-    files = scan.labels
-    if data.labels is not None:
-        files = find_labels(data.labels, partial(file_id, key), pool)
-    files = [file for file in files if file.kind == data.label_format]
+def _with_labels(scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
+    """The scan with the label objects of ``data.labels``; a folder of its own is counted too."""
+    if data.labels is None:
+        return scan
+    root = data.labels.resolve()
+    if root.is_relative_to(data.archive.resolve()):  # the scan has met all that is in it
+        below = [f for f in scan.labels if Path(f.place.path).parent.resolve().is_relative_to(root)]
+        return replace(scan, labels=below)
+    found = find_labels(data.labels, lambda name: file_id(key, LABELS + name), pool)
+    objects = scan.objects + found.objects
+    return replace(scan, rows=scan.rows + found.rows, labels=found.labels, objects=objects)
+
+
+def _dicom_masks(scan: Scan, data: DataConfig, pool: SandboxPool) -> Scan:
+    """SEG or RTSTRUCT objects to the series that they belong to.
+
+    One that cannot be used has its row, and marks the labelled series of its patient: what it
+    labels may be background there.
+    """
+    files = [file for file in scan.labels if file.kind == data.label_format]
     masks: dict[int, list[Place]] = {}
     partial_masks: set[int] = set()
     fate: dict[str, ScanRow] = {}
-    for file, target in pool.map(_target, files):
+    robbed: set[str] = set()
+    for file, (target, patient) in pool.map(_target, files):
         try:
             if isinstance(target, SourceError):
                 raise target
             match = match_series(target, scan.series)
-            for number in match.series:
-                masks.setdefault(number, []).append(file.place)
-            partial_masks.update(match.series if len(match.series) > 1 else ())
-            used = ScanRow(file_id=file.file_id, status="kept", code="LABEL_USED")
-            fate[file.file_id] = used
         except SourceError as error:
             fate[file.file_id] = refusal(file.file_id, error.code, error.detail)
+            robbed.add(patient)
             log.warning("label object %s: %s", file.file_id, error)
-    series = [
-        replace(
+            continue
+        for number in match.series:
+            masks.setdefault(number, []).append(file.place)
+        partial_masks.update(match.series if len(match.series) > 1 else ())
+        fate[file.file_id] = ScanRow(file_id=file.file_id, status="kept", code="LABEL_USED")
+    series = list(scan.series)
+    for number, places in masks.items():
+        item = series[number]
+        known = item.first.patient_id in robbed - {""}
+        series[number] = replace(
             item,
-            masks=tuple(masks[n]),
+            masks=tuple(places),
             mask_kind=data.label_format,
-            mask_partial=n in partial_masks,
+            mask_partial=number in partial_masks,
+            flags=item.flags + ("LABEL_INCOMPLETE",) * known,
         )
-        if n in masks
-        else item
-        for n, item in enumerate(scan.series)
-    ]
-    return series, [fate.get(row.file_id, row) for row in scan.rows]
+    return replace(scan, series=series, rows=[fate.get(row.file_id, row) for row in scan.rows])
 
 
-def _target(box: Sandbox, file: LabelFile) -> LabelRef | SourceError:
+def _target(box: Sandbox, file: LabelFile) -> tuple[LabelRef | SourceError, str]:
+    """What a label object references, or why it cannot be used; and the patient, if it says so."""
+    if file.code:
+        return LabelError(file.code, file.detail), file.patient_id
     try:
-        return box.label_target(file.place)
+        target = box.label_target(file.place)
     except SourceError as error:
-        return error
+        return error, label_head(box, file.place)[1]
+    return target, target.patient_id
 
 
 def _stamp(path: str) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ from tests.canary import Canaries
 from tests.encoded import jpeg
 from tests.factory import set_raw
 from tests.labelled import RTSTRUCT, SEG, contour, frame_of, item, rtstruct, seg
+from tests.trapmaker import Archive, Volume, enhanced
 
 PATIENTS = 8
 SHAPE = Phantom(shape=(4, 48, 48))
@@ -124,8 +125,9 @@ def plant(ds: Dataset, known: Canaries, who: str) -> None:
     """
     for keyword in ELEMENTS:
         # days are short, so few of them: each more raises the odds of finding one by chance
-        shared = dictionary_VR(keyword) in ("DA", "DT") and not who.startswith("patient")
-        setattr(ds, keyword, known.value("others" if shared else who, keyword))
+        day = dictionary_VR(keyword) in ("DA", "DT")
+        own = who.startswith("patient") and keyword in ("StudyDate", "PatientBirthDate")
+        setattr(ds, keyword, known.value("all" if day and not own else who, keyword))
     ds.Manufacturer = f"{known.text(f'{who} Manufacturer')} SIEMENS"
     ds.BodyPartExamined = known.text(f"{who} BodyPartExamined")
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL", known.text(f"{who} ImageType")]
@@ -185,12 +187,12 @@ def _sequences(ds: Dataset, known: Canaries, who: str) -> None:
         given(
             "original",
             *("SourceOfPreviousValues", "ModifyingSystem"),
-            AttributeModificationDateTime=known.moment("others modification"),
+            AttributeModificationDateTime=known.moment("all modification"),
             ModifiedAttributesSequence=[
                 given(
                     "modified",
                     *("PatientName", "PatientID", "AccessionNumber"),
-                    PatientBirthDate=known.date("others modified birth"),
+                    PatientBirthDate=known.date("all modified birth"),
                     OtherPatientIDsSequence=[given("deep", "PatientID")],
                 )
             ],
@@ -295,6 +297,7 @@ def write_planted(root: Path, known: Canaries) -> Planted:
             _write(dicom / known.text("labels"), label_objects(known, who, label))
         _odd_masks(root, known)
         _ultrasound(dicom / known.text("ultrasound"), known)
+        _enhanced(dicom / known.text("enhanced folder"), known)
         for name, data in broken_objects(scratch, known):
             for folder in (root / "device", dicom):
                 _write(folder / known.text("broken"), {known.text(f"broken file {name}"): data})
@@ -466,6 +469,39 @@ def _ultrasound(folder: Path, known: Canaries) -> None:
         _write(folder, {known.text(f"{who} file"): raw(ds)})
 
 
+def _enhanced(folder: Path, known: Canaries) -> None:
+    """One object of four frames, with canaries in the functional groups of each."""
+    volume = Volume(shape=(4, 16, 16))
+
+    def edit(groups: Dataset, v: int, k: int) -> None:
+        who, content = f"enhanced frame {k}", groups.FrameContentSequence[0]
+        content.StackID = known.text("enhanced StackID")
+        content.FrameLabel = known.text(f"{who} FrameLabel")
+        content.FrameComments = known.text(f"{who} FrameComments")
+        content.FrameAcquisitionDateTime = known.moment("enhanced FrameAcquisitionDateTime")
+        code = item(CodeMeaning=known.text(f"{who} CodeMeaning"))
+        source = item(
+            ReferencedSOPInstanceUID=known.uid(f"{who} source"),
+            PurposeOfReferenceCodeSequence=[code],
+        )
+        groups.DerivationImageSequence = [
+            item(
+                DerivationDescription=known.text(f"{who} DerivationDescription"),
+                SourceImageSequence=[source],
+            )
+        ]
+
+    folder.mkdir()
+    enhanced(Archive(folder), [volume], [(0, k) for k in range(4)], edit)
+    path = folder / "enhanced"
+    ds = pydicom.dcmread(path)
+    ds.PatientID = known.text("enhanced PatientID")
+    ds.SOPInstanceUID = known.uid("enhanced SOPInstanceUID")
+    plant(ds, known, "enhanced")
+    path.unlink()
+    _write(folder, {known.text("enhanced file"): raw(ds)})
+
+
 def broken_objects(scratch: Path, known: Canaries) -> Iterator[tuple[str, bytes]]:
     """Objects that fail each in its own way, every one full of canaries: (name, bytes)."""
 
@@ -488,6 +524,11 @@ def broken_objects(scratch: Path, known: Canaries) -> Iterator[tuple[str, bytes]
                 del ds.Rows
             how = {"implicit_vr": False, "little_endian": True, "force_encoding": True}
             yield f"{name} {keyword}", raw(ds, **how)
+    for number, odd in enumerate(("../../{0}", "/{0}", "{0}\0", "{0}" * 30)):
+        name = f"PatientID that is no file name {number}"
+        ds = fresh(name)
+        set_raw(ds, "PatientID", odd.format(known.text(name)).encode())
+        yield name, raw(ds)
     whole = raw(fresh("cut"))
     for length in (20, 131, 132, 140, 300, 700, 2000, 4000, len(whole) - 300, len(whole) - 700):
         yield f"cut at {length}", whole[:length]

@@ -22,7 +22,17 @@ from medpsp.dicom.parse import parse
 from medpsp.dicom.read import Pixels, read_frame, read_headers
 from medpsp.errors import DicomError
 from medpsp.types import Place, ReadPolicy, SliceRef
-from tests.encoded import ENCODERS, fragmented, jpeg, jpegls, literal, rle, rle_of, write_object
+from tests.encoded import (
+    ENCODERS,
+    fragmented,
+    jpeg,
+    jpeg2k,
+    jpegls,
+    literal,
+    rle,
+    rle_of,
+    write_object,
+)
 from tests.factory import one_slice
 from tests.labelled import item
 from tests.mutate import NATIVE, WHEEL
@@ -168,6 +178,71 @@ def test_padding_may_leave_int16_and_is_clipped(tmp_path: Path) -> None:
     assert (found.values.tolist(), found.values.dtype) == ([[32767, 0]], np.int16)
     assert found.padding is not None
     assert found.padding.tolist() == [[True, False]]
+
+
+def test_padding_beyond_the_stored_bits_is_found_in_all_bits(tmp_path: Path) -> None:
+    """63536 is 0xF830; its lower twelve bits, 0x830, are 2096, which is a value of an image."""
+    raw = np.array([[63536, 2096, 0, 4095]], "<u2")
+    bits = {"BitsStored": 12, "HighBit": 11, "PixelPaddingValue": 63536}
+    (found,) = frames_of(write_object(tmp_path / "f", raw, **bits))
+    assert found.values.tolist() == [[2096, 2096, 0, 4095]]
+    assert found.padding is not None
+    assert found.padding.tolist() == [[True, False, False, False]]
+
+
+def test_padding_within_the_stored_bits_is_found_below_an_overlay(tmp_path: Path) -> None:
+    raw = np.array([[0x8005, 5, 6]], "<u2")
+    bits = {"BitsStored": 12, "HighBit": 11, "PixelPaddingValue": 5}
+    (found,) = frames_of(write_object(tmp_path / "f", raw, **bits))
+    assert found.padding is not None
+    assert found.padding.tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "slope", "flags"),
+    [
+        ("<u4", 32, "1", ("VALUE_ROUNDED",)),
+        ("<i4", 25, "0.5", ("VALUE_ROUNDED",)),
+        ("<u4", 24, "1", ()),
+        ("<i4", 12, "1", ()),
+    ],
+)
+def test_values_that_float32_may_round_are_flagged(
+    tmp_path: Path, dtype: str, stored: int, slope: str, flags: tuple[str, ...]
+) -> None:
+    bits = {"BitsStored": stored, "HighBit": stored - 1}
+    scale = {"RescaleSlope": slope, "RescaleIntercept": "0", "Modality": "MR"}
+    path = write_object(tmp_path / "f", np.array([[1, 2]], dtype), **bits, **scale)
+    assert refs_of(path)[0].flags == flags
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "code"),
+    [
+        ("<f4", np.inf, "VALUE_RANGE"),
+        ("<f4", -np.inf, "VALUE_RANGE"),
+        ("<f8", 1e300, "VALUE_RANGE"),
+        ("<f8", np.nan, ""),
+        ("<f4", 3e38, ""),
+    ],
+)
+def test_float_pixels_must_be_finite_or_no_number(
+    tmp_path: Path, dtype: str, value: float, code: str
+) -> None:
+    values = np.array([[0.5, value]], dtype)
+
+    def edit(ds: Dataset) -> None:
+        del ds.PixelData, ds.RescaleSlope, ds.RescaleIntercept
+        ds.Rows, ds.Columns, ds.BitsAllocated = 1, 2, 8 * values.itemsize
+        setattr(
+            ds, "FloatPixelData" if dtype == "<f4" else "DoubleFloatPixelData", values.tobytes()
+        )
+
+    path = one_slice(tmp_path / "f", edit)
+    if code:
+        assert code_of(path) == code
+    else:
+        np.testing.assert_array_equal(frames_of(path)[0].values, values.astype("<f4"))
 
 
 @pytest.mark.parametrize(("dtype", "prefix"), [("<f4", "Float"), ("<f8", "DoubleFloat")])
@@ -329,6 +404,35 @@ def test_jpeg_colour_is_right_whatever_the_tag_says(tmp_path: Path, colorspace: 
         assert np.abs(values.astype(int) - COLOUR).max() <= 3
 
 
+@pytest.mark.parametrize("syntax", [*NATIVE, JPEG_LS, RLE])
+@pytest.mark.parametrize("tag", ["YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420"])
+def test_transforms_of_other_codecs_are_refused(tmp_path: Path, syntax: str, tag: str) -> None:
+    path = write_object(tmp_path / "f", COLOUR, syntax, PhotometricInterpretation=tag)
+    assert code_of(path) == "PHOTOMETRIC_UNSUPPORTED"
+
+
+@pytest.mark.parametrize("tag", ["RGB", "YBR_RCT", "YBR_ICT", "YBR_FULL", "YBR_FULL_422"])
+def test_jpeg_2000_with_a_component_transform_is_rgb_whatever_the_tag_says(
+    tmp_path: Path, tag: str
+) -> None:
+    data = fragmented([jpeg2k(COLOUR, reversible=True, mct=True)])
+    fields = {"PixelData": data, "PhotometricInterpretation": tag}
+    np.testing.assert_array_equal(
+        values_of(write_object(tmp_path / "f", COLOUR, J2K, **fields)), COLOUR
+    )
+
+
+@pytest.mark.parametrize(("tag", "space"), [("RGB", "RGB"), ("YBR_FULL", "YBR_FULL")])
+def test_jpeg_2000_without_a_component_transform_is_what_the_tag_says(
+    tmp_path: Path, tag: str, space: str
+) -> None:
+    data = fragmented([jpeg2k(COLOUR, reversible=True, mct=False)])
+    fields = {"PixelData": data, "PhotometricInterpretation": tag}
+    found = stored_of(write_object(tmp_path / "f", COLOUR, J2K, **fields))
+    assert found.space == space
+    np.testing.assert_array_equal(found.values, COLOUR)
+
+
 def palette(entries: list[int], bits: int, first: int = 0) -> dict[str, Any]:
     """Red is the entries, green half of them, blue nothing."""
     fields: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
@@ -355,6 +459,22 @@ def test_palettes(tmp_path: Path, entries: list[int], bits: int, red: list[int])
     assert values[..., 0].ravel().tolist() == [*red, red[0], red[-1]]
     assert np.abs(values[..., 1].astype(int) - values[..., 0] // 2).max() <= 1
     assert not values[..., 2].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "written"),
+    [("<i2", -31, -31), ("<i2", -31, 65505), ("<u2", 65505, 65505), ("<u2", 40000, -25536)],
+)
+def test_first_value_of_a_palette_has_the_sign_of_the_pixels(
+    tmp_path: Path, dtype: str, first: int, written: int
+) -> None:
+    indices = np.array([[first, first + 1, first + 3]], np.int64).astype(dtype)
+    fields = palette([0, 10 * 256, 200 * 256, 255 * 256], 16)
+    for name in ("Red", "Green", "Blue"):
+        fields[f"{name}PaletteColorLookupTableDescriptor"] = [4, written, 16]
+    path = write_object(tmp_path / "f", indices, **fields)
+    for _ in range(2):  # the header is read once for all frames
+        assert values_of(path)[0, :, 0].tolist() == [0, 10, 255]
 
 
 def test_segmented_palette(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from launch.phantom import Phantom
 from medpsp.dicom.codestream import LOSSY
 from medpsp.dicom.decode import NATIVE
 from medpsp.dicom.read import read_headers, read_pixels
+from medpsp.dicom.sandbox import Sandbox
 from medpsp.errors import DicomError
 from medpsp.types import Place, ReadPolicy, Window
 from tests.encoded import ENCODERS, fragmented, write_object
@@ -215,6 +216,8 @@ REFUSED: list[tuple[str, Callable[[Dataset], None]]] = [
     ("ELEM_INVALID", set_values(PixelRepresentation=2)),
     ("ELEM_INVALID", set_values(PlanarConfiguration=256)),
     ("ELEM_INVALID", raw("RescaleSlope", b"one")),
+    ("ELEM_INVALID", raw("RescaleSlope", b"0")),
+    ("ELEM_INVALID", raw("RescaleSlope", b"-0.0")),
     ("ELEM_INVALID", raw("RescaleSlope", b"1\\2 ")),
     ("ELEM_INVALID", raw("RescaleIntercept", b"nan ")),
     ("ELEM_INVALID", raw("RescaleIntercept", b"inf ")),
@@ -382,3 +385,164 @@ def test_a_cut_codestream_is_refused(tmp_path: Path, syntax: str) -> None:
     for length in range(2, len(frame) - 8, 40):
         path = write_object(tmp_path / "f", STORED, syntax, PixelData=fragmented([frame[:length]]))
         assert code_of(path) in ("PIX_TRUNCATED", "DEC_ERROR" if syntax == RLELossless else "")
+
+
+UNREGISTERED = [b"1.2.19610305.777555", b"1.2.840.10008.196103"]
+
+
+def with_syntax(path: Path, old: bytes, new: bytes) -> Path:
+    """pydicom writes no syntax that it does not know."""
+    path.write_bytes(path.read_bytes().replace(old, new.ljust(len(old), b"\0")))
+    return path
+
+
+@pytest.mark.parametrize("uid", UNREGISTERED)
+def test_a_uid_that_nobody_registered_is_not_quoted(tmp_path: Path, uid: bytes) -> None:
+    def edit(ds: Dataset) -> None:
+        set_raw(ds, "SOPClassUID", uid)
+        del ds.Rows
+
+    with pytest.raises(DicomError) as caught:
+        values_of(one_slice(tmp_path / "f", edit))
+    assert str(caught.value) == "NOT_IMAGE: private or unknown"
+    path = with_syntax(one_slice(tmp_path / "g"), ExplicitVRLittleEndian.encode() + b"\0", uid)
+    with pytest.raises(DicomError) as caught:
+        values_of(path)
+    assert str(caught.value) == "TS_UNSUPPORTED: transfer syntax: private or unknown"
+
+
+def test_a_registered_transfer_syntax_is_named(tmp_path: Path) -> None:
+    path = write_object(tmp_path / "f", STORED, "1.2.840.10008.1.2.4.80")
+    path = with_syntax(path, b"1.2.840.10008.1.2.4.80", b"1.2.840.10008.1.2.4.66")
+    with pytest.raises(DicomError, match=r"JPEG Lossless, Hierarchical \(Process 29\)"):
+        values_of(path)
+
+
+@pytest.mark.parametrize("value", [b"P3", b" P3 ", b"P3\0", b"  P3\0\0"])
+def test_spaces_around_a_patient_id_mean_nothing(tmp_path: Path, value: bytes) -> None:
+    ref = header_of(one_slice(tmp_path / "f", raw("PatientID", value)))
+    assert (ref.patient_id, ref.flags) == ("P3", ())
+
+
+@pytest.mark.parametrize("edit", [drop("PatientID"), raw("PatientID", b" "), raw("PatientID", b"")])
+def test_a_missing_patient_id_is_flagged(tmp_path: Path, edit: Callable[[Dataset], None]) -> None:
+    ref = header_of(one_slice(tmp_path / "f", edit))
+    assert (ref.patient_id, ref.flags) == ("", ("PATIENT_ID_MISSING",))
+
+
+@pytest.mark.parametrize(
+    ("said", "shape", "shown"),
+    [
+        ("MONOCHROME2", "INVERSE", "MONOCHROME1"),
+        ("MONOCHROME1", "INVERSE", "MONOCHROME1"),
+        ("MONOCHROME2", "IDENTITY", "MONOCHROME2"),
+        ("MONOCHROME1", "IDENTITY", "MONOCHROME1"),
+    ],
+)
+def test_presentation_lut_shape(tmp_path: Path, said: str, shape: str, shown: str) -> None:
+    fields = {"PhotometricInterpretation": said, "PresentationLUTShape": shape}
+    path = stored(tmp_path / "f", [[0, 1024]], **fields)
+    assert header_of(path).photometric == shown
+    assert values_of(path).tolist() == [[-1024, 0]]  # never of the values
+
+
+@pytest.mark.parametrize(
+    ("modality", "unit", "flags", "key"),
+    [
+        ("CT", None, (), "AXIAL|HU||None"),
+        ("CT", "HU", (), "AXIAL|HU||None"),
+        ("CT", "US", ("RESCALE_NOT_HU",), "AXIAL|US||None"),
+        ("MR", None, (), "AXIAL|||None"),
+        ("MR", "US", (), "AXIAL|US||None"),
+    ],
+)
+def test_unit_of_the_values(
+    tmp_path: Path, modality: str, unit: str | None, flags: tuple[str, ...], key: str
+) -> None:
+    fields = {"Modality": modality, "RescaleType": unit or "", "FrameOfReferenceUID": ""}
+    kind = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    ref = header_of(stored(tmp_path / "f", [[0]], ImageType=kind, **fields))
+    assert (ref.flags, ref.series_split_key) == (flags, key)
+
+
+def test_values_three_to_five_of_the_image_type_keep_series_apart(tmp_path: Path) -> None:
+    kinds = [["DERIVED", "PRIMARY", "DIXON", "NONE", kind, "x"] for kind in ("WATER", "FAT")]
+    keys = [
+        header_of(
+            stored(tmp_path / "f", [[0]], ImageType=kind, FrameOfReferenceUID="")
+        ).series_split_key
+        for kind in kinds
+    ]
+    assert keys == ["DIXON|NONE|WATER|HU||None", "DIXON|NONE|FAT|HU||None"]
+
+
+def test_contrast_and_times_of_a_header(tmp_path: Path) -> None:
+    def edit(ds: Dataset) -> None:
+        ds.EchoTime, ds.DiffusionBValue, ds.ConvolutionKernel, ds.KVP = "1E1", 1000.0, "B30f", "120"
+        ds.AcquisitionNumber, ds.TriggerTime = 3, "40.0"
+        ds.AcquisitionDate, ds.AcquisitionTime, ds.ContentTime = "20200102", "10:00:01.5", "1000"
+
+    ref = header_of(one_slice(tmp_path / "f", edit))
+    assert ref.contrast_key == ("10", "1000", "B30f", "120")
+    assert ref.collision_key == ("", "40", "", "3", "")
+    assert ref.times == ("20200102100001.5", "1000")
+
+
+def regions(*boxes: tuple[int, int, int, int]) -> Callable[[Dataset], None]:
+    """(first row, first column, last row, last column) of tissue, in 40 rows of 36 columns."""
+
+    def edit(ds: Dataset) -> None:
+        ds.Modality, items = "US", []
+        for top, left, bottom, right in boxes:
+            item = Dataset()
+            item.RegionSpatialFormat, item.RegionDataType = 1, 1
+            item.RegionLocationMinY0, item.RegionLocationMinX0 = top, left
+            item.RegionLocationMaxY1, item.RegionLocationMaxX1 = bottom, right
+            items.append(item)
+        ds.SequenceOfUltrasoundRegions = items
+
+    return edit
+
+
+BLANK = ReadPolicy(burned_in="blank")
+
+
+def test_what_lies_between_two_regions_is_blanked(tmp_path: Path) -> None:
+    path = one_slice(tmp_path / "f", regions((2, 3, 11, 12), (20, 5, 29, 34)))
+    ref = header_of(path, BLANK)
+    assert ref.region == ((2, 3, 10, 10), (20, 5, 10, 30))
+    assert ref.flags == ("PHI_BLANKED",)
+    expected = np.zeros((40, 36))
+    for part in (np.s_[2:12, 3:13], np.s_[20:30, 5:35]):
+        expected[part] = ramp((1, 40, 36))[0][part]
+    np.testing.assert_array_equal(read_pixels(ref), expected)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "refused"),
+    [
+        ([(0, 0, 39, 35)], True),
+        ([(0, 0, 65535, 65535)], True),
+        ([(0, 0, 39, 17), (0, 18, 39, 35)], True),  # the two halves
+        ([(2, 0, 39, 35)], True),  # 38 of 40 rows are 95 %
+        ([(3, 0, 39, 35)], False),
+        ([(0, 0, 25, 35), (0, 0, 25, 35)], False),  # 65 %, twice
+    ],
+)
+def test_regions_that_leave_nothing_to_blank(
+    tmp_path: Path, boxes: list[tuple[int, int, int, int]], refused: bool
+) -> None:
+    path = one_slice(tmp_path / "f", regions(*boxes))
+    if not refused:
+        assert header_of(path, BLANK).flags == ("PHI_BLANKED",)
+        return
+    with pytest.raises(DicomError, match="PHI_BURNED_IN: its regions are"):
+        header_of(path, BLANK)
+
+
+def test_regions_survive_the_way_through_the_sandbox(tmp_path: Path) -> None:
+    path = one_slice(tmp_path / "f", regions((2, 3, 11, 12), (20, 5, 29, 34)))
+    with Sandbox() as box:
+        (ref,) = box.headers(Place(str(path)), "id", BLANK)
+        assert ref == header_of(path, BLANK)
+        np.testing.assert_array_equal(box.frame(ref).values, read_pixels(ref))

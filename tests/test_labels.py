@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from launch.phantom import Phantom, draw, write_mask, write_series
+from medpsp.dicom import labels
 from medpsp.dicom.labels import map_labels, mask_path, read_nifti_mask
 from medpsp.dicom.names import LabelVolume
 from medpsp.dicom.nifti import write_nifti_mask
-from medpsp.dicom.placement import LPS_TO_RAS, Grid, grid_of, place_mask, unsheared
+from medpsp.dicom.placement import LPS_TO_RAS, Grid, grid_of, nearest_mask, place_mask, unsheared
 from medpsp.errors import ConfigError, LabelError
 from tests.labelled import PLAIN, SHAPE, Affine, series_of_files, slice_ref, turned
 
@@ -144,6 +145,11 @@ def test_flip_by_hand() -> None:
     assert place_mask(mask, ras, PLAIN, (1, 1, 3)).tolist() == [[[9, 8, 7]]]
 
 
+def test_cropped_mask_is_told(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "m.nii", np.ones((6, 5, 3), np.uint8), RAS)
+    assert volume_of(path).notes == {"MASK_PARTIAL_COVER": 30}
+
+
 def test_cropped_mask_is_pasted() -> None:
     volume = np.zeros(SHAPE, dtype=np.int64)
     volume[1:3, 2:4, 1:5] = classes((2, 2, 4)) + 1
@@ -168,8 +174,18 @@ def test_mask_wholly_elsewhere() -> None:
     ras = LPS_TO_RAS @ PLAIN
     ras[2, 3] += 500
     assert refusal_of(np.ones((6, 5, 4), np.int64), ras, PLAIN, SHAPE) == "MASK_OUTSIDE_IMAGE"
-    empty = np.zeros((6, 5, 4), np.int64)
-    assert not place_mask(empty, ras, PLAIN, SHAPE).any()
+    ones, notes = np.ones((6, 5, 4), np.int64), dict[str, int]()
+    for mask, partial in ((np.zeros_like(ones), False), (ones, True)):
+        with pytest.raises(LabelError, match="MASK_ELSEWHERE: the mask reaches no voxel"):
+            place_mask(mask, ras, PLAIN, SHAPE, partial, notes)
+        with pytest.raises(LabelError, match="MASK_ELSEWHERE"):
+            nearest_mask(mask, ras, PLAIN, SHAPE, partial, notes)
+    assert notes == {}
+    ras[2, 3] = 15  # one slice of 5 x 6 is left
+    placed = place_mask(ones, ras, PLAIN, SHAPE, True, notes)
+    assert placed.any(axis=(1, 2)).tolist() == [False, False, False, True]
+    assert (nearest_mask(ones, ras, PLAIN, SHAPE, True) == placed).all()
+    assert notes == {"MASK_PARTIAL_COVER": 90}
 
 
 GEOMETRIES = [
@@ -206,7 +222,7 @@ def test_nifti_round_trip(tmp_path: Path, phantom: Phantom, name: str) -> None:
 def nifti(
     path: Path, values: NDArray[Any], sform: Affine | None = None, qform: Affine | None = None
 ) -> Path:
-    image = nib.Nifti1Image(values, None)
+    image = nib.Nifti1Image(values, None, dtype=values.dtype)
     image.set_sform(sform, code=0 if sform is None else 1)
     image.set_qform(qform, code=0 if qform is None else 1)
     nib.save(image, path)
@@ -275,8 +291,32 @@ def test_qform_that_straightens_a_shear_disagrees(tmp_path: Path) -> None:
 def test_whole_numbers_of_any_type(tmp_path: Path, dtype: type) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0).astype(dtype), RAS)
     placed = read(path)
-    assert placed.dtype == (np.int64 if np.dtype(dtype).kind == "f" else dtype)
+    assert placed.dtype == np.uint8
     assert (placed == classes()).all()
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype"),
+    [
+        ([255, 7], np.uint8),
+        ([255, 256], np.int16),
+        ([3, -1], np.int16),
+        ([40_000, -1], np.int32),
+        ([-1, 40_000], np.int32),
+        ([2**40, -(2**20)], np.int64),
+        ([2**63, 1], np.uint64),
+    ],
+)
+def test_values_take_the_smallest_type_that_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[int], dtype: type
+) -> None:
+    monkeypatch.setattr(labels, "_SLAB", 1)  # one slice at a time
+    values = np.zeros((6, 5, 4), np.uint64 if max(found) > 2**62 else np.int64)
+    values[0, 0, 1], values[0, 0, 3] = found
+    for name in ("m.nii", "m.nii.gz"):
+        placed = read(nifti(tmp_path / name, values[..., None], RAS))
+        assert placed.dtype == dtype
+        assert (placed == values.transpose(2, 1, 0)).all()
 
 
 def test_scaled_values_are_scaled(tmp_path: Path) -> None:
@@ -536,7 +576,16 @@ def test_series_without_geometry(tmp_path: Path) -> None:
     path = nifti(tmp_path / "m.nii", classes().transpose(2, 1, 0), RAS)
     with pytest.raises(LabelError, match="MASK_GRID_MISMATCH"):
         read_nifti_mask(path, Grid(shape=SHAPE))
-    assert read_nifti_mask(path, Grid(shape=SHAPE), geometry="index").values.shape == SHAPE
+    single = {(f"1.2.{k}", 0): k for k in range(4)}
+    frames = {("1.2", k): k for k in range(4)}
+    for slots in ({}, single, {("", 0): 3}):  # in the order of their pseudonyms, if at all
+        with pytest.raises(LabelError, match="MASK_GRID_MISMATCH: 4 single images"):
+            read_nifti_mask(path, Grid(shape=SHAPE, slots=slots), geometry="index")
+    placed = read_nifti_mask(path, Grid(shape=SHAPE, slots=frames), geometry="index")
+    assert (placed.values == classes()).all()
+    alone = nifti(tmp_path / "one.nii", classes((1, 5, 6)).transpose(2, 1, 0))
+    placed = read_nifti_mask(alone, Grid(shape=(1, 5, 6), slots={("1.2", 0): 0}), "index")
+    assert (placed.values == classes((1, 5, 6))).all()
 
 
 def test_part_of_a_split_series(tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def in_shared(keyword: str, inner: str, value: Any) -> Callable[[Dataset], None]
         (in_frame("PlanePositionSequence", "ImagePositionPatient", [1, 2]), "SEG_UNREADABLE"),
         (
             in_frame("PlanePositionSequence", "ImagePositionPatient", [1, 2, "nan"]),
-            "SEG_UNREADABLE",
+            "SEG_GEOMETRY",
         ),
         (in_frame("PlanePositionSequence", "ImagePositionPatient", [1, 2, 1e300]), "SEG_GEOMETRY"),
         (in_frame("PlanePositionSequence", "ImagePositionPatient", []), "SEG_GEOMETRY"),
@@ -462,7 +462,7 @@ def test_segment_numbers() -> None:
 
 def test_several_objects_of_one_series() -> None:
     left, right = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
-    left[0, 0], right[0, 1], right[0, 0, 0] = 1, 2, 1
+    left[0, 0], right[0, 1] = 1, 2
     merged = merge_labels([LabelVolume(left, {"A": 1}), LabelVolume(right, {"A": 2, "B": 1})], RULE)
     assert merged.values[0, :2].tolist() == [[1] * 6, [2] * 6]
     assert merged.notes == {"A": 3, "B": 1}
@@ -473,6 +473,19 @@ def test_several_objects_of_one_series() -> None:
     merged = merge_labels([LabelVolume(left, {}), LabelVolume(right, {})], PRIORITY)
     assert merged.values[0, 0].tolist() == [1, 2, 1, 1, 1, 1]
     assert merged.notes == {"LABEL_OVERLAP": 1}
+
+
+def test_two_versions_of_one_region_are_not_united() -> None:
+    one, two = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    one[0, 0], two[0, 3] = 1, 1  # 6 voxels each, at different places
+    copy = LabelVolume(one.copy(), {})
+    both = [LabelVolume(one, {}), copy, LabelVolume(two, {})]
+    assert merge_labels(both[:2], RULE).values.sum() == 6
+    with pytest.raises(LabelError, match="LABEL_SEVERAL: 3 objects draw one class"):
+        merge_labels(both, RULE)
+    merged = merge_labels(both, PRIORITY)
+    assert merged.values.sum() == 12
+    assert merged.notes == {"LABEL_SEVERAL": 1}
 
 
 # which series

@@ -479,7 +479,7 @@ def test_frames_of_reference_of_one_series_stay_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"patient_id": "q"},
+        {"study_uid": "1.8"},
         {"series_uid": "1.3"},
         {"modality": "MR"},
         {"rows": 7},
@@ -523,3 +523,188 @@ def test_reasons_hold_numbers_and_no_identity() -> None:
         "MISSING_SLICES: 1 of 2 distances differ from 5.000 mm, "
         "the first is 10.000 mm after slice 1",
     ]
+
+
+# S1, S3: what a series must not mix
+
+
+def with_keys(refs: list[SliceRef], name: str, *values: Any) -> list[SliceRef]:
+    """The slices with the values of one field, again and again."""
+    return [replace(r, **{name: values[i % len(values)]}) for i, r in enumerate(refs)]
+
+
+def test_contrasts_between_each_others_places_are_two_volumes() -> None:
+    refs = with_keys(slices_at(0, 5, 10, 15, 20), "contrast_key", ("10", ""), ("30", ""))
+    series, refused = group(refs)
+    assert not refused
+    assert [(item.z_mm, item.flags) for item in series] == [((0, 10, 20), ()), ((5, 15), ())]
+
+
+def test_contrasts_one_after_another_are_two_volumes() -> None:
+    """A neck of 100 kV and a chest of 120 kV; the tube voltage of a third is not told."""
+    refs = slices_at(0, 5, 10, 15, 20, 25)
+    refs = [replace(r, contrast_key=("", ("100", "120", "")[i // 2])) for i, r in enumerate(refs)]
+    assert depths(refs) == [[0, 5], [10, 15], [20, 25]]
+
+
+@pytest.mark.parametrize("values", ["11112111", "12345678", "11212211", "12222222"])
+def test_a_contrast_that_leaves_no_volumes_is_flagged(values: str) -> None:
+    refs = with_keys(slices_at(*range(0, 40, 5)), "contrast_key", *[(v, "B30") for v in values])
+    assert only(refs).z_mm == tuple(range(0, 40, 5))
+    assert only(refs).flags == ("MIXED_CONTRAST",)
+
+
+def test_the_kernel_splits_where_the_echo_time_only_trembles() -> None:
+    kernels = [(str(10 + i), ("B30", "B70")[i % 2]) for i in range(8)]
+    series, _ = group(with_keys(slices_at(*range(0, 40, 5)), "contrast_key", *kernels))
+    assert [item.z_mm for item in series] == [(0, 10, 20, 30), (5, 15, 25, 35)]
+    assert {item.flags for item in series} == {("MIXED_CONTRAST",)}
+
+
+def test_acquisitions_and_times_between_each_others_places_are_one_volume() -> None:
+    refs = with_keys(slices_at(0, 5, 10, 15), "collision_key", ("1",), ("2",))
+    refs = with_keys(refs, "times", ("1000", ""), ("1001", ""))
+    assert only(refs).flags == ()
+
+
+def test_contrasts_at_one_place_are_two_volumes() -> None:
+    refs = [
+        replace(ref, contrast_key=(echo,))
+        for echo in "ab"
+        for ref in numbered(slices_at(0, 5, 10), sop=echo)
+    ]
+    assert depths(refs) == [[0, 5, 10], [0, 5, 10]]
+
+
+def dynamic(time: Callable[[int, int], tuple[str, str]], *counts: int) -> list[SliceRef]:
+    """So many slices of each moment; ``time`` is of moment and slice."""
+    return [
+        replace(ref, times=time(moment, i))
+        for moment, count in enumerate(counts)
+        for i, ref in enumerate(numbered(slices_at(*range(0, 5 * count, 5)), sop=f"m{moment}"))
+    ]
+
+
+def moments(refs: list[SliceRef]) -> list[tuple[str, tuple[float, ...], tuple[str, ...]]]:
+    """The object numbers, places and flags of each series."""
+    series, refused = group(refs)
+    assert not refused
+    return [
+        ("".join(sorted({r.sop_uid[:2] for r in item.slices})), item.z_mm, item.flags)
+        for item in series
+    ]
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        lambda moment, i: (f"10000{moment}", ""),
+        lambda moment, i: ("100000", f"10000{moment}"),
+        lambda moment, i: (f"1000{10 * moment + i:02}", ""),  # slice after slice
+        lambda moment, i: ("", f"1000{3 * i + moment:02}.5"),  # moment after moment, each slice
+    ],
+)
+def test_moments_that_only_the_time_tells_apart(time: Callable[[int, int], Any]) -> None:
+    assert moments(dynamic(time, 4, 4, 4)) == [
+        (f"m{n}", (0, 5, 10, 15), ("BY_TIME",)) for n in range(3)
+    ]
+
+
+def test_a_moment_that_broke_off() -> None:
+    found = moments(dynamic(lambda moment, i: (f"10000{moment}", ""), 4, 2))
+    assert found == [("m0", (0, 5, 10, 15), ("BY_TIME",)), ("m1", (0, 5), ("BY_TIME",))]
+
+
+def test_echo_and_time_together() -> None:
+    refs = [
+        replace(ref, contrast_key=(echo,), sop_uid=f"{echo}{ref.sop_uid}", file_id=echo + ref.path)
+        for echo in "ab"
+        for ref in dynamic(lambda moment, i: (f"1000{10 * moment + i:02}", ""), 3, 3)
+    ]
+    refs = [replace(ref, path=ref.file_id) for ref in refs]
+    assert [z for _, z, _ in moments(refs)] == [(0, 5, 10)] * 4
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        lambda moment, i: ("", ""),
+        lambda moment, i: ("100000", "100001"),
+        lambda moment, i: (f"10000{moment}", "") if i else ("", ""),  # not of all
+    ],
+)
+def test_without_a_time_that_differs_rivals_are_refused(time: Callable[[int, int], Any]) -> None:
+    assert codes(dynamic(time, 2, 2)) == {"DUP_POSITION": 4}
+
+
+def test_times_that_leave_the_moment_open() -> None:
+    """One slice again, and every slice has a time of its own."""
+    refs = dynamic(lambda moment, i: (f"1000{10 * moment + i:02}", ""), 4, 1)
+    assert codes(refs) == {"DUP_POSITION": 2}
+
+
+# S1: patients
+
+
+def test_a_series_of_two_patients_is_refused() -> None:
+    other = numbered(slices_at(15, 20, 25), sop="x", patient_id="q", study_uid="9")
+    third = numbered(slices_at(0, 5), sop="y", patient_id="q", series_uid="7")
+    nobody = numbered(slices_at(30), sop="z", patient_id="")
+    series, refused = group([*slices_at(0, 5, 10), *other, *third, *nobody])
+    assert [item.first.series_uid for item in series] == ["7"]
+    assert {str(error) for _, error in refused} == {
+        "PATIENT_CONFLICT: 2 values of PatientID in one SeriesInstanceUID"
+    }
+    assert len(refused) == 7
+
+
+def test_a_slice_without_a_patient_belongs_to_that_of_its_series() -> None:
+    refs = slices_at(0, 5, 10)
+    refs[1] = replace(refs[1], patient_id="")
+    assert {ref.patient_id for ref in only(refs).slices} == {"p"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "others", "patients"),
+    [
+        ({"study_uid": "5", "series_uid": "6"}, {"study_uid": "5", "series_uid": "7"}, ["study:5"]),
+        (
+            {"study_uid": "5", "series_uid": "6"},
+            {"study_uid": "8", "series_uid": "7"},
+            ["study:5", "study:8"],
+        ),
+        ({"series_uid": "6"}, {"series_uid": "7"}, ["series:6", "series:7"]),
+        (
+            {"series_uid": "", "frame_of_reference": "6"},
+            {"series_uid": "", "frame_of_reference": "7"},
+            ["frame:6", "frame:7"],
+        ),
+        (
+            {"series_uid": "", "path": "/a/0"},
+            {"series_uid": "", "path": "/b/0"},
+            ["folder:/a", "folder:/b"],
+        ),
+        (
+            {"series_uid": "", "path": "/a.zip", "member": "x/0"},
+            {"series_uid": "", "path": "/a.zip", "member": "y/0"},
+            ["folder:/a.zip/x", "folder:/a.zip/y"],
+        ),
+    ],
+)
+def test_nobody_is_pooled_with_nobody_else(
+    fields: dict[str, str], others: dict[str, str], patients: list[str]
+) -> None:
+    nobody = slices_at(0, patient_id="", **fields)
+    (other,) = numbered(slices_at(5, patient_id=""), sop="x")
+    series, _ = group([*nobody, replace(other, **others)])
+    assert sorted({item.first.patient_id for item in series}) == patients
+
+
+def test_a_volume_with_emptied_headers_is_a_volume_still() -> None:
+    refs = slices_at(0, 5, 10, patient_id="", series_uid="", sop_uid="")
+    assert only(refs).z_mm == (0, 5, 10)
+
+
+def test_studies_of_one_series_uid_are_not_joined() -> None:
+    more = numbered(slices_at(15, 20), sop="x", study_uid="9")
+    assert depths([*slices_at(0, 5, 10), *more]) == [[0, 5, 10], [15, 20]]

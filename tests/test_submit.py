@@ -106,7 +106,7 @@ def test_a_job_killed_half_way_says_so_and_the_next_run_ends_as_a_clean_one(
     assert list(config.shards.rglob(".*")) == []
     assert {n: (commits / n).stat().st_mtime_ns for n in survivors} == survivors
     shown = capfd.readouterr().err  # the jobs' own lines, and nothing of submitit's
-    assert f"shards: {config.data.archive} -> {config.shards} (64 kept, " in shown
+    assert f"shards: {config.shards} (64 slices; objects: 64 kept, " in shown
     assert "check: every digest, slice and split is as the manifest says" in shown
     assert "submitit" not in shown
     assert "(64 kept, " in (run.logs / "shards.log").read_text()

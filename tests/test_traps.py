@@ -380,7 +380,10 @@ TRAPS: dict[str, Trap] = {
         sizes=(20, 20),
     ),
     "two patients with one series UID": Trap(
-        each(AXIAL, setting(), split_key(PatientID="OTHER")), sizes=(20, 20)
+        each(AXIAL, setting(), split_key(PatientID="OTHER")),
+        sizes=(),
+        codes=(("PATIENT_CONFLICT", 40),),
+        fates="coded",
     ),
     "copied files": Trap(then(each(AXIAL), copies), codes=(("DUP_IDENTICAL", 3),)),
     "one UID, other pixels": Trap(

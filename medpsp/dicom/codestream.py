@@ -141,7 +141,18 @@ def _jpeg2k(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:
     _same_size(height - top, width - left, samples, layout)
     raw = imagecodecs.jpeg2k_decode(stream, numthreads=1)
     # the codec has undone the component transform, whatever the tag still says
-    return raw, "RGB" if layout.photometric in ("YBR_ICT", "YBR_RCT") else layout.photometric
+    undone = layout.photometric in ("YBR_ICT", "YBR_RCT") or _is_transformed(stream, size)
+    return raw, "RGB" if undone and layout.samples == 3 else layout.photometric
+
+
+def _is_transformed(stream: bytes, at: int) -> bool:
+    """Whether COD of the main header says that a component transform was used (A.6.1)."""
+    at += 2
+    while stream[at : at + 1] == b"\xff" and stream[at + 1 : at + 2] not in (b"\x90", b"\xd9"):
+        if stream[at + 1] == 0x52:  # then length, style, progression, layers, transform
+            return stream[at + 8 : at + 9] == b"\1"
+        at += 2 + max(2, int.from_bytes(stream[at + 2 : at + 4], "big"))
+    return False
 
 
 def _rle(stream: bytes, layout: Layout) -> tuple[NDArray[Any], str]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.dicom.codestream import CODECS, LOSSY, MAX_FRAME_BYTES, Layout
+from medpsp.dicom.deidentify import uid_name
 from medpsp.dicom.fragments import frame_bytes, frames_of
 from medpsp.dicom.parse import BIG, Parsed, refusing
 from medpsp.errors import DicomError
@@ -43,7 +44,7 @@ def layout_of(parsed: Parsed) -> Layout:
             raise DicomError("ELEM_INVALID", f"{keyword} is neither 0 nor 1")
     allocated = int(ds.BitsAllocated)
     stored = allocated if floating else int(ds.BitsStored)
-    high = stored - 1 if ds.get("HighBit") in (None, "") else int(ds.HighBit)
+    high = stored - 1 if floating or ds.get("HighBit") in (None, "") else int(ds.HighBit)
     layout = Layout(
         rows=int(ds.Rows),
         columns=int(ds.Columns),
@@ -51,7 +52,7 @@ def layout_of(parsed: Parsed) -> Layout:
         frames=int(ds.get("NumberOfFrames") or 1),
         allocated=allocated,
         stored=stored,
-        high=stored - 1 if floating else high,
+        high=high,
         signed=not floating and int(ds.PixelRepresentation) == 1,
         floating=floating,
         photometric=str(ds.PhotometricInterpretation),
@@ -87,7 +88,7 @@ def check_pixels(parsed: Parsed, layout: Layout) -> None:
     guessed = "GUESSED_TS" in parsed.flags
     if parsed.syntax not in NATIVE:
         if parsed.syntax not in CODECS:
-            raise DicomError("TS_UNSUPPORTED", f"transfer syntax {parsed.syntax}")
+            raise DicomError("TS_UNSUPPORTED", f"transfer syntax: {uid_name(parsed.syntax)}")
         if parsed.length != -1 or layout.floating:
             raise DicomError("TS_MISMATCH", "native pixels under a compressed transfer syntax")
         frames_of(parsed, layout.frames)
@@ -116,11 +117,13 @@ def _frame_pixels(layout: Layout) -> int:
 class Stored(NamedTuple):
     """Stored values (H, W) or (H, W, 3) of one frame, as `stored_values` says.
 
-    ``space`` is MONOCHROME1, MONOCHROME2, PALETTE COLOR, RGB or YBR_FULL.
+    ``space`` is MONOCHROME1, MONOCHROME2, PALETTE COLOR, RGB or YBR_FULL; ``whole`` is the values
+    with all bits allocated.
     """
 
     values: NDArray[Any]
     space: str
+    whole: NDArray[Any]
     flags: tuple[str, ...] = ()
 
 
@@ -134,7 +137,9 @@ def stored_values(parsed: Parsed, layout: Layout, frame: int) -> Stored:
     with the flag SIGN_MISMATCH.
 
     Raises:
-        DicomError: PIX_TRUNCATED, DEC_ERROR, and the codes of `check_pixels`.
+        DicomError: PIX_TRUNCATED, DEC_ERROR, PHOTOMETRIC_UNSUPPORTED where the codestream does not
+            say what a component transform of JPEG 2000 or of MPEG has become, and the codes of
+            `check_pixels`.
     """
     check_pixels(parsed, layout)
     if not 0 <= frame < layout.frames:
@@ -144,13 +149,16 @@ def stored_values(parsed: Parsed, layout: Layout, frame: int) -> Stored:
             raw, space = _native(parsed, layout, frame), layout.photometric
         else:
             raw, space = _compressed(parsed, layout, frame)
+        if space in ("YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420"):
+            raise DicomError("PHOTOMETRIC_UNSUPPORTED", f"{space} is not of this transfer syntax")
         if "YBR" in space:
             space = "YBR_FULL"
         if layout.floating:
-            return Stored(raw, space)
+            return Stored(raw, space, raw)
+        whole = raw.view(f"{'i' if layout.signed else 'u'}{raw.dtype.itemsize}")
         if raw.dtype.kind == "i" and not layout.signed:
-            return Stored(raw.view(f"u{raw.dtype.itemsize}"), space, ("SIGN_MISMATCH",))
-        return Stored(_meaning(raw, layout, parsed.syntax in LOSSY), space)
+            return Stored(whole, space, whole, ("SIGN_MISMATCH",))
+        return Stored(_meaning(raw, layout, parsed.syntax in LOSSY), space, whole)
 
 
 def _native(parsed: Parsed, layout: Layout, frame: int) -> NDArray[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import Dataset
 
 BURNED_IN_MODALITIES = frozenset(
@@ -92,6 +93,12 @@ def manufacturer(ds: Dataset) -> str:
         if name in (words if len(name) > 3 else words.split()):
             return known
     return ""
+
+
+def uid_name(uid: str) -> str:
+    """Name of a UID that the standard defines; any other may have been made for one patient."""
+    known = UID_dictionary.get(uid)
+    return known[0] if known else "private or unknown"
 
 
 def body_part(ds: Dataset) -> str:

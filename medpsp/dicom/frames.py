@@ -14,7 +14,7 @@ from pydicom.multival import MultiValue
 
 from medpsp.dicom.codestream import Layout
 from medpsp.intensity import valid_windows
-from medpsp.types import SpacingSource, VoiFunction, Window
+from medpsp.types import Box, SpacingSource, VoiFunction, Window
 
 PROJECTION = frozenset("CR DX MG XA RF IO PX RG".split())
 _CM = 3
@@ -112,25 +112,16 @@ def image_regions(ds: Dataset) -> list[Dataset]:
     ]
 
 
-def image_box(ds: Dataset) -> tuple[int, int, int, int] | None:
-    """(first row, first column, rows, columns) around the image regions, clipped to the image."""
-    corners = [
-        [
-            int(r.RegionLocationMinY0),
-            int(r.RegionLocationMinX0),
-            int(r.RegionLocationMaxY1),
-            int(r.RegionLocationMaxX1),
-        ]
-        for r in image_regions(ds)
-    ]
-    if not corners:
-        return None
-    top, left = (max(0, min(c[k] for c in corners)) for k in (0, 1))
-    bottom = min(int(ds.Rows) - 1, max(c[2] for c in corners))
-    right = min(int(ds.Columns) - 1, max(c[3] for c in corners))
-    if bottom < top or right < left:
-        return None
-    return top, left, bottom - top + 1, right - left + 1
+def image_boxes(ds: Dataset) -> tuple[Box, ...]:
+    """The image regions, clipped to the image; one that lies outside is left out."""
+    found = []
+    for r in image_regions(ds):
+        top, left = max(0, int(r.RegionLocationMinY0)), max(0, int(r.RegionLocationMinX0))
+        bottom = min(int(ds.Rows) - 1, int(r.RegionLocationMaxY1))
+        right = min(int(ds.Columns) - 1, int(r.RegionLocationMaxX1))
+        if bottom >= top and right >= left:
+            found.append((top, left, bottom - top + 1, right - left + 1))
+    return tuple(found)
 
 
 def _ultrasound_spacing(ds: Dataset) -> Numbers | None:
@@ -146,7 +137,7 @@ def rescaling(ds: Dataset, frame: int) -> tuple[float, float, bool]:
     """Slope, intercept of a frame, and whether the header gives them; RT dose has a scaling.
 
     Raises:
-        ValueError: Not finite.
+        ValueError: Not finite, or a slope of 0, which leaves no image.
     """
     macro = "PixelValueTransformationSequence"
     slope = functional(ds, frame, macro, "RescaleSlope")
@@ -156,7 +147,33 @@ def rescaling(ds: Dataset, frame: int) -> tuple[float, float, bool]:
     pair = (1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept))
     if not all(math.isfinite(v) for v in pair):
         raise ValueError("rescale not finite")
+    if pair[0] == 0:
+        raise ValueError("slope 0")
     return (*pair, slope is not None or intercept is not None)
+
+
+def rescale_type(ds: Dataset, frame: int) -> str:
+    """Unit of the modality values (0028,1054); HU where CT has none (C.11.1.1.2)."""
+    unit = functional(ds, frame, "PixelValueTransformationSequence", "RescaleType")
+    return str(unit or ("HU" if ds.get("Modality") == "CT" else "")).strip().upper()
+
+
+def photometric(ds: Dataset, layout: Layout) -> str:
+    """How the values are shown: MONOCHROME2 that a presentation LUT inverts is MONOCHROME1.
+
+    MONOCHROME1 is the pair of INVERSE and stays what it is (C.11.6.1.2).
+    """
+    inverse = str(ds.get("PresentationLUTShape") or "").strip().upper() == "INVERSE"
+    return "MONOCHROME1" if inverse and layout.photometric == "MONOCHROME2" else layout.photometric
+
+
+def mend_palette(ds: Dataset, layout: Layout) -> None:
+    """The first value mapped has the sign of the pixels (C.7.6.3.1.5), whatever its VR."""
+    for colour in ("Red", "Green", "Blue"):
+        descriptor = ds.get(f"{colour}PaletteColorLookupTableDescriptor")
+        if isinstance(descriptor, list | MultiValue) and len(descriptor) == 3:
+            first = int(descriptor[1]) % 2**16
+            descriptor[1] = first - 2**16 if layout.signed and first >= 2**15 else first
 
 
 def window(ds: Dataset, frame: int) -> tuple[Window | None, bool]:
@@ -173,7 +190,7 @@ def window(ds: Dataset, frame: int) -> tuple[Window | None, bool]:
 
 
 def padding(ds: Dataset, layout: Layout) -> tuple[float | None, float | None]:
-    """Padding value and the other end of its range, as stored values (C.7.5.1.1.2).
+    """Padding value and the other end of its range, of all allocated bits (C.7.5.1.1.2).
 
     VR US under signed pixels, or SS under others, is a common slip: the bits are meant.
     """
@@ -202,34 +219,69 @@ def _listed(value: Any) -> list[float]:
     return found
 
 
-def collision_key(ds: Dataset, frame: int) -> tuple[str, ...]:
-    """What tells slices of one position apart: echo, time, b-value, acquisition, kernel (S3)."""
+def contrast_key(ds: Dataset, frame: int) -> tuple[str, ...]:
+    """What makes another image of the same place (S3): echo, b-value, kernel, tube voltage."""
     echo = functional(ds, frame, "MREchoSequence", "EffectiveEchoTime")
+    return (
+        _plain(echo if echo is not None else ds.get("EchoTime")),
+        _plain(functional(ds, frame, "MRDiffusionSequence", "DiffusionBValue")),
+        _plain(functional(ds, frame, "CTReconstructionSequence", "ConvolutionKernel")),
+        _plain(functional(ds, frame, "CTXRayDetailsSequence", "KVP")),
+    )
+
+
+def collision_key(ds: Dataset, frame: int) -> tuple[str, ...]:
+    """What may change within one volume: time, trigger, direction, acquisition, echo number."""
     content = "FrameContentSequence"
     time = functional(ds, frame, content, "TemporalPositionIndex")
-    diffusion = "MRDiffusionSequence"
-    parts = (
-        echo if echo is not None else (ds.get("EchoTime"), ds.get("EchoNumbers")),
-        time if time is not None else ds.get("TemporalPositionIdentifier"),
-        functional(ds, frame, "CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime")
-        or ds.get("TriggerTime"),
-        (
-            functional(ds, frame, diffusion, "DiffusionBValue"),
-            functional(ds, frame, diffusion, "DiffusionGradientDirectionSequence")
-            or ds.get("DiffusionGradientOrientation"),
+    return (
+        _plain(time if time is not None else ds.get("TemporalPositionIdentifier")),
+        _plain(
+            functional(
+                ds, frame, "CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"
+            )
+            or ds.get("TriggerTime")
         ),
-        functional(ds, frame, content, "FrameAcquisitionNumber") or ds.get("AcquisitionNumber"),
-        functional(ds, frame, "CTReconstructionSequence", "ConvolutionKernel"),
+        _plain(
+            functional(ds, frame, "MRDiffusionSequence", "DiffusionGradientDirectionSequence")
+            or ds.get("DiffusionGradientOrientation")
+        ),
+        _plain(
+            functional(ds, frame, content, "FrameAcquisitionNumber") or ds.get("AcquisitionNumber")
+        ),
+        _plain(ds.get("EchoNumbers")),
     )
-    return tuple(str(part) for part in parts)
+
+
+def times(ds: Dataset, frame: int) -> tuple[str, str]:
+    """Of acquisition and of content, sortable as text; empty where the header has none."""
+    taken = functional(ds, frame, "FrameContentSequence", "FrameAcquisitionDateTime")
+    taken = taken or ds.get("AcquisitionDateTime") or _date_and_time(ds, "Acquisition")
+    return str(taken).strip(), _date_and_time(ds, "Content")
+
+
+def _date_and_time(ds: Dataset, what: str) -> str:
+    time = str(ds.get(f"{what}Time") or "").replace(":", "").strip()
+    return f"{ds.get(f'{what}Date') or ''}{time}" if time else ""
+
+
+def _plain(value: Any) -> str:
+    """Text of a value, the same for 10, 10.0 and 1E1."""
+    if isinstance(value, int | float):
+        return f"{float(value):.6g}"
+    return "" if value is None else str(value)
 
 
 def split_key(ds: Dataset, frame: int) -> str:
-    """What separates images of one series: kind (LOCALIZER, M, P), frame of reference, stack."""
+    """What separates images of one series: kind, unit, frame of reference, stack.
+
+    The kind is values 3 to 5 of ImageType, for example LOCALIZER, M or P, and WATER of Dixon.
+    """
     kinds = ds.get("ImageType") or []
-    words = [] if isinstance(kinds, str) else [str(v) for v in kinds][2:4]
+    words = [] if isinstance(kinds, str) else [str(v) for v in kinds][2:5]
     for macro in ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence"):
         kind = functional(ds, frame, macro, "FrameType")
-        words += [str(v) for v in kind][2:4] if isinstance(kind, MultiValue) else []
+        words += [str(v) for v in kind][2:5] if isinstance(kind, MultiValue) else []
+    words.append(rescale_type(ds, frame))
     stack = functional(ds, frame, "FrameContentSequence", "StackID")
     return "|".join([*words, str(ds.get("FrameOfReferenceUID") or ""), str(stack)])

@@ -10,17 +10,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_partial
 
 from medpsp.dicom import rtstruct, segheader
+from medpsp.dicom.container import open_place
 from medpsp.dicom.items import items_of, reading, text_of, texts_of
+from medpsp.dicom.parse import refusing
 from medpsp.errors import LabelError
-from medpsp.types import MaskKind, Series
+from medpsp.types import MaskKind, Place, Series
 
 KINDS: dict[str, MaskKind] = {
     "1.2.840.10008.5.1.4.1.1.66.4": "seg",  # Segmentation Storage
     "1.2.840.10008.5.1.4.1.1.66.7": "seg",  # Label Map Segmentation Storage
     "1.2.840.10008.5.1.4.1.1.481.3": "rtstruct",
 }
+PATIENT_ID = 0x00100020
 MOST_POINTS = 256
 MOST_UIDS = 100_000
 
@@ -88,6 +92,22 @@ def label_target(ds: Dataset) -> LabelRef:
         sop_uids=tuple(sorted(sop_uids)),
         points=tuple(sample(ds, MOST_POINTS)),
     )
+
+
+def label_head(place: Place) -> tuple[str, str]:
+    """What an object says at its very start, so that one which ends early tells whose it is.
+
+    Returns:
+        Kind (seg, rtstruct, or empty for any other object) and PatientID; the real one, for
+        memory only.
+
+    Raises:
+        SourceError: LABEL_UNREADABLE, or a code of `open_place`.
+    """
+    with open_place(place) as stream, refusing("LABEL_UNREADABLE", "no header"):
+        ds = read_partial(stream, stop_when=lambda tag, vr, length: tag > PATIENT_ID, force=True)
+        kind = text_of(ds, "SOPClassUID") or text_of(ds.file_meta, "MediaStorageSOPClassUID")
+        return KINDS.get(kind, ""), text_of(ds, "PatientID")
 
 
 class Match(NamedTuple):

@@ -42,6 +42,8 @@ _MOST_EXTENSIONS = 1 << 24  # bytes after the header; nibabel reads what the hea
 _PADDED, _SMALL = 8, 1 << 26  # voxels of a mask: 8 times the image's and 512 x 512 x 256 more
 _DEFLATE_RATIO = 1032  # the most that deflate can reach
 _LONGEST_TABLE = 1 << 16
+_SLAB = 1 << 21  # voxels that are converted at a time: 16 MiB as float64
+_INTEGERS = (np.uint8, np.int16, np.int32, np.int64, np.uint64)
 
 
 def read_nifti_mask(
@@ -59,28 +61,25 @@ def read_nifti_mask(
         resample: nearest: what fits no other way is taken by nearest voxel.
 
     Returns:
-        (N, H, W) integers as stored, 0 where the mask file does not reach. Notes:
-        MASK_MADE_ON_UNSHEARED, MASK_RESAMPLED, MASK_BY_INDEX, MASK_INDEX_NOT_AFFINE.
+        (N, H, W) values of the first type of uint8, int16, int32 ... that holds them, 0 where
+        the mask file does not reach. Notes: MASK_PARTIAL_COVER, MASK_MADE_ON_UNSHEARED,
+        MASK_RESAMPLED, MASK_BY_INDEX, MASK_INDEX_NOT_AFFINE.
 
     Raises:
         LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_SIZE_LIMIT, MASK_NOT_3D, MASK_NO_XFORM,
-            MASK_SQ_DISAGREE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH, MASK_OUTSIDE_IMAGE.
+            MASK_SQ_DISAGREE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH, MASK_OUTSIDE_IMAGE,
+            MASK_ELSEWHERE.
     """
     if not path.is_file():
         raise LabelError("MASK_MISSING", "no file at the place that label_pattern names")
     try:
         image = _open(path, math.prod(grid.shape))
-        values = np.asarray(image.dataobj)
+        values = _values(image)
         ras = _affine(image) if geometry == "affine" else None
     except LabelError:
         raise
     except _NIBABEL_RAISES as error:
         raise LabelError("MASK_UNREADABLE", f"not a NIfTI file ({type(error).__name__})") from None
-    while values.ndim > 3 and values.shape[-1] == 1:
-        values = values[..., 0]
-    if values.ndim != 3 or values.dtype.fields is not None:
-        raise LabelError("MASK_NOT_3D", f"{values.ndim}-D, expected one value a voxel in 3-D")
-    values = values if values.dtype.kind in "iu" else integral(values)
     if ras is None:
         return _by_index(values, image, grid)
     return _by_affine(values, ras, grid, resample)
@@ -100,7 +99,8 @@ def _open(path: Path, voxels: int) -> Any:
     offset = float(kind(head[: kind.sizeof_hdr], check=False)["vox_offset"])
     if packed and not offset <= _MOST_EXTENSIONS:  # also NaN
         raise LabelError("MASK_SIZE_LIMIT", "header extensions of over 16 MiB")
-    image: Any = nib.load(path)
+    # neither mapped, which counts as memory of ours, nor inflated from the start for each slab
+    image: Any = nib.load(path, mmap=False, keep_file_open=True)
     found = math.prod(image.shape)
     if found > _PADDED * voxels + _SMALL:
         raise LabelError("MASK_SIZE_LIMIT", f"{found} voxels, the image has {voxels}")
@@ -111,30 +111,62 @@ def _open(path: Path, voxels: int) -> Any:
     return image
 
 
+def _values(image: Any) -> NDArray[Any]:
+    """(i, j, k) values, slab by slab: whole, 512 x 512 x 400 of float64 are 800 MiB."""
+    shape, extra = tuple(image.shape[:3]), image.shape[3:]
+    if len(shape) < 3 or set(extra) - {1} or image.get_data_dtype().fields is not None:
+        raise LabelError("MASK_NOT_3D", f"{len(image.shape)}-D, expected one value a voxel in 3-D")
+    out: NDArray[Any] = np.empty(shape, dtype=np.uint8, order="F")
+    planes = max(1, _SLAB // math.prod(shape[:2]))
+    for start in range(0, shape[2], planes):
+        index = (slice(None), slice(None), slice(start, start + planes), *(0 for _ in extra))
+        slab = np.asarray(image.dataobj[index])
+        slab = slab if slab.dtype.kind in "iu" else integral(slab)
+        held, low, high = np.iinfo(out.dtype), int(slab.min()), int(slab.max())
+        if low < held.min or high > held.max:
+            low, high = min(low, int(out[..., :start].min(initial=0))), max(high, held.max)
+            out = out.astype(next(t for t in _INTEGERS if _holds(t, low, high)))
+        out[..., start : start + planes] = slab
+    return out
+
+
+def _holds(kind: type[np.integer[Any]], low: int, high: int) -> bool:
+    return np.iinfo(kind).min <= low and high <= np.iinfo(kind).max
+
+
 def _by_affine(values: NDArray[Any], ras: Floats, grid: Grid, resample: str) -> LabelVolume:
     if grid.affine is None:
         raise LabelError("MASK_GRID_MISMATCH", "the images have no patient geometry")
+    notes: dict[str, int] = {}
+    where = grid.shape, grid.partial, notes
     try:
-        return LabelVolume(place_mask(values, ras, grid.affine, grid.shape, grid.partial), {})
+        return LabelVolume(place_mask(values, ras, grid.affine, *where), notes)
     except LabelError as error:
         if error.code != "MASK_GRID_MISMATCH":
             raise
         mismatch = error
     for upright in unsheared(grid.affine, grid.shape[0]):
         try:
-            placed = place_mask(values, ras, upright, grid.shape, grid.partial)
+            placed = place_mask(values, ras, upright, *where)
         except LabelError as error:
             if error.code != "MASK_GRID_MISMATCH":
                 raise
         else:
-            return LabelVolume(placed, {"MASK_MADE_ON_UNSHEARED": 1})
+            return LabelVolume(placed, {**notes, "MASK_MADE_ON_UNSHEARED": 1})
     if resample == "never":
         raise mismatch
-    placed = nearest_mask(values, ras, grid.affine, grid.shape, grid.partial)
-    return LabelVolume(placed, {"MASK_RESAMPLED": 1})
+    placed = nearest_mask(values, ras, grid.affine, *where)
+    return LabelVolume(placed, {**notes, "MASK_RESAMPLED": 1})
 
 
 def _by_index(values: NDArray[Any], image: Any, grid: Grid) -> LabelVolume:
+    one_object = len({uid for uid, _ in grid.slots}) == 1 and len(grid.slots) == grid.shape[0]
+    if grid.affine is None and not one_object:
+        raise LabelError(
+            "MASK_GRID_MISMATCH",
+            f"{grid.shape[0]} single images without a position have no order that a mask could "
+            "follow; data.mask_geometry: index needs positions or the frames of one object",
+        )
     placed = values.transpose(2, 1, 0)
     if placed.shape != grid.shape:
         raise LabelError(

@@ -145,19 +145,41 @@ def settle(clashes: int, code: str, rule: NameRule, notes: dict[str, int]) -> No
 def merge_labels(volumes: Sequence[LabelVolume], rule: NameRule) -> LabelVolume:
     """Lay the labels of several objects of one series over each other.
 
+    Objects that draw one class in different ways are most often versions: their union is what
+    nobody drew. Equal copies, and classes that are spread over objects, are fine.
+
     Args:
         volumes: At least one; (N, H, W) uint8 class indices.
-        rule: Says what happens where they overlap.
+        rule: Says what happens where they overlap, or draw one class in different ways.
 
     Raises:
-        LabelError: LABEL_OVERLAP.
+        LabelError: LABEL_SEVERAL, LABEL_OVERLAP.
     """
     first, *others = volumes
     values, notes, clashes = first.values.copy() if others else first.values, dict(first.notes), 0
+    drawn = dict.fromkeys(_classes_in(first.values), first.values) if others else {}
     for volume in others:
-        for index in np.unique(volume.values):
-            clashes += paint(values, volume.values == index, int(index))
+        for index in _classes_in(volume.values):
+            region = volume.values == index
+            known = drawn.setdefault(index, volume.values)
+            several = known is not volume.values and not np.array_equal(known == index, region)
+            count(notes, "LABEL_SEVERAL", int(several))
+            clashes += paint(values, region, index)
         for code, number in volume.notes.items():
             count(notes, code, number)
+    if "LABEL_SEVERAL" in notes and rule.overlap == "reject":
+        raise LabelError(
+            "LABEL_SEVERAL",
+            f"{len(volumes)} objects draw one class in different ways; take the outdated ones "
+            "out, or unite them by data.label_overlap: priority",
+        )
     settle(clashes, "LABEL_OVERLAP", rule, notes)
     return LabelVolume(values, notes)
+
+
+def _classes_in(values: NDArray[np.uint8]) -> list[int]:
+    """The class indices that occur, without 0."""
+    seen = np.zeros(256, dtype=np.bool_)
+    for plane in values:  # np.unique would sort the volume
+        seen[plane] = True
+    return [int(index) for index in np.flatnonzero(seen) if index]

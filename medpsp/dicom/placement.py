@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medpsp.dicom.names import count
 from medpsp.errors import LabelError
 from medpsp.types import Series
 
@@ -55,6 +56,7 @@ def place_mask(
     affine_lps: Floats,
     shape: tuple[int, int, int],
     partial: bool = False,
+    notes: dict[str, int] | None = None,
 ) -> NDArray[Any]:
     """Transpose, flip and paste a mask onto a series grid, bit-exact, without interpolation.
 
@@ -67,12 +69,15 @@ def place_mask(
         affine_lps: (4, 4) series index (column, row, slice) to mm LPS.
         shape: (N, H, W) of the series.
         partial: Labels outside the series are no error.
+        notes: MASK_PARTIAL_COVER is added: voxels of the series that the mask does not reach.
 
     Returns:
-        (N, H, W), 0 where the mask does not reach.
+        (N, H, W), 0 where the mask does not reach; a view where it reaches everywhere, since a
+        volume of 512 x 512 x 800 has no room for copies.
 
     Raises:
-        LabelError: MASK_GRID_MISMATCH or MASK_OUTSIDE_IMAGE.
+        LabelError: MASK_GRID_MISMATCH, MASK_OUTSIDE_IMAGE, or MASK_ELSEWHERE where the grids do
+            not touch: a mask says nothing of images that it does not reach.
     """
     slices, rows, columns = shape
     if slices == 1:  # one slice has no distance to the next: take the mask's along that direction
@@ -84,17 +89,26 @@ def place_mask(
     size = np.array([columns, rows, slices])
     turn, offset = _permutation(np.linalg.inv(mask_ras) @ LPS_TO_RAS @ affine_lps, size, mask.shape)
     axes = [int(np.flatnonzero(turn[:, axis])[0]) for axis in range(3)]  # mask axis of each ours
-    out = np.zeros((columns, rows, slices), dtype=mask.dtype)
+    view = mask.transpose(axes)
     ours, theirs = [], []
     for axis, mask_axis in enumerate(axes):
-        index = np.arange(size[axis]) * int(turn[mask_axis, axis]) + int(offset[mask_axis])
-        inside = (index >= 0) & (index < mask.shape[mask_axis])
-        ours.append(np.flatnonzero(inside))
-        theirs.append(index[inside])
-    part = mask.transpose(axes)[np.ix_(*theirs)]
-    out[np.ix_(*ours)] = part
-    _none_lost(int(np.count_nonzero(mask)) - int(np.count_nonzero(part)), partial)
-    return out.transpose(2, 1, 0)
+        start, length = int(offset[mask_axis]), view.shape[axis]
+        if turn[mask_axis, axis] < 0:
+            view, start = np.flip(view, axis), length - 1 - start
+        low = max(0, -start)
+        high = max(low, min(int(size[axis]), length - start))
+        ours.append(slice(low, high))
+        theirs.append(slice(low + start, high + start))
+    part = view[tuple(theirs)]
+    whole = part.size == mask.size
+    lost = 0 if whole else int(np.count_nonzero(mask)) - int(np.count_nonzero(part))
+    _check_reach(lost, part.size, partial)
+    if part.size == size.prod():
+        return part.transpose(2, 1, 0)
+    count({} if notes is None else notes, "MASK_PARTIAL_COVER", int(size.prod()) - part.size)
+    out = np.zeros(shape, dtype=mask.dtype)
+    out[tuple(reversed(ours))] = part.transpose(2, 1, 0)
+    return out
 
 
 def nearest_mask(
@@ -103,29 +117,33 @@ def nearest_mask(
     affine_lps: Floats,
     shape: tuple[int, int, int],
     partial: bool = False,
+    notes: dict[str, int] | None = None,
 ) -> NDArray[Any]:
     """Take a mask on any grid by nearest voxel, slice by slice; arguments as `place_mask`.
 
     Raises:
-        LabelError: MASK_OUTSIDE_IMAGE where labels lie over one voxel outside the image.
+        LabelError: MASK_OUTSIDE_IMAGE where labels lie over one voxel outside the image, or
+            MASK_ELSEWHERE.
     """
     slices, rows, columns = shape
     to_mask = np.linalg.inv(mask_ras) @ LPS_TO_RAS @ affine_lps
     out = np.zeros(shape, dtype=mask.dtype)
     row, column = np.indices((rows, columns))
     plane = np.stack([column, row, np.zeros_like(row), np.ones_like(row)]).reshape(4, -1)
-    limits = np.array(mask.shape)[:, None]
+    limits, reached = np.array(mask.shape)[:, None], 0
     for number in range(slices):
         plane[2] = number
         index = np.round((to_mask @ plane)[:3]).clip(-1, limits).astype(np.int64)
         inside = ((index >= 0) & (index < limits)).all(axis=0)
         out[number].reshape(-1)[inside] = mask[tuple(index[:, inside])]
+        reached += int(np.count_nonzero(inside))
     to_grid, size, lost = np.linalg.inv(to_mask), np.array([columns, rows, slices])[:, None], 0
     for number in range(mask.shape[2]):
         labelled = np.argwhere(mask[..., number]).T
         at = to_grid[:3, :2] @ labelled + (to_grid[:3, 2] * number + to_grid[:3, 3])[:, None]
         lost += int(((at < -1) | (at > size)).any(axis=0).sum())
-    _none_lost(lost, partial)
+    _check_reach(lost, reached, partial)
+    count({} if notes is None else notes, "MASK_PARTIAL_COVER", out.size - reached)
     return out
 
 
@@ -170,6 +188,8 @@ def _permutation(
     return turn, offset
 
 
-def _none_lost(lost: int, partial: bool) -> None:
+def _check_reach(lost: int, reached: int, partial: bool) -> None:
     if lost and not partial:
         raise LabelError("MASK_OUTSIDE_IMAGE", f"{lost} labelled voxels lie outside the image")
+    if not reached:
+        raise LabelError("MASK_ELSEWHERE", "the mask reaches no voxel of these images")

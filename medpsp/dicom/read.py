@@ -10,35 +10,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
-from pydicom.uid import UID
 
-from medpsp.dicom import deidentify, frames
+from medpsp.dicom import deidentify, frames, pixels
 from medpsp.dicom.codestream import Layout
-from medpsp.dicom.decode import Stored, check_pixels, layout_of, stored_values
+from medpsp.dicom.decode import check_pixels, layout_of, stored_values
 from medpsp.dicom.labelref import KINDS as LABEL_KINDS
 from medpsp.dicom.parse import Parsed, parse, refusing
-from medpsp.dicom.values import (
-    blank_outside,
-    luma,
-    padding_mask,
-    rescale,
-    rescaled_dtype,
-    ybr_to_rgb,
-)
+from medpsp.dicom.values import blank_outside, covered_pixels
 from medpsp.errors import DicomError
-from medpsp.types import PixelDtype, Place, ReadPolicy, SliceRef
+from medpsp.types import Box, Place, ReadPolicy, SliceRef
 
 DICOMDIR = "1.2.840.10008.1.3.10"
-_COLOUR = (
-    "PALETTE COLOR",
-    "RGB",
-    "YBR_FULL",
-    "YBR_FULL_422",
-    "YBR_PARTIAL_420",
-    "YBR_ICT",
-    "YBR_RCT",
-)
+MOST_SHOWN = 0.95
+"""Regions that cover more of a frame blank nothing: names stand beside the picture."""
 
 
 class Pixels(NamedTuple):
@@ -96,8 +80,8 @@ def read_frame(ref: SliceRef) -> Pixels:
         (H, W) of ``ref.dtype``, int16 only where that is exact; (H, W, 3) uint8 for colour.
 
     Raises:
-        DicomError: PIX_TRUNCATED, TS_MISMATCH, DEC_ERROR, SIGN_MISMATCH, or a code of
-            `read_headers`.
+        DicomError: PIX_TRUNCATED, TS_MISMATCH, DEC_ERROR, SIGN_MISMATCH, VALUE_RANGE, or a code
+            of `read_headers`.
     """
     stat = os.stat(ref.path) if os.path.exists(ref.path) else None
     parsed = _parsed(ref.place, (stat.st_mtime_ns, stat.st_size) if stat else (0, 0))
@@ -107,10 +91,10 @@ def read_frame(ref: SliceRef) -> Pixels:
         if stored.flags:
             raise DicomError(stored.flags[0], "the codestream is signed, PixelRepresentation is 0")
         if stored.space.startswith("MONOCHROME"):
-            padding = padding_mask(stored.values, *frames.padding(parsed.header, layout))
-            values = _modality_values(parsed.header, stored.values, ref, padding)
+            padding = pixels.padding_of(parsed.header, layout, stored)
+            values = pixels.modality_values(parsed.header, stored.values, ref, padding)
         else:
-            padding, values = None, _colour(parsed.header, stored, ref)
+            padding, values = None, pixels.colour_values(parsed.header, layout, stored, ref)
         if ref.region:
             values = blank_outside(values, ref.region)
     if values.shape[:2] != (ref.rows, ref.columns):
@@ -133,7 +117,7 @@ def _parsed(place: Place, stamp: tuple[int, int]) -> Parsed:
 
 def _check_kind(parsed: Parsed) -> None:
     ds = parsed.header
-    kind = UID(str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or ""))
+    kind = str(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID") or "")
     if kind == DICOMDIR or "DirectoryRecordSequence" in ds:
         raise DicomError("DICOMDIR", "a directory of files")
     if kind in LABEL_KINDS:
@@ -143,14 +127,14 @@ def _check_kind(parsed: Parsed) -> None:
     # pydicom reads a cut file without a word
     if not kind:
         raise DicomError("HDR_TRUNCATED", "an object without SOPClassUID (0008,0016)")
-    if kind.name.endswith("Image Storage"):
+    name = deidentify.uid_name(kind)
+    if name.endswith("Image Storage"):
         raise DicomError("HDR_TRUNCATED", "an image object without Rows (0028,0010)")
-    raise DicomError("NOT_IMAGE", kind.name if kind.is_valid and not kind.is_private else "private")
+    raise DicomError("NOT_IMAGE", name)
 
 
 def _check_wanted(ds: Dataset, policy: ReadPolicy) -> None:
     """S4: what is no part of a volume is left out, unless the policy keeps it."""
-    kind = UID(str(ds.get("SOPClassUID") or ""))
     value = ds.get("ImageType") or []
     words = [value] if isinstance(value, str) else [str(v) for v in value]
     if {"LABEL", "OVERVIEW"} & set(words):
@@ -161,41 +145,41 @@ def _check_wanted(ds: Dataset, policy: ReadPolicy) -> None:
         raise DicomError("LOCALIZER", "a localizer; data.non_volumes keeps it")
     if any("DOSE" in word for word in words):
         raise DicomError("DOSE_REPORT", "a dose sheet; data.non_volumes keeps it")
-    if "Secondary Capture" in kind.name:
+    if "Secondary Capture" in deidentify.uid_name(str(ds.get("SOPClassUID") or "")):
         raise DicomError("SC_IMAGE", "a secondary capture; data.non_volumes keeps it")
 
 
-def _region(ds: Dataset, modality: str, policy: ReadPolicy) -> tuple[int, int, int, int] | None:
-    """What of the image is shown: all of it, or the region of ultrasound."""
+def _region(ds: Dataset, modality: str, policy: ReadPolicy) -> tuple[Box, ...]:
+    """What of the image is shown: all of it (no box), or the regions of ultrasound."""
     if policy.burned_in == "keep" or not deidentify.burned_in_suspected(ds, modality):
-        return None
-    box = frames.image_box(ds) if policy.burned_in == "blank" else None
-    if box is None:
+        return ()
+    boxes = frames.image_boxes(ds) if policy.burned_in == "blank" else ()
+    if not boxes:
         raise DicomError(
             "PHI_BURNED_IN",
             "BurnedInAnnotation is not NO and the kind of image may show names; see data.burned_in",
         )
-    return box
+    share = covered_pixels(boxes) / (int(ds.Rows) * int(ds.Columns))
+    if share >= MOST_SHOWN:
+        raise DicomError("PHI_BURNED_IN", f"its regions are {share:.0%} of it, nothing is blanked")
+    return boxes
 
 
 def _of_object(
-    ds: Dataset,
-    place: Place,
-    file_id: str,
-    layout: Layout,
-    region: tuple[int, int, int, int] | None,
+    ds: Dataset, place: Place, file_id: str, layout: Layout, region: tuple[Box, ...]
 ) -> dict[str, Any]:
     return {
         "path": place.path,
         "member": place.member,
         "file_id": file_id,
-        "patient_id": str(ds.get("PatientID") or ""),
+        "patient_id": _patient(ds),
         "series_uid": str(ds.get("SeriesInstanceUID") or ""),
+        "study_uid": str(ds.get("StudyInstanceUID") or ""),
         "sop_uid": str(ds.get("SOPInstanceUID") or ""),
         "modality": str(ds.get("Modality") or ""),
         "rows": layout.rows,
         "columns": layout.columns,
-        "photometric": layout.photometric,
+        "photometric": frames.photometric(ds, layout),
         "frames": layout.frames,
         "frame_of_reference": str(ds.get("FrameOfReferenceUID") or ""),
         "study_date": str(ds.get("StudyDate") or ""),
@@ -205,80 +189,55 @@ def _of_object(
     }
 
 
-def _names_possible(ds: Dataset, modality: str, policy: ReadPolicy) -> list[str]:
-    kept = policy.burned_in == "keep" and deidentify.burned_in_suspected(ds, modality)
-    return ["PHI_BURNED_IN"] if kept else []
+def _patient(ds: Dataset) -> str:
+    """PatientID without what is not significant in it: spaces around (PS3.5 6.2, LO), NUL."""
+    return str(ds.get("PatientID") or "").strip(" \0")
+
+
+def _flags_of_object(parsed: Parsed, policy: ReadPolicy) -> list[str]:
+    ds = parsed.header
+    modality = str(ds.get("Modality") or "")
+    suspected = deidentify.burned_in_suspected(ds, modality)
+    notes = {
+        "PHI_BURNED_IN": suspected and policy.burned_in == "keep",
+        "PHI_BLANKED": suspected and policy.burned_in == "blank",
+        # frame of reference and geometry must tell series apart
+        "UID_MISSING": not (ds.get("SeriesInstanceUID") and ds.get("SOPInstanceUID")),
+        "PATIENT_ID_MISSING": not _patient(ds),
+        "RECOGNIZABLE_FACE_POSSIBLE": deidentify.face_possible(modality, deidentify.body_part(ds)),
+        "TILED": str(ds.get("DimensionOrganizationType") or "").startswith("TILED"),
+    }
+    return [*parsed.flags, *(code for code, is_so in notes.items() if is_so)]
 
 
 def _of_frame(parsed: Parsed, layout: Layout, frame: int, policy: ReadPolicy) -> dict[str, Any]:
     ds = parsed.header
     modality = str(ds.get("Modality") or "")
     slope, intercept, given = frames.rescaling(ds, frame)
+    dtype = pixels.dtype_of(ds, layout, (slope, intercept), policy)
     pixel_spacing, source = frames.spacing(ds, frame, modality)
     window, any_window = frames.window(ds, frame)
-    flags = [*parsed.flags, *_names_possible(ds, modality, policy)]
-    if not (ds.get("SeriesInstanceUID") and ds.get("SOPInstanceUID")):
-        flags.append("UID_MISSING")  # frame of reference and geometry must tell series apart
-    if modality == "CT" and not given and "ModalityLUTSequence" not in ds:
-        flags.append("RESCALE_ABSENT")
-    if source == "detector":
-        flags.append("SPACING_DETECTOR")
-    if any_window and window is None:
-        flags.append("VOI_INVALID")
-    if window is None and "VOILUTSequence" in ds:
-        flags.append("VOI_LUT")
-    if deidentify.face_possible(modality, deidentify.body_part(ds)):
-        flags.append("RECOGNIZABLE_FACE_POSSIBLE")
-    if str(ds.get("DimensionOrganizationType") or "").startswith("TILED"):
-        flags.append("TILED")
+    ct, lut = modality == "CT", "ModalityLUTSequence" in ds
+    notes = {
+        "RESCALE_ABSENT": ct and not given and not lut,
+        "RESCALE_NOT_HU": ct and frames.rescale_type(ds, frame) != "HU",
+        "VALUE_ROUNDED": pixels.may_round(layout, dtype),
+        "SPACING_DETECTOR": source == "detector",
+        "VOI_INVALID": any_window and window is None,
+        "VOI_LUT": window is None and "VOILUTSequence" in ds,
+    }
+    own = (code for code, is_so in notes.items() if is_so)
     return {
         "frame": frame,
-        "dtype": _dtype(ds, layout, (slope, intercept), policy),
+        "dtype": dtype,
         "position": frames.position(ds, frame, layout.frames),
         "orientation": frames.orientation(ds, frame),
         "pixel_spacing": pixel_spacing,
         "spacing_source": source,
         "window": window,
         "series_split_key": frames.split_key(ds, frame),
+        "contrast_key": frames.contrast_key(ds, frame),
         "collision_key": frames.collision_key(ds, frame),
-        "flags": tuple(flags),
+        "times": frames.times(ds, frame),
+        "flags": (*_flags_of_object(parsed, policy), *own),
     }
-
-
-def _dtype(
-    ds: Dataset, layout: Layout, rescaling: tuple[float, float], policy: ReadPolicy
-) -> PixelDtype:
-    if layout.photometric in ("MONOCHROME1", "MONOCHROME2") and layout.samples == 1:
-        if layout.floating or "ModalityLUTSequence" in ds:
-            return "float32"
-        modality = str(ds.get("Modality") or "")
-        return rescaled_dtype(modality, rescaling, layout.stored, layout.signed)
-    known = layout.photometric if layout.photometric in _COLOUR else "missing or unknown"
-    if known != layout.photometric or (layout.samples == 1) != (known == "PALETTE COLOR"):
-        raise DicomError("PHOTOMETRIC_UNSUPPORTED", f"{known} with {layout.samples} samples")
-    if layout.allocated != 8 and known != "PALETTE COLOR":
-        raise DicomError("BITS_UNSUPPORTED", f"colour of {layout.allocated} bits, expected 8")
-    return "int16" if policy.colour == "grey" else "uint8"
-
-
-def _modality_values(
-    ds: Dataset, stored: NDArray[Any], ref: SliceRef, padding: NDArray[np.bool_] | None
-) -> NDArray[Any]:
-    if "ModalityLUTSequence" in ds:
-        return np.asarray(apply_modality_lut(stored, ds)).astype(np.float32)
-    slope, intercept, _ = frames.rescaling(ds, ref.frame)
-    return rescale(stored, (slope, intercept), ref.dtype, padding)
-
-
-def _colour(ds: Dataset, stored: Stored, ref: SliceRef) -> NDArray[Any]:
-    values = stored.values
-    if stored.space == "PALETTE COLOR":
-        table = apply_color_lut(values, ds)[..., :3]
-        if table.dtype == np.uint16:
-            every = np.arange(2**16, dtype=np.uint16)
-            if table.max() > 255 or apply_color_lut(every, ds).max() > 255:
-                table = table >> 8  # else 8-bit entries lie in a table of 16 bits
-        values = table.astype(np.uint8)
-    elif stored.space == "YBR_FULL":
-        values = ybr_to_rgb(values)
-    return luma(values) if ref.dtype == "int16" else values

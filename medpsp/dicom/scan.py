@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.container import Found, walk_objects
@@ -16,11 +17,19 @@ from medpsp.types import Place, ReadPolicy, ScanRow, Series, SliceRef
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelFile:
-    """A SEG (``seg``) or RT Structure Set (``rtstruct``) that the walk met."""
+    """A SEG (``seg``) or RT Structure Set (``rtstruct``) that the walk met.
+
+    Attributes:
+        code, detail: Why it cannot be used; empty where its header is whole.
+        patient_id: Of a damaged one that says it; the real one, for memory only.
+    """
 
     place: Place
     file_id: str
     kind: str
+    code: str = ""
+    detail: str = ""
+    patient_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +39,7 @@ class Scan:
     Attributes:
         series: In a fixed order.
         rows: Every object or frame that is in no series, label objects among them.
-        labels: SEG and RTSTRUCT objects.
+        labels: SEG and RTSTRUCT objects, damaged ones too.
         objects: Number of objects found; each is in a series or has a row.
     """
 
@@ -63,31 +72,12 @@ def scan_folder(
     rows: list[ScanRow] = []
     labels: list[LabelFile] = []
     objects = 0
-
-    def read(box: Sandbox, found: Found) -> list[SliceRef] | SourceError:
-        try:
-            return box.headers(found.place, file_id(found.name), policy)
-        except SourceError as error:
-            return error
-
-    def openable() -> Iterator[Found]:
-        nonlocal objects
-        for found in walk_objects(root):
-            objects += 1
-            if found.code:
-                rows.append(refusal(file_id(found.name), found.code, found.detail))
-            else:
-                yield found
-
-    for found, result in pool.map(read, openable()):
+    for item in _read_all(root, policy, file_id, pool):
+        objects += 1
         advance()
-        if not isinstance(result, SourceError):
-            refs.extend(result)
-            continue
-        name = file_id(found.name)
-        rows.append(refusal(name, result.code, result.detail))
-        if result.code == "LABEL_OBJECT":
-            labels.append(LabelFile(place=found.place, file_id=name, kind=result.detail))
+        refs += item.refs
+        rows += [item.row] if item.row else []
+        labels += [item.label] if item.label else []
     if not objects:
         raise ArchiveError(f"archive {root}: holds no file; give the root of the DICOM files")
     series, refused = group_series(refs, policy, pool.same_pixels)
@@ -95,19 +85,64 @@ def scan_folder(
     return Scan(series=series, rows=rows, labels=labels, objects=objects)
 
 
-def find_labels(root: Path, file_id: Callable[[str], str], pool: SandboxPool) -> list[LabelFile]:
-    """SEG and RTSTRUCT objects below a folder of their own; the rest there is passed over."""
+def find_labels(root: Path, file_id: Callable[[str], str], pool: SandboxPool) -> Scan:
+    """SEG and RTSTRUCT objects below a folder of their own; every object there has a row.
 
-    def read(box: Sandbox, found: Found) -> str:
-        try:
-            box.headers(found.place, "", ReadPolicy(modalities=()))
-        except SourceError as error:
-            return error.detail if error.code == "LABEL_OBJECT" else ""
-        return ""
+    Returns:
+        No series; images that lie there are LABEL_NOT.
 
-    objects = (found for found in walk_objects(root) if not found.code)
-    return [
-        LabelFile(place=found.place, file_id=file_id(found.name), kind=kind)
-        for found, kind in pool.map(read, objects)
-        if kind
-    ]
+    Raises:
+        ArchiveError: No such folder.
+    """
+    rows: list[ScanRow] = []
+    labels: list[LabelFile] = []
+    for item in _read_all(root, ReadPolicy(modalities=()), file_id, pool):
+        row = item.row
+        if row is None or row.code == "MODALITY_SKIPPED":
+            row = refusal(item.file_id, "LABEL_NOT", "an image, no label object")
+        rows.append(row)
+        labels += [item.label] if item.label else []
+    return Scan(series=[], rows=rows, labels=labels, objects=len(rows))
+
+
+def label_head(box: Sandbox, place: Place) -> tuple[str, str]:
+    """`labelref.label_head` in a child; empty texts where even that cannot be read."""
+    try:
+        (kind, patient), _ = box.call("label_head", place=place)
+    except SourceError:
+        return "", ""
+    return str(kind), str(patient)
+
+
+class _Read(NamedTuple):
+    file_id: str
+    refs: list[SliceRef]
+    row: ScanRow | None = None
+    label: LabelFile | None = None
+
+
+def _read_all(
+    root: Path, policy: ReadPolicy, file_id: Callable[[str], str], pool: SandboxPool
+) -> Iterator[_Read]:
+    """Every object once: its frames, or its row, and for a label object that too."""
+
+    def read(box: Sandbox, found: Found) -> _Read:
+        name, code, detail = file_id(found.name), found.code, found.detail
+        if not code:
+            try:
+                return _Read(name, box.headers(found.place, name, policy))
+            except SourceError as error:
+                code, detail = error.code, error.detail
+        row = refusal(name, code, detail)
+        if code == "LABEL_OBJECT":
+            return _Read(name, [], row, LabelFile(place=found.place, file_id=name, kind=detail))
+        if found.code or row.status != "quarantined":
+            return _Read(name, [], row)
+        kind, patient = label_head(box, found.place)
+        if not kind:
+            return _Read(name, [], row)
+        why = {"code": code, "detail": detail, "patient_id": patient}
+        return _Read(name, [], row, LabelFile(place=found.place, file_id=name, kind=kind, **why))
+
+    for _, item in pool.map(read, walk_objects(root)):
+        yield item

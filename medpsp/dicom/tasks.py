@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.dicom.decode import layout_of, stored_values
+from medpsp.dicom.labelref import label_head as head_of
 from medpsp.dicom.labelref import label_target
 from medpsp.dicom.labels import map_labels, read_nifti_mask
-from medpsp.dicom.names import LabelVolume, NameRule, merge_labels
+from medpsp.dicom.names import LabelVolume, NameRule, count, merge_labels
 from medpsp.dicom.parse import parse, refusing
 from medpsp.dicom.placement import Grid
 from medpsp.dicom.read import read_frame, read_headers
@@ -26,7 +27,7 @@ from medpsp.dicom.sandbox import Answer
 from medpsp.dicom.seg import read_segments
 from medpsp.dicom.voc import read_image, read_mask
 from medpsp.dicom.wire import receive, send
-from medpsp.errors import SourceError
+from medpsp.errors import DicomError, LabelError, SourceError
 from medpsp.types import Place, ReadPolicy, SliceRef, Window
 
 
@@ -53,6 +54,11 @@ def label_target_of(place: list[str]) -> Answer:
     return asdict(label_target(parse(Place(*place)).header)), []
 
 
+def label_head(place: list[str]) -> Answer:
+    """`label_head`: what even a damaged label object says."""
+    return list(head_of(Place(*place))), []
+
+
 def labels(
     kind: str,
     places: list[list[str]],
@@ -60,7 +66,10 @@ def labels(
     rule: dict[str, Any],
     options: list[str],
 ) -> Answer:
-    """All mask objects of a series, laid on its grid: notes, and (N, H, W) uint8 classes."""
+    """All mask objects of a series, laid on its grid: notes, and (N, H, W) uint8 classes.
+
+    Codes of images become LABEL_UNREADABLE: PIX_TRUNCATED would read as if they were cut short.
+    """
     target = Grid(
         shape=tuple(grid["shape"]),
         affine=None if grid["affine"] is None else np.array(grid["affine"]),
@@ -68,8 +77,14 @@ def labels(
         partial=grid["partial"],
     )
     names = NameRule(**{**rule, **{k: _tuples(rule[k]) for k in ("classes", "names", "numbers")}})
-    volumes = [_volume(kind, Place(*place), target, names, options) for place in places]
-    whole = merge_labels(volumes, names)
+    try:
+        with refusing("LABEL_UNREADABLE", "not readable"):
+            volumes = [_volume(kind, Place(*place), target, names, options) for place in places]
+            whole = merge_labels(volumes, names)
+    except DicomError as error:
+        known = error.code == "LABEL_UNREADABLE"
+        detail = error.detail if known else f"{error.code}: {error.detail}"
+        raise LabelError("LABEL_UNREADABLE", detail) from None
     return whole.notes, [whole.values]
 
 
@@ -77,6 +92,7 @@ def _volume(kind: str, place: Place, grid: Grid, rule: NameRule, options: list[s
     if kind == "nifti":
         found = read_nifti_mask(Path(place.path), grid, *options)  # type: ignore[arg-type]
         values = map_labels(found.values, dict(rule.numbers), len(rule.classes))
+        count(found.notes, "LABEL_EMPTY", int(not values.any()))
         return LabelVolume(values, found.notes)
     parsed = parse(place)
     if kind == "rtstruct":
@@ -103,6 +119,7 @@ TASKS: dict[str, Callable[..., Answer]] = {
     "frame": frame,
     "digest": digest,
     "label_target": label_target_of,
+    "label_head": label_head,
     "labels": labels,
     "image": image,
     "mask": mask,

@@ -5,13 +5,14 @@ The order is normative: stored bits, padding, modality LUT (PS3.3 C.11.1); VOI c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.errors import DicomError
-from medpsp.types import PixelDtype
+from medpsp.types import Box, PixelDtype
 
 YBR_TO_RGB = np.array(
     [[1.0, 0.0, 1.402], [1.0, -0.114 * 1.772 / 0.587, -0.299 * 1.402 / 0.587], [1.0, 1.772, 0.0]],
@@ -50,8 +51,8 @@ def rescale(
     Padding beyond int16 is clipped: it means nothing but itself.
 
     Raises:
-        DicomError: VALUE_RANGE where a value that is no padding leaves int16, ELEM_INVALID where
-            the result is beyond float32.
+        DicomError: VALUE_RANGE where a value that is no padding leaves int16, or a float pixel
+            is infinite as float32 (NaN stays), ELEM_INVALID where rescaling goes beyond float32.
     """
     slope, intercept = rescaling
     if dtype == "int16":
@@ -63,7 +64,10 @@ def rescale(
                 raise DicomError("VALUE_RANGE", "modality values leave the range of int16")
             values = wide.clip(-32768, 32767).astype(np.int16)
         return values
-    result = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
+        result = (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    if stored.dtype.kind == "f" and np.isinf(result).any():
+        raise DicomError("VALUE_RANGE", "float pixels beyond float32")
     if stored.dtype.kind != "f" and not np.isfinite(result).all():
         raise DicomError("ELEM_INVALID", "RescaleSlope or RescaleIntercept overflows float32")
     return result
@@ -92,10 +96,26 @@ def luma(rgb: NDArray[np.uint8]) -> NDArray[np.int16]:
     return np.asarray(np.rint(rgb.astype(np.float32) @ LUMA).astype(np.int16))
 
 
-def blank_outside(values: NDArray[Any], region: tuple[int, int, int, int]) -> NDArray[Any]:
-    """Zeros outside (first row, first column, rows, columns)."""
-    row, column, rows, columns = region
+def blank_outside(values: NDArray[Any], boxes: Sequence[Sequence[int]]) -> NDArray[Any]:
+    """Zeros outside all of the boxes of (first row, first column, rows, columns)."""
     kept = np.zeros_like(values)
-    inside = (slice(row, row + rows), slice(column, column + columns))
-    kept[inside] = values[inside]
+    for row, column, rows, columns in boxes:
+        inside = (slice(row, row + rows), slice(column, column + columns))
+        kept[inside] = values[inside]
     return kept
+
+
+def covered_pixels(boxes: Sequence[Box]) -> int:
+    """Number of pixels in one or more of the boxes."""
+    if not boxes:
+        return 0
+    sides = np.array(boxes, dtype=np.int64)
+    first, last = sides[:, :2], sides[:, :2] + sides[:, 2:]
+    rows, columns = (np.unique([first[:, k], last[:, k]]) for k in (0, 1))
+    inside = np.zeros((len(rows) - 1, len(columns) - 1), dtype=np.bool_)
+    for (top, left), (bottom, right) in zip(first, last, strict=True):
+        inside[
+            np.searchsorted(rows, top) : np.searchsorted(rows, bottom),
+            np.searchsorted(columns, left) : np.searchsorted(columns, right),
+        ] = True
+    return int(np.diff(rows) @ inside @ np.diff(columns))

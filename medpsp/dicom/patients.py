@@ -1,0 +1,57 @@
+"""Whose slices are whose: no patient may end up as two, nor two as one.
+
+Patients go to train, val or test as a whole, so a mistake here leaks what is tested into training.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import PurePath
+
+from medpsp.errors import GeometryError
+from medpsp.types import SliceRef
+
+Refused = list[tuple[SliceRef, GeometryError]]
+
+
+def settle_patients(slices: Iterable[SliceRef]) -> tuple[list[SliceRef], Refused]:
+    """Give every slice a patient, or refuse it.
+
+    A SeriesInstanceUID is of one patient: where its slices name two, all are refused. A slice
+    without PatientID belongs to the patient that the others of its series name; without one, its
+    study stands for the patient, else its series, its frame of reference, or its folder: slices
+    whose headers were emptied are a volume still.
+
+    Returns:
+        The slices, and the refused ones with PATIENT_CONFLICT.
+    """
+    refs = list(slices)
+    named: dict[str, set[str]] = defaultdict(set)
+    for ref in refs:
+        if ref.series_uid and ref.patient_id:
+            named[ref.series_uid].add(ref.patient_id)
+    kept: list[SliceRef] = []
+    refused: Refused = []
+    for ref in refs:
+        patients = named.get(ref.series_uid, set())
+        if len(patients) > 1:
+            error = f"{len(patients)} values of PatientID in one SeriesInstanceUID"
+            refused.append((ref, GeometryError("PATIENT_CONFLICT", error)))
+        elif ref.patient_id:
+            kept.append(ref)
+        else:
+            kept.append(replace(ref, patient_id=next(iter(patients), "") or _stand_in(ref)))
+    return kept, refused
+
+
+def _stand_in(ref: SliceRef) -> str:
+    if ref.study_uid:
+        return f"study:{ref.study_uid}"
+    if ref.series_uid:
+        return f"series:{ref.series_uid}"
+    if ref.frame_of_reference:
+        return f"frame:{ref.frame_of_reference}"
+    folder = PurePath(ref.path, ref.member).parent  # of a member: within its archive
+    return f"folder:{folder}"
