@@ -19,7 +19,7 @@ from medpsp.errors import ArchiveError, ConfigError, ShardError
 from medpsp.identity import fingerprint, load_key
 from medpsp.progress import Bar
 from medpsp.types import ScanRow
-from shards.gather import Gathered, file_id, gather, tally
+from shards.gather import LABELS, Gathered, file_id, gather, tally
 from shards.index import (
     INDEX,
     MANIFEST,
@@ -245,5 +245,8 @@ def _write_crosswalk(data: DataConfig, key: bytes) -> None:
     if data.crosswalk is None:
         return
     names = sorted({found.name for found in walk_objects(data.archive)})
+    labels = data.labels if data.source == "dicom" and data.label_format != "nifti" else None
+    if labels and not labels.resolve().is_relative_to(data.archive.resolve()):
+        names += sorted({LABELS + found.name for found in walk_objects(labels)})
     text = "".join(f"{file_id(key, name)}\t{name!r}\n" for name in names)
     write_bytes_durably(data.crosswalk, text.encode(), mode=0o600)

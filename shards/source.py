@@ -18,7 +18,7 @@ from medpsp.dicom.names import NameRule
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, shared_sandbox
 from medpsp.dicom.values import luma
-from medpsp.errors import DicomError, SourceError
+from medpsp.errors import DicomError, LabelError, SourceError
 from medpsp.intensity import needs_series_values, series_window
 from medpsp.types import IGNORE, ScanRow, Series, SliceRef, Window
 from shards.layout import Part
@@ -163,7 +163,11 @@ def _volume_labels(
     """(N, H, W) classes on the grid of a series; None for PNG masks and no mask."""
     if not series.masks or series.mask_kind == "png":
         return None, ()
-    volume = box.labels(series, settings.labels, settings.mask_geometry, settings.mask_resample)
+    rule, geometry, resample = settings.labels, settings.mask_geometry, settings.mask_resample
+    try:
+        volume = box.labels(series, rule, geometry, resample)
+    except DicomError as error:  # the images are sound
+        raise LabelError("LABEL_UNREADABLE", f"{error.code}: {error.detail}") from None
     return volume.values, tuple(sorted(volume.notes))
 
 

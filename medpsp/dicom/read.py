@@ -137,7 +137,7 @@ def _check_wanted(ds: Dataset, policy: ReadPolicy) -> None:
     """S4: what is no part of a volume is left out, unless the policy keeps it."""
     value = ds.get("ImageType") or []
     words = [value] if isinstance(value, str) else [str(v) for v in value]
-    if {"LABEL", "OVERVIEW"} & set(words):
+    if deidentify.slide_label(ds):
         raise DicomError("PHI_BURNED_IN", "the photograph of a slide's label")
     if policy.non_volumes == "keep":
         return
