@@ -109,7 +109,7 @@ def test_a_job_killed_half_way_says_so_and_the_next_run_ends_as_a_clean_one(
     assert f"shards: {config.shards} (64 slices; objects: 64 kept, " in shown
     assert "check: every digest, slice and split is as the manifest says" in shown
     assert "submitit" not in shown
-    assert "(64 kept, " in (run.logs / "shards.log").read_text()
+    assert "objects: 64 kept, " in (run.logs / "shards.log").read_text()
 
 
 def test_a_failing_job_gives_its_own_reason_and_stops_the_chain(
