@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ SHAPE = (4, 5, 6)
 PATIENT, FRAME = "patient", "1.2.9"
 SEG, LABELMAP = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
+
+ORIENTATIONS = [
+    (order, flips)
+    for order in itertools.permutations(range(3))
+    for count in range(4)
+    for flips in itertools.combinations(range(3), count)
+]
+"""Every order of the axes, with every set of axes that run the other way: 48."""
 
 
 def turned(axis: ArrayLike, angle: float) -> Affine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import struct
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from medpsp.dicom.names import LabelVolume
 from medpsp.dicom.nifti import write_nifti_mask
 from medpsp.dicom.placement import LPS_TO_RAS, Grid, grid_of, nearest_mask, place_mask, unsheared
 from medpsp.errors import ConfigError, LabelError
-from tests.labelled import PLAIN, SHAPE, Affine, series_of_files, slice_ref, turned
+from tests.labelled import ORIENTATIONS, PLAIN, SHAPE, Affine, series_of_files, slice_ref, turned
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -87,14 +86,6 @@ def test_any_order_of_axes_is_placed_exactly(seed: int) -> None:
     volume = rng.integers(0, 5, shape)
     mask, ras = as_saved(volume, affine, rng)
     assert (place_mask(mask, ras, affine, shape) == volume).all()
-
-
-ORIENTATIONS = [
-    (order, flips)
-    for order in itertools.permutations(range(3))
-    for count in range(4)
-    for flips in itertools.combinations(range(3), count)
-]
 
 
 @pytest.mark.parametrize(("order", "flips"), ORIENTATIONS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from medpsp.dicom.seg import read_segments
 from medpsp.errors import LabelError
 from medpsp.types import Series
 from tests.labelled import (
+    ORIENTATIONS,
     PLAIN,
     SHAPE,
     Affine,
@@ -168,14 +168,6 @@ def test_labelmap_whose_zero_is_a_segment() -> None:
     values[0, 0] = 0
     found = read(ds, [values]).values[0]
     assert np.bincount(found.ravel()).tolist() == [0, 1, 29]
-
-
-ORIENTATIONS = [
-    (order, flips)
-    for order in itertools.permutations(range(3))
-    for count in range(4)
-    for flips in itertools.combinations(range(3), count)
-]
 
 
 @pytest.mark.parametrize(("order", "flips"), ORIENTATIONS)

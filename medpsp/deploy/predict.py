@@ -19,7 +19,7 @@ from medpsp.dicom.codes import refusal
 from medpsp.dicom.load import Refused, read_series
 from medpsp.dicom.nifti import write_nifti_mask
 from medpsp.dicom.read import Pixels
-from medpsp.dicom.sandbox import Sandbox, SandboxPool
+from medpsp.dicom.sandbox import SandboxPool, or_error
 from medpsp.dicom.scan import scan_folder
 from medpsp.dicom.values import luma
 from medpsp.dicom.voc import SUFFIXES
@@ -215,7 +215,8 @@ class Predictor:
         paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         names = {path.name for path in paths}
         rows[:] = [row for row in rows if row.file_id not in names]  # no DICOM, but not skipped
-        for path, found in pool.map(_picture, paths):
+        read = or_error(lambda box, path: box.image(Place(str(path))))
+        for path, found in pool.map(read, paths):
             try:
                 if isinstance(found, SourceError):
                     raise found
@@ -241,13 +242,6 @@ class Predictor:
         return Prediction(
             name=name, slices=len(mask), files=tuple(files), pixels=tuple(int(p) for p in pixels)
         )
-
-
-def _picture(box: Sandbox, path: Path) -> NDArray[Any] | SourceError:
-    try:
-        return box.image(Place(str(path)))
-    except SourceError as error:
-        return error
 
 
 def _refusals(refused: Refused, name: str) -> list[ScanRow]:

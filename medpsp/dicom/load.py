@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from medpsp.dicom.read import Pixels
-from medpsp.dicom.sandbox import Sandbox, SandboxPool
+from medpsp.dicom.sandbox import Sandbox, SandboxPool, or_error
 from medpsp.errors import SourceError
 from medpsp.types import Series, SliceRef
 
@@ -28,7 +28,7 @@ def read_series(pool: SandboxPool, series: Series) -> tuple[Pixels, Series, Refu
     found: list[Pixels] = []
     kept: list[int] = []
     refused: Refused = []
-    for number, (ref, pixels) in enumerate(pool.map(_frame, series.slices)):
+    for number, (ref, pixels) in enumerate(pool.map(or_error(Sandbox.frame), series.slices)):
         if isinstance(pixels, Pixels):
             found.append(pixels)
             kept.append(number)
@@ -50,10 +50,3 @@ def read_series(pool: SandboxPool, series: Series) -> tuple[Pixels, Series, Refu
         grid=tuple(series.grid_index[n] for n in kept),
     )
     return Pixels(values, padding), readable, refused
-
-
-def _frame(box: Sandbox, ref: SliceRef) -> Pixels | SourceError:
-    try:
-        return box.frame(ref)
-    except SourceError as error:
-        return error

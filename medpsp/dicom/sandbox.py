@@ -237,15 +237,23 @@ class SandboxPool:
 
     def same_pixels(self, refs: Sequence[SliceRef]) -> bool:
         """Whether frames decode to the same values; one that does not decode is like no other."""
-        found = {digest for _, digest in self.map(_digest, refs)}
-        return len(found) == 1 and "" not in found
+        digests = [digest for _, digest in self.map(or_error(Sandbox.digest), refs)]
+        decoded = not any(isinstance(digest, SourceError) for digest in digests)
+        return decoded and len(set(digests)) == 1
 
 
-def _digest(box: Sandbox, ref: SliceRef) -> str:
-    try:
-        return box.digest(ref)
-    except SourceError:
-        return ""
+def or_error(
+    function: Callable[[Sandbox, In], Out],
+) -> Callable[[Sandbox, In], Out | SourceError]:
+    """The same for `SandboxPool.map`, where one bad item must not end the others."""
+
+    def run(box: Sandbox, item: In) -> Out | SourceError:
+        try:
+            return function(box, item)
+        except SourceError as error:
+            return error
+
+    return run
 
 
 @lru_cache(maxsize=1)
