@@ -1,10 +1,11 @@
 # Each target sets up what it needs; the second time that costs nothing.
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-bench
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-shards clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -20,10 +21,23 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@for file in tests/bench/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out tests/bench/shards%,$(wildcard tests/bench/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# Some minutes; SECTIONS="convert headers" runs those alone, BENCH="--dir /scratch" keeps the data.
+bench-shards: $(READY) $(PEERS)/.ready
+	$(BIN)/python tests/bench/shards.py $(SECTIONS) $(BENCH)
+
+# One by one: a peer that cannot be installed costs its own rows only.
+$(PEERS)/.ready: tests/bench/peers.txt | $(READY)
+	rm -rf $(PEERS) && $(PYTHON) -m venv $(PEERS)
+	@grep -v '^#' $< | while read -r peer; do \
+	  $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --constraint $< "$$peer" \
+	  || $(PEERS)/bin/python -m pip install --quiet --constraint $< "$$peer" \
+	  || echo "$$peer: not installed, its rows will say so"; done
+	touch $@
 
 clean:
-	rm -rf $(VENV) runs dist
+	rm -rf $(VENV) $(PEERS) runs dist
 
 # uv installs in a tenth of pip's time, but reads no pip.conf: behind a mirror, pip takes over.
 $(READY): pyproject.toml constraints.txt

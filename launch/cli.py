@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,45 @@ Overrides = Annotated[
 ]
 
 
+class Step(enum.StrEnum):
+    """Of `medpsp shards`."""
+
+    plan = enum.auto()
+    convert = enum.auto()
+    publish = enum.auto()
+
+
+@app.command()
+def shards(
+    config: ConfigArg,
+    overrides: Overrides = None,
+    step: Annotated[
+        Step | None, typer.Option(help="Only this one, for a job array; needs data.index.")
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="With --step convert: which of how many parts, for example 3/16.")
+    ] = "1/1",
+) -> None:
+    """Turn the archive into Zarr shards."""
+    from launch.jobs import convert_job, plan_job, publish_job, setup_logging, shards_job
+    from launch.rundir import open_run
+
+    setup_logging()
+    numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    which, parts = map(int, numbers.groups()) if numbers else (1, 0)
+    if which > parts or (part != "1/1" and step is not Step.convert):
+        raise ConfigError(
+            f"--part {part}: expected K/N with 1 <= K <= N, and only with --step convert"
+        )
+    converts = step is Step.convert
+    resolved, run = open_run(config, tuple(overrides or ()), shared=converts)
+    run.log_to(f"shards.{which}of{parts}" if converts else "shards")
+    if converts:
+        convert_job(resolved, which, parts)
+    else:
+        {None: shards_job, Step.plan: plan_job, Step.publish: publish_job}[step](resolved)
+
+
 def _job(name: str) -> Callable[[str, list[str] | None], None]:
     def command(config: ConfigArg, overrides: Overrides = None) -> None:
         from launch.jobs import JOBS, setup_logging
@@ -42,7 +83,6 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
 
 
 for _name, _help in (
-    ("shards", "Turn the archive into Zarr shards."),
     ("check", "Verify every byte of the shards."),
     ("train", "Train, or go on from the newest checkpoint."),
     ("evaluate", "Score the held-out patients."),

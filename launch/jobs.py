@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.cluster import detect_world
 from launch.evaluate import evaluate_job
@@ -17,6 +17,9 @@ from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.configio import load_config, without_paths
 from medpsp.errors import ConfigError, MedpspError, ShardError
+
+if TYPE_CHECKING:
+    from shards.index import Manifest
 
 log = logging.getLogger("medpsp")
 
@@ -78,10 +81,42 @@ def shards_job(config: Config) -> None:
         ShardError: More objects were quarantined than ``data.max_reject_fraction``.
     """
     from shards.build import build_shards
+
+    _show_shards(config, build_shards(config))
+
+
+def plan_job(config: Config) -> None:
+    """First step of `shards_job`: scan the archive and decide what goes into which shard.
+
+    Raises:
+        ConfigError: ``data.index`` is not set, so the next step would not find the plan.
+    """
+    from shards.build import plan_shards
+
+    if config.data.index is None:
+        raise ConfigError("data.index: not set; steps that are commands of their own need it")
+    log.info("plan: %d shards", len(plan_shards(config).shards))
+
+
+def convert_job(config: Config, part: int, parts: int) -> None:
+    """Second step: the shards of part ``part`` of ``parts``, on any machine that sees the files."""
+    from shards.build import convert_part
+
+    count = convert_part(config, part, parts)
+    log.info("convert: part %d of %d, %d shards", part, parts, count)
+
+
+def publish_job(config: Config) -> None:
+    """Last step: index, manifest and report of what all parts wrote."""
+    from shards.build import publish_shards
+
+    _show_shards(config, publish_shards(config))
+
+
+def _show_shards(config: Config, manifest: Manifest) -> None:
     from shards.index import reject_fraction
     from shards.report import write_report
 
-    manifest = build_shards(config)
     counts = ", ".join(f"{n} {status}" for status, n in manifest.counts.items())
     log.info("shards: %s (%d slices; objects: %s)", config.shards, manifest.slices, counts)
     if manifest.codes:

@@ -90,8 +90,11 @@ class RunDir:
         """Parity and agreement figures of the export."""
         return self.export / "report.json"
 
-    def lock(self) -> None:
+    def lock(self, shared: bool = False) -> None:
         """Keep other commands out of this folder until the process ends.
+
+        Args:
+            shared: Only those that do not share it.
 
         Raises:
             LaunchError: Another one is at work here.
@@ -105,7 +108,8 @@ class RunDir:
         except OSError as error:
             raise LaunchError(f"out {self.root}: cannot be written ({error.strerror})") from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LaunchError(
                 f"out {self.root}: another medpsp command is at work there; wait for it, or use "
@@ -166,8 +170,8 @@ def told_path(error: OSError) -> str:
     return "" if inside else str(path)
 
 
-def open_run(name: str, overrides: tuple[str, ...]) -> tuple[Config, RunDir]:
-    """Load a configuration and make its run folder."""
+def open_run(name: str, overrides: tuple[str, ...], shared: bool = False) -> tuple[Config, RunDir]:
+    """Load a configuration and make its run folder; ``shared`` as for `RunDir.lock`."""
     config = load_config(find_config(name), overrides)
     keep_private(config.data.archive, config.data.labels)
     archive, root = config.data.archive.resolve(), config.out.resolve()
@@ -177,5 +181,5 @@ def open_run(name: str, overrides: tuple[str, ...]) -> tuple[Config, RunDir]:
             "outside it"
         )
     if "RANK" not in os.environ:  # ranks work in the folder of the one that started them
-        RunDir(config.out).lock()
+        RunDir(config.out).lock(shared)
     return config, RunDir.create(config)

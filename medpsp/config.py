@@ -101,6 +101,12 @@ class TrainConfig(Node):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     loader_workers: Annotated[int, Field(ge=0)] = 0
+    shuffle: Literal["full", "shard"] = Field(
+        default="full",
+        description="shard: samples of `shuffle_shards` shards at a time are shuffled together, "
+        "for file systems that are slow at random reads.",
+    )
+    shuffle_shards: Annotated[int, Field(ge=1)] = 16
     eval_every: Annotated[int, Field(ge=1)] = 200
     log_every: Annotated[int, Field(ge=1)] = 20
     threads: Annotated[int, Field(ge=0)] = Field(

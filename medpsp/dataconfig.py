@@ -160,8 +160,30 @@ class DataConfig(Node):
     crosswalk: Path | None = Field(
         default=None, description="If set, file_id to real path is written there, mode 0600."
     )
+    profile: Literal["default", "fast", "dense", "jpegls", "htj2k"] = Field(
+        default="default",
+        description="Compression of the images, lossless all: zstd; fast: lz4, read several times "
+        "as fast at a quarter more disk; dense: JPEG XL, read slowly; jpegls, htj2k: frames that "
+        "are compressed so already keep their bytes, others are compressed so.",
+    )
     shard_slices: Annotated[int, Field(ge=1, le=4096)] = 128
     workers: Annotated[int, Field(ge=1)] = 2
+    index: Path | None = Field(
+        default=None,
+        description="Folder for the scan of the archive, mode 0700, outside shards and archive: "
+        "the next run reads only new and changed files. It holds real identifiers. None: the scan "
+        "is forgotten.",
+    )
+    memory_mib: Annotated[int, Field(ge=512)] | None = Field(
+        default=None,
+        description="Memory that the shard tasks of one machine may take together, MiB; fewer "
+        "run at once where it is small. None: `workers` of them, whatever they need.",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        description="Ray cluster to use, `auto` or host:port; its machines see the same folders. "
+        "None: Ray is started on this machine for the run.",
+    )
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
 
     @property

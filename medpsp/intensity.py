@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -138,23 +138,71 @@ def valid_windows(
     )
 
 
-def percentile_window(
-    values: NDArray[np.generic], valid: NDArray[np.bool_] | None = None
-) -> Window:
+class ValueCounts:
+    """How often each modality value occurs; small, whatever the number of slices, and additive.
+
+    Floating point values are rounded to bfloat16 first (0.4 % at most), whole numbers are counted
+    as they are. Zeros, NaN and infinities are left out.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[float, int] = {}
+
+    def add(self, values: NDArray[np.generic], valid: NDArray[np.bool_] | None = None) -> None:
+        """Count values; ``valid`` is False for padding (PS3.3 C.7.5.1.1.2), which does not count.
+
+        Args:
+            values: Modality values of any shape, int16, uint8 or float.
+            valid: Of the same shape.
+        """
+        flat = values.ravel() if valid is None else values[valid]
+        if flat.dtype.kind == "f":
+            bits = np.ascontiguousarray(flat, np.float32).view(np.uint32)
+            found = np.bincount((bits + np.uint32(0x8000)) >> 16)
+            keys = np.flatnonzero(found)
+            known = (keys.astype(np.uint32) << 16).view(np.float32)
+        else:
+            low = int(flat.min(initial=0))
+            found = np.bincount(flat.astype(np.intp) - low)
+            keys = np.flatnonzero(found)
+            known = keys + low  # type: ignore[assignment]
+        self.add_counts(zip(known.tolist(), found[keys].tolist(), strict=True))
+
+    def add_counts(self, pairs: Iterable[tuple[float, int]]) -> None:
+        """Add what `pairs` of another one gave."""
+        for value, count in pairs:
+            if math.isfinite(value) and value != 0:
+                self._counts[value] = self._counts.get(value, 0) + count
+
+    @property
+    def pairs(self) -> list[tuple[float, int]]:
+        """Values and their counts, from the lowest."""
+        return sorted(self._counts.items())
+
+    def percentiles(self, shares: Sequence[float]) -> tuple[float, ...]:
+        """As `numpy.percentile` with linear interpolation; at least one value must be counted."""
+        values, counts = zip(*self.pairs, strict=True)
+        ends = np.cumsum(counts)
+        found = []
+        for share in shares:
+            place = share / 100 * (int(ends[-1]) - 1)
+            low, high = (
+                float(values[int(np.searchsorted(ends, n, side="right"))])
+                for n in (math.floor(place), math.ceil(place))
+            )
+            found.append(low + (high - low) * (place - math.floor(place)))
+        return tuple(found)
+
+
+def percentile_window(counts: ValueCounts) -> Window:
     """Window from the 0.5 and 99.5 percentiles of the non-zero, finite values of a series.
 
     A series that is constant or all zero gets a width of 1, so that nothing divides by zero.
-
-    Args:
-        values: Modality values of the whole series.
-        valid: Of the same shape; False for padding (PS3.3 C.7.5.1.1.2), which does not count.
     """
-    counts = np.isfinite(values) & (values != 0)
-    flat = values[counts if valid is None else counts & valid]
-    if flat.size == 0:
+    if not counts.pairs:
         return Window(center=0.5, width=1.0)
-    low, high = (float(v) for v in np.percentile(flat, PERCENTILES))
-    return Window(center=(low + high) / 2, width=max(high - low, 1.0 if high == low else 1e-6))
+    low, high = counts.percentiles(PERCENTILES)
+    return Window(center=(low + high) / 2, width=high - low if high > low else 1.0)
 
 
 def needs_series_values(modality: str, fixed: Window | None, channels: int = 1) -> bool:
@@ -163,11 +211,7 @@ def needs_series_values(modality: str, fixed: Window | None, channels: int = 1) 
 
 
 def series_window(
-    modality: str,
-    fixed: Window | None,
-    values: NDArray[np.generic],
-    channels: int = 1,
-    valid: NDArray[np.bool_] | None = None,
+    modality: str, fixed: Window | None, counts: ValueCounts, channels: int = 1
 ) -> Window:
     """The window a series is shown to the network with.
 
@@ -177,10 +221,9 @@ def series_window(
     Args:
         modality: DICOM Modality (0008,0060).
         fixed: The configured window, if any.
-        values: (N, H, W) modality values of the whole series; may be empty when
-            `needs_series_values` is False.
+        counts: Of the modality values of the whole series, padding left out; looked at only where
+            `needs_series_values` is True.
         channels: 1 grey or 3 RGB.
-        valid: Of the shape of the values; False for padding.
     """
     if channels == 3:
         return EIGHT_BIT
@@ -190,7 +233,7 @@ def series_window(
         return CT_WINDOW
     if modality == "IMAGE8":
         return EIGHT_BIT
-    return percentile_window(values, valid)
+    return percentile_window(counts)
 
 
 def planes(unit: FloatArray, channels: int) -> FloatArray:

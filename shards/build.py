@@ -1,50 +1,36 @@
-"""An archive to shards: scan, plan, one Ray task a shard, manifest. The only file with Ray."""
+"""An archive to shards: plan, one Ray task a shard, publish. The only file with Ray.
+
+Each step leaves what the next one needs on disk, so that they can be commands of their own and the
+second can be many, each for a range of the shards.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections import Counter
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medpsp import __version__
 from medpsp.config import Config
 from medpsp.dataconfig import DataConfig
-from medpsp.dicom.container import walk_objects
-from medpsp.dicom.names import name_rule
-from medpsp.errors import ArchiveError, ConfigError, ShardError
-from medpsp.identity import fingerprint, load_key
+from medpsp.errors import ConfigError, ShardError
+from medpsp.identity import load_key
 from medpsp.progress import Bar
-from medpsp.types import ScanRow
-from shards.gather import LABELS, Gathered, file_id, gather, tally
-from shards.index import (
-    INDEX,
-    MANIFEST,
-    OBJECTS,
-    REPORT,
-    Manifest,
-    ObjectRow,
-    SliceRow,
-    file_sha256,
-    object_rows,
-    write_bytes_durably,
-    write_table,
-)
-from shards.layout import FORMAT, ShardPlan, data_id, data_settings, plan_shards
-from shards.source import WriteSettings
-from shards.write import (
-    Commit,
-    clear_stale,
-    create_bucket,
-    metadata_files,
-    read_commit,
-    write_shard,
-)
+from shards.commit import committed
+from shards.gather import gather
+from shards.index import MANIFEST, REPORT, Manifest
+from shards.planfile import Plan, ShardEntry, make_plan, open_plan, write_plan
+from shards.publish import publish, write_crosswalk
+from shards.settings import WriteSettings, write_settings
+from shards.write import clear_stale, create_bucket, write_shard
 
 log = logging.getLogger("medpsp")
+WORKER_MIB = 448
+"""Memory of a shard task besides what its decoder may allocate: a Ray worker (230 MiB measured) and
+the imports of its sandbox (150 MiB)."""
+_RETRIES = 3
 
 
 def build_shards(config: Config) -> Manifest:
@@ -57,39 +43,72 @@ def build_shards(config: Config) -> Manifest:
             written where it must not be.
         ShardError: A shard could not be written.
     """
+    plan = plan_shards(config)
+    _convert(config, plan, range(len(plan.shards)))
+    return publish(config, load_key(config.data.key_file), plan)
+
+
+def plan_shards(config: Config) -> Plan:
+    """First step: scan the archive, lay its slices out, write what readers need to find shards.
+
+    Raises:
+        ArchiveError, ConfigError, ShardError: As `build_shards`.
+    """
     data, root = config.data, config.shards
     _require_places(data, root)
     key = load_key(data.key_file)
     gathered = gather(data, key)
-    plans = plan_shards(gathered.planned, data.shard_slices)
-    settings = _settings(data)
     root.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(gathered, data, key, root)
     for name in (MANIFEST, REPORT):  # neither while shards change below them
         (root / name).unlink(missing_ok=True)
-    clear_stale(root, plans)
-    for plan in {p.bucket: p for p in plans}.values():
-        slots = sum(p.count for p in plans if p.bucket == plan.bucket)
-        create_bucket(root, plan, slots, data.shard_slices)
-    commits = _convert(root, plans, settings, data.workers)
+    clear_stale(root, plan.shards)
+    for bucket, slots in plan.slots.items():
+        create_bucket(root, bucket, slots, write_settings(data))
+    write_plan(plan, data, key, root)
     if data.crosswalk:
-        _write_crosswalk(data, key)
-    return _publish(config, key, commits, gathered)
+        write_crosswalk(data, key)
+    return plan
 
 
-def _settings(data: DataConfig) -> WriteSettings:
-    return WriteSettings(
-        source=data.source,
-        labels=name_rule(data),
-        label_map=tuple(sorted(data.label_map.items())),
-        mask_geometry=data.mask_geometry,
-        mask_resample=data.mask_resample,
-        window=data.fixed_window,
-        header_window=data.header_window,
-        padding=data.padding,
-        shard_slices=data.shard_slices,
-        decode_seconds=data.decode_seconds,
-        decode_memory_mib=data.decode_memory_mib,
-    )
+def convert_part(config: Config, part: int, parts: int) -> int:
+    """Second step: write one of several equal ranges of the planned shards.
+
+    Args:
+        config: With ``data.index``, where `plan_shards` left the plan.
+        part: Counted from 1.
+        parts: Number of ranges; as many processes or machines may be at work.
+
+    Returns:
+        Number of shards in the range.
+
+    Raises:
+        ShardError: No plan of this configuration, or a shard could not be written.
+    """
+    plan = open_plan(config.data, load_key(config.data.key_file))
+    total = len(plan.shards)
+    places = range((part - 1) * total // parts, part * total // parts)
+    _convert(config, plan, places)
+    return len(places)
+
+
+def publish_shards(config: Config) -> Manifest:
+    """Last step: join what all ranges wrote in one manifest.
+
+    Raises:
+        ShardError: No plan of this configuration, or a shard is not there yet.
+        ArchiveError: As `build_shards`.
+    """
+    key = load_key(config.data.key_file)
+    plan = open_plan(config.data, key)
+    text = write_settings(config.data).text
+    missing = [e.name for e in plan.shards if not committed(config.shards, e.name, e.digest(text))]
+    if missing:
+        raise ShardError(
+            f"{len(missing)} of {len(plan.shards)} shards are not written, the first: {missing[0]};"
+            " run `medpsp shards` with `--step convert` for every part first"
+        )
+    return publish(config, key, plan)
 
 
 def _require_places(data: DataConfig, root: Path) -> None:
@@ -110,72 +129,123 @@ def _require_places(data: DataConfig, root: Path) -> None:
         )
     if data.source == "dicom" and data.labels and not data.labels.is_dir():
         raise ConfigError(f"data.labels {data.labels}: no such folder")
-    if data.crosswalk:
-        if data.crosswalk.is_dir():
-            raise ConfigError(
-                f"data.crosswalk {data.crosswalk}: a folder, expected a file to write"
-            )
-        for name, place in (("the shards", shards), ("data.archive", archive)):
-            if data.crosswalk.resolve().is_relative_to(place):
-                raise ConfigError(
-                    f"data.crosswalk {data.crosswalk}: lies inside {name}; take a path outside"
-                )
+    if data.crosswalk and data.crosswalk.is_dir():
+        raise ConfigError(f"data.crosswalk {data.crosswalk}: a folder, expected a file to write")
+    for name in ("crosswalk", "index"):
+        place = getattr(data, name)
+        for where, folder in (("the shards", shards), ("data.archive", archive)):
+            if place and place.resolve().is_relative_to(folder):
+                raise ConfigError(f"data.{name} {place}: lies inside {where}; take a path outside")
 
 
-def _convert(
-    root: Path, plans: tuple[ShardPlan, ...], settings: WriteSettings, workers: int
-) -> list[Commit]:
-    done = {p.name: c for p in plans if (c := read_commit(root, p, p.digest(settings.text)))}
-    missing = [p for p in plans if p.name not in done]
-    with Bar("shards", len(plans), "shards") as bar:
-        bar.resume_at(len(done))
+def _convert(config: Config, plan: Plan, places: range) -> None:
+    """Write the shards of a range that are not there."""
+    settings, root = write_settings(config.data), config.shards
+    entries = (plan.shards[place] for place in places)
+    missing = [
+        entry.name
+        for entry in entries
+        if not committed(root, entry.name, entry.digest(settings.text))
+    ]
+    with Bar("shards", len(places), "shards") as bar:
+        bar.resume_at(len(places) - len(missing))
         if missing:
-            done.update(_convert_with_ray(root, missing, settings, workers, bar))
-    return [done[plan.name] for plan in plans]
+            wanted = set(missing)
+            queue = (e for place in places if (e := plan.shards[place]).name in wanted)
+            with _ray(config.data) as (ray, memory):
+                task = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_write)
+                _run(ray, task, _Work(plan, queue, root.absolute(), settings), bar)
 
 
-def _convert_with_ray(
-    root: Path, plans: list[ShardPlan], settings: WriteSettings, workers: int, bar: Bar
-) -> dict[str, Commit]:
+class _Work:
+    """Shards still to be written, each with the arguments of its task."""
+
+    def __init__(
+        self, plan: Plan, queue: Iterator[ShardEntry], root: Path, settings: WriteSettings
+    ) -> None:
+        self._plan, self._queue, self._root, self._settings = plan, queue, root, settings
+
+    def start(self, task: Any) -> tuple[Any, str] | None:
+        """Start the next shard; None after the last."""
+        entry = next(self._queue, None)
+        if entry is None:
+            return None
+        return task.remote(self._root, self._plan.load(entry), self._settings), entry.name
+
+
+def _write(*arguments: Any) -> int:
+    """A shard task: its slices and their numbers go to disk, only how many were refused to us."""
+    return len(write_shard(*arguments).refused)
+
+
+def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
+    """Keep two tasks for each core in flight: records of the others stay on disk."""
+    running: dict[Any, str] = {}
+    refused = 0
+    while True:
+        cores = int(ray.cluster_resources().get("CPU", 1))  # a cluster may grow and shrink
+        while len(running) < 2 * cores and (started := work.start(task)):
+            running[started[0]] = started[1]
+        if not running:
+            return
+        ready, _ = ray.wait(list(running), num_returns=1)
+        name = running.pop(ready[0])
+        try:
+            refused += ray.get(ready[0])
+        except ray.exceptions.RayError as error:
+            raise ShardError(f"shard {name}: {_cause(error)}; mend it and run again") from None
+        bar.advance(note=f"{refused} refused" if refused else "")
+
+
+@contextmanager
+def _ray(data: DataConfig) -> Iterator[tuple[Any, int]]:
+    """Ray, and the memory of a shard task in bytes; one that runs in this process is used as it is.
+
+    Raises:
+        ConfigError: No task would ever find enough memory, or there is no such cluster.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    need = data.decode_memory_mib + WORKER_MIB
+    budget = data.memory_mib or data.workers * need
+    if budget < need:
+        raise ConfigError(
+            f"data.memory_mib {budget}: one shard task takes up to {need}, of which "
+            f"data.decode_memory_mib is {data.decode_memory_mib}; raise the first or lower the last"
+        )
     started = not ray.is_initialized()
-    if started:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if started and data.ray_address:
+        try:
+            ray.init(address=data.ray_address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"data.ray_address {data.ray_address}: no Ray cluster answers there "
+                f"({type(error).__name__}); start it with `ray start --head`, or leave it out"
+            ) from None
+    elif started:
         ray.init(
             address="local",
-            num_cpus=workers,
+            num_cpus=data.workers,
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
             object_store_memory=100 * 2**20,
+            _memory=budget * 2**20,
+            **quiet,
         )
-    done: dict[str, Commit] = {}
     try:
-        task = ray.remote(num_cpus=1, max_retries=2)(write_shard)
-        queue, refused = list(plans), 0
-        running: dict[Any, ShardPlan] = {}
-        while queue or running:
-            while queue and len(running) < 2 * workers:  # bounded: plans stay in the driver
-                plan = queue.pop(0)
-                running[task.remote(root.absolute(), plan, settings)] = plan
-            ready, _ = ray.wait(list(running), num_returns=1)
-            plan = running.pop(ready[0])
-            try:
-                commit = ray.get(ready[0])
-            except ray.exceptions.RayError as error:
-                raise ShardError(
-                    f"shard {plan.name}: {_cause(error)}; mend it and run again"
-                ) from None
-            done[plan.name] = commit
-            refused += len(commit.refused)
-            bar.advance(note=f"{refused} refused" if refused else "")
+        room = max((n["Resources"].get("memory", 0) for n in ray.nodes() if n["Alive"]), default=0)
+        if room < need * 2**20:
+            raise ConfigError(
+                f"data.ray_address: a shard task takes up to {need} MiB, the largest machine of "
+                f"the cluster offers {room / 2**20:.0f}; lower data.decode_memory_mib"
+            )
+        yield ray, need * 2**20
     finally:
         if started:
             ray.shutdown()
-    return done
 
 
 def _cause(error: Exception) -> str:
@@ -184,69 +254,3 @@ def _cause(error: Exception) -> str:
     if isinstance(cause, OSError):
         return f"{os.strerror(cause.errno) if cause.errno else 'I/O error'}"
     return f"worker failed ({type(cause).__name__})"
-
-
-def _publish(config: Config, key: bytes, commits: list[Commit], gathered: Gathered) -> Manifest:
-    data, root = config.data, config.shards
-    kept = [row for commit in commits for row in commit.rows]
-    refused = [*gathered.rows, *(ScanRow(**r) for commit in commits for r in commit.refused)]
-    if empty := {"train", "val"} - {row["split"] for row in kept}:
-        raise ArchiveError(
-            f"data.archive: no usable slice for {' and '.join(sorted(empty))}; "
-            f"found {tally(refused)}"
-        )
-    objects = object_rows(Counter(str(row["file_id"]) for row in kept), refused)
-    if len(objects) != gathered.objects:
-        raise ShardError(
-            f"data.archive: {gathered.objects} objects found, but {len(objects)} accounted for; "
-            "this is a fault of medpsp, please report it"
-        )
-    write_table(root / INDEX, kept, [f.name for f in fields(SliceRow)])
-    write_table(root / OBJECTS, [asdict(o) for o in objects], [f.name for f in fields(ObjectRow)])
-    buckets = {commit.name.rsplit("-", 1)[0] for commit in commits}
-    tables = {INDEX, OBJECTS, *(name for b in buckets for name in metadata_files(b))}
-    counts = Counter({"kept": 0, "skipped": 0, "quarantined": 0, "duplicate": 0})
-    counts.update(row.status for row in objects)
-    manifest = Manifest(
-        version=FORMAT,
-        tool=f"medpsp {__version__}",
-        classes=data.classes,
-        key_fingerprint=fingerprint(key),
-        settings=data_settings(data),
-        data_id=data_id(data, fingerprint(key), {(r["patient"], r["split"]) for r in kept}),
-        shards=tuple({"name": c.name, "digest": c.digest, "files": c.files} for c in commits),
-        slices=len(kept),
-        torn=sum(o.status == "kept" and o.kept < o.frames for o in objects),
-        counts=dict(counts),
-        codes=dict(sorted(Counter(row.code for row in objects if row.code).items())),
-        deid=_deid(data, key),
-        tables={name: file_sha256(root / name) for name in sorted(tables)},
-    )
-    write_bytes_durably(root / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-    return manifest
-
-
-def _deid(data: DataConfig, key: bytes) -> dict[str, Any]:
-    """How the shards were de-identified, in the terms of PS3.15 Annex E (D10)."""
-    return {
-        "profile": "allow-list over the Basic Application Level Confidentiality Profile",
-        "options": ["Clean Pixel Data"] if data.burned_in == "blank" else [],
-        "pixel": {"quarantine": "flagged", "blank": "cleaned", "keep": "not_checked"}[
-            data.burned_in if data.source == "dicom" else "keep"
-        ],
-        "temporal": "REMOVED" if data.dates == "none" else "MODIFIED",
-        "tool": f"medpsp {__version__}",
-        "key": fingerprint(key),
-    }
-
-
-def _write_crosswalk(data: DataConfig, key: bytes) -> None:
-    """file_id to real path, for the data owner only: mode 0600, outside the shards."""
-    if data.crosswalk is None:
-        return
-    names = sorted({found.name for found in walk_objects(data.archive)})
-    labels = data.labels if data.source == "dicom" and data.label_format != "nifti" else None
-    if labels and not labels.resolve().is_relative_to(data.archive.resolve()):
-        names += sorted({LABELS + found.name for found in walk_objects(labels)})
-    text = "".join(f"{file_id(key, name)}\t{name!r}\n" for name in names)
-    write_bytes_durably(data.crosswalk, text.encode(), mode=0o600)

@@ -1,47 +1,37 @@
-"""An archive to planned series: scan, masks, pseudonyms, splits. Nothing is written."""
+"""An archive to planned series: scan, cut into parts, plan each.
+
+Memory does not grow with the archive, and the result does not depend on how it is cut.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medpsp.dataconfig import DataConfig
-from medpsp.dicom.codes import refusal
-from medpsp.dicom.labelref import LabelRef, match_series
-from medpsp.dicom.labels import mask_path
-from medpsp.dicom.sandbox import Sandbox, SandboxPool, shared_sandbox
-from medpsp.dicom.scan import LabelFile, Scan, find_labels, label_head, scan_folder
+from medpsp.dicom.sandbox import SandboxPool, shared_sandbox
+from medpsp.dicom.scan import LabelFile, find_labels
 from medpsp.dicom.voc import scan_voc
-from medpsp.errors import ArchiveError, ConfigError, LabelError, SourceError
-from medpsp.identity import pseudonym, shifted_day, split_of, unit_hash
+from medpsp.errors import ArchiveError, ConfigError
 from medpsp.progress import Bar
-from medpsp.types import Place, ScanRow, Series, SliceRef
-from shards.layout import PlannedSeries
+from medpsp.types import Place, ScanRow
+from shards.components import KEYS, PartSpool, cut_catalog, frames_of
+from shards.headers import FRAME, Headers, file_id, labels_of, refs_of, rows_of
+from shards.masks import Aims
+from shards.parts import planned_series, series_of_part
+from shards.planfile import Gathered, new_files, plan_folder
+from shards.seriesfile import SPLITS, SeriesFile
 
 log = logging.getLogger("medpsp")
-
+PART_ROWS = 200_000
 LABELS = "labels//"
 """Before the names of the objects in a labels folder outside the archive: no path holds "//"."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gathered:
-    """What will be written.
-
-    Attributes:
-        planned: Series with pseudonyms and splits.
-        rows: Objects and frames that are in none of them.
-        objects: Number of objects found.
-    """
-
-    planned: list[PlannedSeries]
-    rows: list[ScanRow]
-    objects: int
 
 
 def gather(data: DataConfig, key: bytes) -> Gathered:
@@ -51,187 +41,118 @@ def gather(data: DataConfig, key: bytes) -> Gathered:
         ArchiveError: Missing, empty, or without anything usable.
         ConfigError: The training or validation split would be empty.
     """
+    listed = False
     with SandboxPool(data.workers, data.decode_seconds, data.decode_memory_mib) as pool:
-        scan = _with_masks(_scan(data, key, pool), data, key, pool)
-    if not scan.series:
-        raise ArchiveError(f"data.archive: nothing usable; found {tally(scan.rows)}")
-    planned = [_planned(s, data, key) for s in scan.series]
-    _require_splits(planned, data)
-    return Gathered(planned=planned, rows=scan.rows, objects=scan.objects)
+        if data.source == "voc":
+            found, listed = _gather_voc(data, key)
+        else:
+            with Bar("scan", 0, "files") as bar:
+                headers = Headers.scan(data, key, pool, bar.advance)
+            found = gather_dicom(headers, data, key, pool)
+    if not len(found.planned):
+        raise ArchiveError(f"data.archive: nothing usable; found {tally(found.rows)}")
+    _require_splits(found.planned, listed=listed)
+    return found
 
 
-def file_id(key: bytes, name: str) -> str:
-    """Pseudonym of an object from its name relative to the archive."""
-    # a name that is not UTF-8 holds surrogates, which have no bytes
-    return pseudonym(key, "file", name.encode("utf-8", "backslashreplace").decode())
+def gather_dicom(
+    headers: Headers, data: DataConfig, key: bytes, pool: SandboxPool, part_rows: int = PART_ROWS
+) -> Gathered:
+    """Group, label and split what a scan found.
 
-
-def tally(rows: list[ScanRow]) -> str:
-    """Counts of the codes, for messages."""
-    codes = [row.code for row in rows]
-    return ", ".join(f"{codes.count(c)} {c}" for c in sorted(set(codes))) or "no image"
-
-
-def _scan(data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
-    name = partial(file_id, key)
-    if data.source == "voc":
-        box = shared_sandbox(data.decode_seconds, data.decode_memory_mib)
-        series, rows = scan_voc(
-            data.archive,
-            data.voc,
-            name,
-            grey=data.colour == "grey",
-            read=lambda path: box.image(Place(str(path))),
-        )
-        objects = sum(len(s.slices) for s in series) + len(rows)
-        return Scan(series=series, rows=rows, labels=[], objects=objects)
-    with Bar("scan", 0, "files") as bar:
-        return scan_folder(data.archive, data.policy, name, pool, bar.advance)
-
-
-def _with_masks(scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
-    """Give each DICOM series its mask; one without is left out or kept, and counted either way."""
-    if data.source == "voc" or (data.labels is None and data.label_format == "nifti"):
-        return scan
-    reasons: dict[int, tuple[str, str]] = {}
-    if data.label_format == "nifti":
-        series, reasons = _nifti_masks(scan.series, data)
-        scan = replace(scan, series=series)
+    Args:
+        headers: Of the archive.
+        data: Of the configuration.
+        key: Of the project.
+        pool: Children that read label objects, and images that claim one place.
+        part_rows: Frames that are in memory at a time, but for what cannot be taken apart.
+    """
+    planned, rows = new_files(plan_folder(data))
+    objects = headers.objects
+    labels = [file for batch in headers.batches() for file in labels_of(batch)]
+    if data.labels is not None and data.label_format != "nifti":
+        labels, other = _labels_of_folder(labels, data, key, pool)
+        objects += len(other)
     else:
-        scan = _dicom_masks(_with_labels(scan, data, key, pool), data, pool)
-    if data.unlabelled == "keep":
-        return scan
-    rows = list(scan.rows)
-    for number, item in enumerate(scan.series):
-        if not item.masks:
-            code, detail = reasons.get(number, ("LABEL_NONE", "no mask for this series"))
-            rows += [refusal(r.file_id, code, detail, r.frame) for r in item.slices]
-    return replace(scan, series=[item for item in scan.series if item.masks], rows=rows)
+        other = []
+    wanted = [file for file in labels if file.kind == data.label_format]
+    aims = Aims(wanted, pool)
+    used = {file.file_id for file in wanted}  # their rows say what became of them
+    rows.extend(row for row in other if row.file_id not in used)
+    rows.extend(aims.fate)
+    spool, of_link, count = _cut(headers, aims, part_rows)
+    for batch in headers.batches():
+        rows.extend(row for row in rows_of(batch) if row.file_id not in used)
+    for part in range(count):
+        refs = [ref for batch in spool.batches(part) for ref in refs_of(batch)]
+        mine = list(aims.some(np.flatnonzero(of_link == part).tolist()))
+        series, refused = series_of_part(refs, mine, aims.robbed, data, pool.same_pixels)
+        rows.extend(refused)
+        for item in series:
+            planned.add(planned_series(item, data, key))
+    spool.close()
+    planned.finish()
+    return Gathered(planned=planned, rows=rows, objects=objects)
 
 
-def _nifti_masks(
-    series: list[Series], data: DataConfig
-) -> tuple[list[Series], dict[int, tuple[str, str]]]:
-    found, reasons = [], {}
-    for number, item in enumerate(series):
-        masks: tuple[Place, ...] = ()
-        try:
-            path = mask_path(
-                data.labels or data.archive, data.label_pattern, item.first, data.archive
-            )
-            masks = (Place(str(path)),) if path.is_file() else ()
-        except LabelError as error:
-            reasons[number] = (error.code, error.detail)
-        except OSError:  # ENAMETOOLONG: its text would hold the PatientID
-            reasons[number] = ("LABEL_NONE", "a header value makes no file name")
-        found.append(replace(item, masks=masks, mask_kind="nifti" if masks else ""))
-    shared = Counter(item.masks for item in found)  # parts of a series that was split at a gap
-    return [replace(item, mask_partial=shared[item.masks] > 1) for item in found], reasons
+def tally(rows: Iterable[ScanRow]) -> str:
+    """Counts of the codes, for messages."""
+    counts = Counter(row.code for row in rows)
+    return ", ".join(f"{counts[code]} {code}" for code in sorted(counts)) or "no image"
 
 
-def _with_labels(scan: Scan, data: DataConfig, key: bytes, pool: SandboxPool) -> Scan:
-    """The scan with the label objects of ``data.labels``; a folder of its own is counted too."""
+def _cut(headers: Headers, aims: Aims, part_rows: int) -> tuple[PartSpool, NDArray[np.int64], int]:
+    """Frames by part, the part of each label object, and the number of parts."""
+    keys = (frames_of(batch, FRAME) for batch in headers.batches(KEYS))
+    parts, of_link = cut_catalog(keys, aims.links, part_rows)
+    spool, done = PartSpool(), 0
+    for batch in headers.batches():
+        frames = frames_of(batch, FRAME)
+        spool.add(frames, parts[done : done + len(frames)])
+        done += len(frames)
+    return spool, of_link, int(max(parts.max(initial=-1), of_link.max(initial=-1))) + 1
+
+
+def _labels_of_folder(
+    labels: list[LabelFile], data: DataConfig, key: bytes, pool: SandboxPool
+) -> tuple[list[LabelFile], list[ScanRow]]:
+    """The label objects of ``data.labels``; and rows of all there, if it is a folder of its own."""
     if data.labels is None:
-        return scan
+        return labels, []
     root = data.labels.resolve()
     if root.is_relative_to(data.archive.resolve()):  # the scan has met all that is in it
-        below = [f for f in scan.labels if Path(f.place.path).parent.resolve().is_relative_to(root)]
-        return replace(scan, labels=below)
+        below = [f for f in labels if Path(f.place.path).parent.resolve().is_relative_to(root)]
+        return below, []
     found = find_labels(data.labels, lambda name: file_id(key, LABELS + name), pool)
-    objects = scan.objects + found.objects
-    return replace(scan, rows=scan.rows + found.rows, labels=found.labels, objects=objects)
+    return found.labels, found.rows
 
 
-def _dicom_masks(scan: Scan, data: DataConfig, pool: SandboxPool) -> Scan:
-    """SEG or RTSTRUCT objects to the series that they belong to.
-
-    One that cannot be used has its row, and marks the labelled series of its patient: what it
-    labels may be background there.
-    """
-    files = [file for file in scan.labels if file.kind == data.label_format]
-    masks: dict[int, list[Place]] = {}
-    partial_masks: set[int] = set()
-    fate: dict[str, ScanRow] = {}
-    robbed: set[str] = set()
-    for file, (target, patient) in pool.map(_target, files):
-        try:
-            if isinstance(target, SourceError):
-                raise target
-            match = match_series(target, scan.series)
-        except SourceError as error:
-            fate[file.file_id] = refusal(file.file_id, error.code, error.detail)
-            robbed.add(patient)
-            log.warning("label object %s: %s", file.file_id, error)
-            continue
-        for number in match.series:
-            masks.setdefault(number, []).append(file.place)
-        partial_masks.update(match.series if len(match.series) > 1 else ())
-        fate[file.file_id] = ScanRow(file_id=file.file_id, status="kept", code="LABEL_USED")
-    series = list(scan.series)
-    for number, places in masks.items():
-        item = series[number]
-        known = item.first.patient_id in robbed - {""}
-        series[number] = replace(
-            item,
-            masks=tuple(places),
-            mask_kind=data.label_format,
-            mask_partial=number in partial_masks,
-            flags=item.flags + ("LABEL_INCOMPLETE",) * known,
-        )
-    return replace(scan, series=series, rows=[fate.get(row.file_id, row) for row in scan.rows])
-
-
-def _target(box: Sandbox, file: LabelFile) -> tuple[LabelRef | SourceError, str]:
-    """What a label object references, or why it cannot be used; and the patient, if it says so."""
-    if file.code:
-        return LabelError(file.code, file.detail), file.patient_id
-    try:
-        target = box.label_target(file.place)
-    except SourceError as error:
-        return error, label_head(box, file.place)[1]
-    return target, target.patient_id
-
-
-def _stamp(path: str) -> tuple[int, ...]:
-    """What changes with a file; nothing for one that is gone, which its reader will say."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _series_parts(first: SliceRef) -> tuple[str, ...]:
-    """What makes a series one; objects without UIDs are told apart by their names."""
-    where = "" if first.series_uid and first.sop_uid else first.file_id
-    return first.patient_id, first.series_uid, first.sop_uid, str(first.frame), where
-
-
-def _planned(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
-    first = series.first
-    patient = first.patient_id
-    split = series.split or split_of(key, patient, data.split.val, data.split.test)
-    sources = {*(s.path for s in series.slices), *(m.path for m in series.masks)}
-    stats = [_stamp(path) for path in sorted(sources)]
-    day = shifted_day(key, patient, first.study_date) if data.dates == "shift" else -1
-    return PlannedSeries(
-        series=series,
-        split=split,
-        order=unit_hash(key, "stage", patient),
-        patient=pseudonym(key, "patient", patient),
-        # one SeriesInstanceUID may hold several series: planes, localizers, stacks of one object
-        name=pseudonym(key, "series", "\0".join(_series_parts(first))),
-        stamp=pseudonym(key, "stamp", json.dumps(stats)),
-        study_day=day,
+def _gather_voc(data: DataConfig, key: bytes) -> tuple[Gathered, bool]:
+    """A VOC-style archive, and whether split lists name patients."""
+    planned, rows = new_files(plan_folder(data))
+    box = shared_sandbox(data.decode_seconds, data.decode_memory_mib)
+    series, refused = scan_voc(
+        data.archive,
+        data.voc,
+        partial(file_id, key),
+        grey=data.colour == "grey",
+        read=lambda path: box.image(Place(str(path))),
     )
+    for item in series:
+        planned.add(planned_series(item, data, key))
+    planned.finish()
+    rows.extend(refused)
+    objects = sum(len(item.slices) for item in series) + len(refused)
+    found = Gathered(planned=planned, rows=rows, objects=objects)
+    return found, any(item.split for item in series)
 
 
-def _require_splits(planned: list[PlannedSeries], data: DataConfig) -> None:
-    patients: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
-    for item in planned:
-        patients[item.split].add(item.patient)
-    counts = {split: len(found) for split, found in patients.items()}
-    listed = any(item.series.split for item in planned)
+def _require_splits(planned: SeriesFile, *, listed: bool) -> None:
+    heads = planned.heads
+    counts = {
+        split: len(np.unique(heads["patient"][heads["split"] == number]))
+        for number, split in enumerate(SPLITS)
+    }
     if not counts["train"] or not counts["val"]:
         raise ConfigError(
             f"data.split: patients fall to {counts}, train and val need at least one each; "

@@ -42,6 +42,8 @@ class SliceRow:
         padding: Share of the pixels that hold PixelPaddingValue.
         study_day: Day of the study, moved by a keyed offset of the patient; -1 unless asked for.
         manufacturer, body_part: Of a closed vocabulary, or empty.
+        crc32c: Of the modality values as little-endian bytes: equal slices have equal ones.
+        dhash: `dhash.difference_hash` of them: near to that of a copy in other grey values.
     """
 
     bucket: str
@@ -72,6 +74,8 @@ class SliceRow:
     study_day: int = -1
     manufacturer: str = ""
     body_part: str = ""
+    crc32c: int = 0
+    dhash: str = ""
 
     @property
     def window(self) -> Window:

@@ -1,7 +1,8 @@
 """What goes into which shard: pure arithmetic over series, nothing is read or written.
 
 A bucket holds slices of one matrix size and dtype, ``<H>x<W>_<dtype>``; uint8 is RGB. Within a
-bucket series follow one another in a fixed order and are cut every ``shard_slices`` slots.
+bucket series follow one another in a fixed order and are cut every ``shard_slices`` slots; what
+was laid out once stays where it is.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from medpsp.dataconfig import DataConfig
 from medpsp.types import PixelDtype, Series, Split
 
-FORMAT = 2
+FORMAT = 3
 """Version of manifest and index; a reader refuses others."""
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +34,8 @@ class PlannedSeries:
         patient: Pseudonym.
         name: Pseudonym of the series.
         order: Keyed hash of the patient in [0, 1); stages take patients below their fraction.
-        stamp: Size and time of every source file, so that a changed file is converted anew.
+        stamp: Keyed hash of all that decides its slices: headers, masks, and size and times of
+            every source file, so that a changed file is converted anew.
         study_day: See `SliceRow`.
     """
 
@@ -53,7 +60,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
-    """One shard: slots ``first : first + count`` of a bucket."""
+    """One shard of a bucket.
+
+    Attributes:
+        first: Its first slot, counted in the bucket.
+        count: Slots that hold a slice; the others are empty.
+    """
 
     bucket: str
     number: int
@@ -70,9 +82,25 @@ class ShardPlan:
         return f"{self.bucket}-{self.number}"
 
     def digest(self, settings: str) -> str:
-        """Hash of everything that decides the bytes of this shard, besides the source pixels."""
-        text = json.dumps([FORMAT, settings, [asdict(p) for p in self.parts]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """`shard_digest` of its parts."""
+        return shard_digest(
+            settings,
+            (
+                (p.planned.stamp, p.planned.series.mask_partial, p.start, p.stop, p.slot)
+                for p in self.parts
+            ),
+        )
+
+
+def shard_digest(settings: str, parts: Iterable[tuple[str, bool, int, int, int]]) -> str:
+    """Hash of everything that decides the bytes of a shard, besides the source pixels.
+
+    Args:
+        settings: ``WriteSettings.text``.
+        parts: Stamp of a series, whether its masks cover others too, start, stop, slot.
+    """
+    text = json.dumps([FORMAT, settings, list(parts)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def data_settings(data: DataConfig) -> dict[str, Any]:
@@ -106,8 +134,58 @@ def bucket_of(series: Series) -> str:
     return f"{first.rows}x{first.columns}_{first.dtype}"
 
 
+def bucket_parts(bucket: str) -> tuple[int, int, PixelDtype]:
+    """Rows, columns and dtype of a bucket."""
+    size, dtype = bucket.split("_")
+    rows, columns = size.split("x")
+    (known,) = (name for name in get_args(PixelDtype) if name == dtype)
+    return int(rows), int(columns), known
+
+
+def lay_out(lengths: Ints, kept: Ints, shard_slices: int, end: int) -> Ints:
+    """First slot of every series of a bucket.
+
+    A series stays where it was; new ones follow each other from a fresh shard on, so that no
+    shard that is written changes. A bucket where none stays begins at 0.
+
+    Args:
+        lengths: Slices of each series, in the order of the bucket.
+        kept: First slot of each in the last plan, -1 for a new one.
+        shard_slices: Slots of a shard.
+        end: One beyond the last slot of the last plan.
+    """
+    new = kept < 0
+    start = 0 if new.all() else -(-end // shard_slices) * shard_slices
+    behind = np.cumsum(np.where(new, lengths, 0))
+    return np.where(new, start + behind - lengths, kept)
+
+
+def cut_parts(firsts: Ints, lengths: Ints, shard_slices: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Cut series at the borders of shards.
+
+    Args:
+        firsts: First slot of each series.
+        lengths: Slices of each, at least 1.
+        shard_slices: Slots of a shard.
+
+    Returns:
+        Of every part, in the order of the slots: number of the series, its first slice, one
+        beyond its last, and the slot of the first.
+    """
+    low, high = firsts // shard_slices, (firsts + lengths - 1) // shard_slices
+    pieces = high - low + 1
+    series = np.repeat(np.arange(len(firsts)), pieces)
+    within = np.arange(len(series)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    border = (low[series] + within) * shard_slices
+    slot = np.maximum(firsts[series], border)
+    stop = np.minimum((firsts + lengths)[series], border + shard_slices)
+    order = np.argsort(slot, kind="stable")
+    start, stop = slot - firsts[series], stop - firsts[series]
+    return series[order], start[order], stop[order], slot[order]
+
+
 def plan_shards(planned: Iterable[PlannedSeries], shard_slices: int) -> tuple[ShardPlan, ...]:
-    """Lay series end to end in their buckets and cut every ``shard_slices`` slots.
+    """The shards of series that nothing was written of before.
 
     The order within a bucket is that of the pseudonyms, so it does not depend on file order.
     """
@@ -117,28 +195,28 @@ def plan_shards(planned: Iterable[PlannedSeries], shard_slices: int) -> tuple[Sh
     plans: list[ShardPlan] = []
     for bucket, members in sorted(buckets.items()):
         members.sort(key=lambda m: (m.patient, m.name, m.series.z_mm, m.series.first.file_id))
+        lengths = np.array([len(m.series.slices) for m in members], dtype=np.int64)
+        firsts = lay_out(lengths, np.full_like(lengths, -1), shard_slices, 0)
         cuts: dict[int, list[Part]] = defaultdict(list)
-        slot = 0
-        for item in members:
-            done, length = 0, len(item.series.slices)
-            while done < length:
-                room = shard_slices - slot % shard_slices
-                take = min(room, length - done)
-                part = Part(planned=item, start=done, stop=done + take, slot=slot)
-                cuts[slot // shard_slices].append(part)
-                done, slot = done + take, slot + take
-        first_ref = members[0].series.first
-        for number, parts in sorted(cuts.items()):
-            plans.append(
-                ShardPlan(
-                    bucket=bucket,
-                    number=number,
-                    first=number * shard_slices,
-                    count=sum(p.stop - p.start for p in parts),
-                    rows=first_ref.rows,
-                    columns=first_ref.columns,
-                    dtype=first_ref.dtype,
-                    parts=tuple(parts),
-                )
-            )
+        for number, start, stop, slot in zip(
+            *(column.tolist() for column in cut_parts(firsts, lengths, shard_slices)), strict=True
+        ):
+            part = Part(planned=members[number], start=start, stop=stop, slot=slot)
+            cuts[slot // shard_slices].append(part)
+        plans += [shard_of(bucket, n, parts, shard_slices) for n, parts in cuts.items()]
     return tuple(plans)
+
+
+def shard_of(bucket: str, number: int, parts: Sequence[Part], shard_slices: int) -> ShardPlan:
+    """A shard from its parts."""
+    rows, columns, dtype = bucket_parts(bucket)
+    return ShardPlan(
+        bucket=bucket,
+        number=number,
+        first=number * shard_slices,
+        count=sum(part.stop - part.start for part in parts),
+        rows=rows,
+        columns=columns,
+        dtype=dtype,
+        parts=tuple(parts),
+    )

@@ -1,135 +1,59 @@
-"""One shard from source files to disk, in one process: decode, label, encode, commit.
+"""One shard from source files to disk: its sandbox makes the chunks, here they become a shard.
 
-The shard is encoded in memory by zarr itself, so that any Zarr v3 reader opens it, and put in
-place by us with fsync and rename, which zarr's LocalStore does not do.
+No slice and no shard is ever whole in the memory of this process.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
+import os
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import zarr
-from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+from zarr.abc.codec import ArrayBytesCodec
+from zarr.codecs import BloscCodec, BloscShuffle, BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from medpsp.types import IGNORE, ScanRow
-from shards.index import SliceRow, file_sha256, write_bytes_durably
+from medpsp.dicom.codes import refusal
+from medpsp.dicom.sandbox import shared_sandbox
+from medpsp.errors import SourceError
+from medpsp.intensity import ValueCounts, needs_series_values, series_window
+from medpsp.types import IGNORE, ScanRow, Series, Window
+from shards.codec import LABEL, Codec, image_codec
+from shards.commit import COMMITS, Commit, commit_name, write_commit
+from shards.encode import Encoded
+from shards.index import write_bytes_durably
 from shards.layout import Part, ShardPlan
-from shards.source import Slice, WriteSettings, read_part
+from shards.record import record_text
+from shards.settings import WriteSettings
+from shards.shardfile import ShardWriter
+from shards.zarrcodec import FrameCodec
 
-COMMITS = "commits"
-BUCKET = re.compile(r"\d+x\d+_(int16|float32|uint8)")
-PASSING = frozenset({"DEC_OOM", "DEC_TIMEOUT", "DEC_CRASH", "FILE_UNREADABLE"})
-"""Codes of failures that may be gone the next time: their shard is written anew."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """What one written shard holds; stored beside it and small enough to travel."""
-
-    name: str
-    digest: str
-    files: dict[str, str]  # path relative to the root -> sha256
-    rows: tuple[dict[str, Any], ...]
-    refused: tuple[dict[str, Any], ...]
+BUCKET = re.compile(r"(\d+)x(\d+)_(int16|float32|uint8)")
+CHILD = "shards.encode"
 
 
-def create_bucket(root: Path, plan: ShardPlan, slots: int, shard_slices: int) -> None:
-    """Write the zarr.json files of a bucket of ``slots`` slots; shards that lie there stay."""
-    store = MemoryStore()  # on disk, zarr empties the folder of an array before it makes one
-    zarr.open_group(store, mode="a")
-    zarr.open_group(store, path=plan.bucket, mode="a")
-    for name in ("image", "label"):
-        _create(store, f"{plan.bucket}/{name}", name, plan, (slots, shard_slices))
-    for key in metadata_files(plan.bucket):
-        write_bytes_durably(root / key, _stored(store, key))
+class Named(Protocol):
+    """A shard of a plan, as far as its files go."""
 
+    @property
+    def bucket(self) -> str:
+        """Name of its bucket."""
 
-def metadata_files(bucket: str) -> tuple[str, ...]:
-    """Paths of the zarr.json files that a reader of one bucket needs."""
-    folders = ("", f"{bucket}/", f"{bucket}/image/", f"{bucket}/label/")
-    return tuple(f"{folder}zarr.json" for folder in folders)
+    @property
+    def number(self) -> int:
+        """Within the bucket."""
 
-
-def clear_stale(root: Path, plans: Iterable[ShardPlan]) -> None:
-    """Delete what earlier runs left: shards of no plan, their commits, half-written files.
-
-    A patient taken out of the archive is gone from the shards after the next run.
-    """
-    keep = {root / name for plan in plans for name in (*_files(plan), _commit_name(plan))}
-    planned = {plan.bucket for plan in plans}
-    for folder in (f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()):
-        if folder.name not in planned:
-            shutil.rmtree(folder)
-            continue
-        for name in ("image", "label"):
-            _clear(folder / name, "c/*/0/**/*", keep)
-            _clear(folder / name, "**/.*.partial", keep)
-    _clear(root / COMMITS, "*", keep)
-    for folder in (root, root / COMMITS):
-        _clear(folder, ".*.partial", keep)
-
-
-def _clear(folder: Path, pattern: str, keep: set[Path]) -> None:
-    for path in list(folder.glob(pattern)):
-        if path not in keep and path.is_file():
-            path.unlink()
-
-
-def _create(
-    store: MemoryStore, path: str, name: str, plan: ShardPlan, sizes: tuple[int, int]
-) -> zarr.Array[Any]:
-    slots, shard_slices = sizes
-    frame = _frame(plan, name)
-    image = name == "image"
-    dtype = plan.dtype if image else "uint8"
-    # level above 1 buys under 1 % on CT noise; labels are runs, where shuffling only costs
-    blosc = BloscCodec(
-        cname="zstd",
-        clevel=1 if image else 3,
-        typesize=np.dtype(dtype).itemsize,
-        shuffle=BloscShuffle.shuffle if image else BloscShuffle.noshuffle,
-    )
-    return zarr.create_array(
-        store,
-        name=path,
-        shape=(slots, *frame),
-        dtype=dtype,
-        chunks=(1, *frame),
-        shards=(shard_slices, *frame),
-        compressors=[blosc, Crc32cCodec()],
-        fill_value=0 if image else IGNORE,
-        overwrite=True,
-        zarr_format=3,
-        config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
-        dimension_names=("slice", "row", "column", "channel")[: 1 + len(frame)],
-    )
-
-
-def read_commit(root: Path, plan: ShardPlan, digest: str) -> Commit | None:
-    """The commit of a shard that was written before from the same plan, files whole; else None."""
-    try:
-        tree = json.loads((root / _commit_name(plan)).read_text(encoding="utf-8"))
-        commit = Commit(**{**tree, "rows": tuple(tree["rows"]), "refused": tuple(tree["refused"])})
-        if commit.digest != digest:
-            return None
-        if any({row["code"], row["detail"].split(":")[0]} & PASSING for row in commit.refused):
-            return None
-        whole = all(file_sha256(root / name) == sha for name, sha in commit.files.items())
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return commit if whole else None
+    @property
+    def name(self) -> str:
+        """Of the shard."""
 
 
 def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
@@ -138,105 +62,229 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
     Raises:
         OSError: The shard cannot be written (disk full, no permission).
     """
-    images = np.zeros((plan.count, *_frame(plan, "image")), dtype=plan.dtype)
-    labels = np.full((plan.count, *_frame(plan, "label")), IGNORE, dtype=np.uint8)
-    rows: list[SliceRow] = []
+    paths = shard_files(plan.bucket, plan.number)
+    writers = [ShardWriter(root / path, settings.shard_slices) for path in paths]
+    rows: list[dict[str, Any]] = []
     refused: list[ScanRow] = []
-    for part in plan.parts:
-        for item in read_part(part, settings, refused):
-            row = _row(plan, part, item, settings.classes)
-            images[row.slot - plan.first], labels[row.slot - plan.first] = item.image, item.label
-            rows.append(row)
-    digest = plan.digest(settings.text)
-    files: dict[str, str] = {}
-    for relative, name, block in zip(
-        _files(plan), ("image", "label"), (images, labels), strict=True
-    ):
-        data = _encode(plan, name, block, settings.shard_slices)
-        write_bytes_durably(root / relative, data)
-        files[relative] = hashlib.sha256(data).hexdigest()
+    values: dict[str, ValueCounts] = {}
+    try:
+        for part in plan.parts:
+            for item, flags in _slices(part, settings, writers, refused):
+                slot = part.slot + item.number - part.start
+                for writer, size in zip(writers, item.sizes, strict=True):
+                    writer.adopt(slot - plan.first, size)
+                rows.append(_row(plan.bucket, part, item, flags, settings))
+                if _by_values(part, item.number, settings):
+                    name = part.planned.name
+                    values.setdefault(name, ValueCounts()).add_counts(item.values)
+        files = {path: writer.commit() for path, writer in zip(paths, writers, strict=True)}
+    finally:
+        for writer in writers:
+            writer.abort()
     commit = Commit(
         name=plan.name,
-        digest=digest,
+        digest=plan.digest(settings.text),
         files=files,
-        rows=tuple(asdict(row) for row in rows),
-        refused=tuple(asdict(row) for row in refused),
+        rows=rows,
+        refused=[asdict(row) for row in refused],
+        values={name: counts.pairs for name, counts in values.items()},
     )
-    write_bytes_durably(root / _commit_name(plan), json.dumps(asdict(commit)).encode())
+    write_commit(root, commit)
     return commit
 
 
-def _frame(plan: ShardPlan, name: str) -> tuple[int, ...]:
-    """Shape of one image or label; an image of uint8 is RGB."""
-    colour = name == "image" and plan.dtype == "uint8"
-    return (plan.rows, plan.columns, 3) if colour else (plan.rows, plan.columns)
+def _slices(
+    part: Part, settings: WriteSettings, writers: Sequence[ShardWriter], refused: list[ScanRow]
+) -> Iterator[tuple[Encoded, tuple[str, ...]]]:
+    """Every readable slice of a part with flags of its labels, when its chunks are written.
+
+    A child that dies costs the slice that it was at, and is started again behind it; one that
+    dies over the masks costs the part.
+
+    Raises:
+        OSError: A file takes no more.
+    """
+    box = shared_sandbox(settings.decode_seconds, settings.decode_memory_mib, CHILD)
+    series = part.planned.series
+    request = {
+        "record": record_text(part.planned).decode(),
+        "stop": part.stop,
+        "settings": settings.text,
+        "files": [str(writer.partial) for writer in writers],
+    }
+    number = part.start
+    while number < part.stop:
+        flags: tuple[str, ...] | None = None
+        for writer in writers:
+            writer.trim()
+        try:
+            for (kind, found), _ in box.stream("encode", start=number, **request):
+                if kind == "labels":
+                    flags = tuple(found)
+                    continue
+                if kind == "failed":
+                    raise OSError(found, os.strerror(found))
+                if kind == "refused":
+                    refused.append(_refused(series, number, *found[1:]))
+                else:
+                    yield Encoded(*found), flags or ()
+                number += 1
+        except SourceError as error:
+            stop = part.stop if flags is None else number + 1
+            lost = range(number, stop)
+            refused += [_refused(series, n, error.code, error.detail) for n in lost]
+            number = stop
 
 
-def _chunk(plan: ShardPlan, name: str, number: int) -> str:
-    """Name of a shard within its array: one number for each axis."""
-    return f"c/{number}" + "/0" * len(_frame(plan, name))
+def _refused(series: Series, number: int, code: str, detail: str) -> ScanRow:
+    ref = series.slices[number]
+    return refusal(ref.file_id, code, detail, ref.frame)
 
 
-def _files(plan: ShardPlan) -> tuple[str, str]:
-    image, label = (
-        f"{plan.bucket}/{name}/{_chunk(plan, name, plan.number)}" for name in ("image", "label")
-    )
-    return image, label
+def _by_values(part: Part, number: int, settings: WriteSettings) -> bool:
+    """Whether the window of a slice comes from the values of its whole series."""
+    ref = part.planned.series.slices[number]
+    own = settings.header_window and ref.window
+    return not own and needs_series_values(ref.modality, settings.window, ref.channels)
 
 
-def _commit_name(plan: ShardPlan) -> str:
-    return f"{COMMITS}/{plan.name}.json"
-
-
-def _encode(plan: ShardPlan, name: str, block: NDArray[Any], shard_slices: int) -> bytes:
-    store = MemoryStore()
-    array = _create(store, name, name, plan, (len(block), shard_slices))
-    array[:] = block
-    return _stored(store, f"{name}/{_chunk(plan, name, 0)}")
-
-
-def _stored(store: MemoryStore, key: str) -> bytes:
-    buffer = sync(store.get(key, default_buffer_prototype()))
-    if buffer is None:
-        raise OSError(f"zarr wrote no {key}")
-    return buffer.to_bytes()
-
-
-def _row(plan: ShardPlan, part: Part, item: Slice, classes: int) -> SliceRow:
+def _row(
+    bucket: str, part: Part, item: Encoded, flags: tuple[str, ...], settings: WriteSettings
+) -> dict[str, Any]:
+    """A `SliceRow`; its window is None where only the whole series tells it."""
     planned, series = part.planned, part.planned.series
     number, ref = item.number, series.slices[item.number]
-    counts = np.bincount(item.label.ravel(), minlength=256)
     nan = float("nan")
-    affine = series.affine or ()
+    affine = tuple(v for row in series.affine or () for v in row)
     known = affine and "SINGLE_SLICE" not in series.flags
-    step = float(np.linalg.norm([row[2] for row in affine[:3]])) if known else nan
-    return SliceRow(
-        bucket=plan.bucket,
-        slot=part.slot + number - part.start,
-        patient=planned.patient,
-        series=planned.name,
-        slice_index=series.grid_index[number],
-        modality=ref.modality,
-        photometric=ref.photometric,
-        z_mm=series.z_mm[number] if series.z_mm else nan,
-        spacing=(*(ref.pixel_spacing or (nan, nan)), step),
-        spacing_source=ref.spacing_source,
-        affine=tuple(v for row in affine for v in row),
-        window_center=item.window.center,
-        window_width=item.window.width,
-        window_function=item.window.function,
-        voi_center=ref.window.center if ref.window else nan,
-        voi_width=ref.window.width if ref.window else nan,
-        voi_function=ref.window.function if ref.window else "",
-        split=planned.split,
-        order=planned.order,
-        labelled=item.labelled,
-        histogram=(*(int(c) for c in counts[:classes]), int(counts[IGNORE])),
-        file_id=ref.file_id,
-        frame=ref.frame,
-        flags=tuple(sorted({*ref.flags, *series.flags, *item.flags})),
-        padding=item.padding,
-        study_day=planned.study_day,
-        manufacturer=ref.manufacturer,
-        body_part=ref.body_part,
+    step = math.hypot(*affine[2:12:4]) if known else nan
+    window: Window | None = ref.window if settings.header_window else None
+    if window is None and not _by_values(part, number, settings):
+        window = series_window(ref.modality, settings.window, ValueCounts(), ref.channels)
+    return {
+        "bucket": bucket,
+        "slot": part.slot + number - part.start,
+        "patient": planned.patient,
+        "series": planned.name,
+        "slice_index": series.grid_index[number],
+        "modality": ref.modality,
+        "photometric": ref.photometric,
+        "z_mm": series.z_mm[number] if series.z_mm else nan,
+        "spacing": (*(ref.pixel_spacing or (nan, nan)), step),
+        "spacing_source": ref.spacing_source,
+        "affine": affine,
+        "window_center": window and window.center,
+        "window_width": window and window.width,
+        "window_function": window and window.function,
+        "voi_center": ref.window.center if ref.window else nan,
+        "voi_width": ref.window.width if ref.window else nan,
+        "voi_function": ref.window.function if ref.window else "",
+        "split": planned.split,
+        "order": planned.order,
+        "labelled": item.labelled,
+        "histogram": item.histogram,
+        "file_id": ref.file_id,
+        "frame": ref.frame,
+        "flags": sorted({*ref.flags, *series.flags, *flags}),
+        "padding": item.padding,
+        "study_day": planned.study_day,
+        "manufacturer": ref.manufacturer,
+        "body_part": ref.body_part,
+        "crc32c": item.crc32c,
+        "dhash": item.dhash,
+    }
+
+
+def create_bucket(root: Path, bucket: str, slots: int, settings: WriteSettings) -> None:
+    """Write the zarr.json files of a bucket of ``slots`` slots; shards that lie there stay."""
+    store = MemoryStore()  # on disk, zarr empties the folder of an array before it makes one
+    zarr.open_group(store, mode="a")
+    zarr.open_group(store, path=bucket, mode="a")
+    rows, columns, dtype = _parts(bucket)
+    shape = (rows, columns, 3) if dtype == "uint8" else (rows, columns)  # uint8 is RGB
+    sizes = (slots, settings.shard_slices)
+    _create(store, f"{bucket}/image", (dtype, image_codec(settings.profile, dtype)), shape, sizes)
+    _create(store, f"{bucket}/label", ("uint8", LABEL), (rows, columns), sizes)
+    for key in metadata_files(bucket):
+        buffer = sync(store.get(key, default_buffer_prototype()))
+        if buffer is None:
+            raise OSError(f"zarr wrote no {key}")
+        write_bytes_durably(root / key, buffer.to_bytes())
+
+
+def _create(
+    store: MemoryStore,
+    path: str,
+    kind: tuple[str, Codec],
+    frame: tuple[int, ...],
+    sizes: tuple[int, int],
+) -> None:
+    (slots, shard_slices), (dtype, codec) = sizes, kind
+    blosc = BloscCodec(
+        cname=codec.cname,  # type: ignore[arg-type]
+        clevel=codec.level,
+        typesize=codec.typesize,
+        shuffle=BloscShuffle[codec.shuffle],
     )
+    plain = codec.kind == "blosc"
+    serializer: ArrayBytesCodec = BytesCodec() if plain else FrameCodec(codec.kind)
+    zarr.create_array(
+        store,
+        name=path,
+        shape=(slots, *frame),
+        dtype=dtype,
+        chunks=(1, *frame),
+        shards=(shard_slices, *frame),
+        serializer=serializer,
+        compressors=[blosc, Crc32cCodec()] if plain else [Crc32cCodec()],
+        fill_value=IGNORE if path.endswith("label") else 0,
+        zarr_format=3,
+        dimension_names=("slice", "row", "column", "channel")[: 1 + len(frame)],
+    )
+
+
+def metadata_files(bucket: str) -> tuple[str, ...]:
+    """Paths of the zarr.json files that a reader of one bucket needs."""
+    folders = ("", f"{bucket}/", f"{bucket}/image/", f"{bucket}/label/")
+    return tuple(f"{folder}zarr.json" for folder in folders)
+
+
+def shard_files(bucket: str, number: int) -> tuple[str, str]:
+    """Paths of a shard's image and label, relative to the root: one number for each axis."""
+    axes = 3 if _parts(bucket)[2] == "uint8" else 2
+    return f"{bucket}/image/c/{number}" + "/0" * axes, f"{bucket}/label/c/{number}/0/0"
+
+
+def _parts(bucket: str) -> tuple[int, int, str]:
+    found = BUCKET.fullmatch(bucket)
+    if found is None:
+        raise ValueError(f"bucket {bucket}: expected <rows>x<columns>_<dtype>")
+    return int(found[1]), int(found[2]), found[3]
+
+
+def clear_stale(root: Path, plans: Iterable[Named]) -> None:
+    """Delete what earlier runs left: shards of no plan, their commits, half-written files.
+
+    A patient taken out of the archive is gone from the shards after the next run.
+    """
+    keep: dict[str, set[str]] = {}
+    commits: set[str] = set()
+    for plan in plans:
+        keep.setdefault(plan.bucket, set()).update(shard_files(plan.bucket, plan.number))
+        commits.add(commit_name(plan.name))
+    for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+            continue
+        for name in ("image", "label"):
+            _clear(root, folder / name, "c/*/0/**/*", keep[folder.name])
+            _clear(root, folder / name, "**/.*.partial", set())
+    _clear(root, root / COMMITS, "*", commits)
+    for place in (root, root / COMMITS):
+        _clear(root, place, ".*.partial", set())
+
+
+def _clear(root: Path, folder: Path, pattern: str, keep: set[str]) -> None:
+    for path in list(folder.glob(pattern)):
+        if path.relative_to(root).as_posix() not in keep and path.is_file():
+            path.unlink()

@@ -17,6 +17,7 @@ from medpsp.intensity import (
     CLASS_COLOURS,
     CT_WINDOW,
     EIGHT_BIT,
+    ValueCounts,
     needs_series_values,
     overlay,
     percentile_window,
@@ -30,6 +31,12 @@ from medpsp.intensity import (
 from medpsp.types import VoiFunction, Window
 
 SOFT = Window(center=40, width=400)  # -160 .. 240
+
+
+def counted(values: np.ndarray, valid: np.ndarray | None = None) -> ValueCounts:
+    counts = ValueCounts()
+    counts.add(values, valid)
+    return counts
 
 
 def test_window_by_hand() -> None:
@@ -71,7 +78,7 @@ def test_eight_bit_images_use_their_whole_range() -> None:
 def test_colour_is_shown_whole() -> None:
     """v / 255 in every channel, to the bit."""
     rgb = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14
-    window = series_window("US", SOFT, np.zeros(0), 3)
+    window = series_window("US", SOFT, ValueCounts(), 3)
     assert window == EIGHT_BIT
     assert not needs_series_values("US", None, 3)
     np.testing.assert_array_equal(to_unit(rgb, window), rgb.astype(np.float32) / np.float32(255))
@@ -246,21 +253,23 @@ def test_valid_pairs_of_several_windows() -> None:
 
 def test_percentiles_by_hand() -> None:
     # of 1 .. 201 the 0.5 % point is 1 + 0.005 * 200 = 2, the 99.5 % point is 200
-    window = percentile_window(np.arange(1, 202))
+    window = percentile_window(counted(np.arange(1, 202)))
     assert (window.center, window.width) == (101, 198)
 
 
 def test_zero_and_what_is_no_number_count_for_nothing() -> None:
     values = np.concatenate([np.arange(1.0, 202), np.zeros(5000), [np.nan, np.inf, -np.inf]])
-    window = percentile_window(values)
+    window = percentile_window(counted(values))
     assert (window.center, window.width) == (101, 198)
 
 
 def test_padding_counts_for_nothing() -> None:
     values = np.concatenate([np.arange(1, 202), np.full(5000, -2000)]).astype(np.int16)
-    window = percentile_window(values, values != -2000)
+    window = percentile_window(counted(values, values != -2000))
     assert (window.center, window.width) == (101, 198)
-    assert percentile_window(values, np.zeros(values.shape, bool)) == Window(center=0.5, width=1)
+    assert percentile_window(counted(values, np.zeros(values.shape, bool))) == Window(
+        center=0.5, width=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,14 +277,35 @@ def test_padding_counts_for_nothing() -> None:
     [([7, 7, 7], 7.0), ([0, 0], 0.5), ([], 0.5), ([np.nan, np.nan], 0.5), ([0, -3], -3.0)],
 )
 def test_constant_series_has_a_width(values: list[float], center: float) -> None:
-    window = percentile_window(np.array(values, dtype=np.float32))
+    window = percentile_window(counted(np.array(values, dtype=np.float32)))
     assert (window.center, window.width) == (center, 1)
     assert np.isfinite(to_unit(np.array(values), window)).all()
 
 
 def test_nearly_constant_series_has_a_width() -> None:
-    window = percentile_window(np.array([1.0, 1.0 + 1e-12]))
-    assert window.width == 1e-6
+    window = percentile_window(counted(np.array([1.0, 1.0 + 1e-12])))
+    assert window.width == 1
+
+
+@given(st.lists(st.integers(-32768, 32767), min_size=1, max_size=300), st.integers(1, 4))
+def test_counts_give_the_percentiles_of_numpy_however_they_are_added(
+    values: list[int], parts: int
+) -> None:
+    array = np.array(values, dtype=np.int16)
+    counts = ValueCounts()
+    for part in np.array_split(array, parts):
+        counts.add_counts(counted(part).pairs)
+    if not (kept := array[array != 0]).size:
+        assert counts.pairs == []
+        return
+    expected = np.percentile(kept.astype(float), (0.5, 99.5))  # in int16 its steps overflow
+    np.testing.assert_allclose(counts.percentiles((0.5, 99.5)), expected, rtol=0, atol=1e-9)
+
+
+def test_counts_of_floats_are_within_half_a_percent() -> None:
+    values = np.random.default_rng(0).gamma(2.0, 300.0, 20_000).astype(np.float32)
+    found = counted(values).percentiles((0.5, 99.5))
+    np.testing.assert_allclose(found, np.percentile(values, (0.5, 99.5)), rtol=4e-3)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +324,7 @@ def test_which_window_a_series_gets(
 ) -> None:
     assert needs_series_values(modality, fixed) is needs
     values = np.arange(1, 202) if needs else np.zeros(0)
-    assert series_window(modality, fixed, values) == window
+    assert series_window(modality, fixed, counted(values)) == window
 
 
 def test_overlay_tints_classes_only() -> None:

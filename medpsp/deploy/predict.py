@@ -24,7 +24,14 @@ from medpsp.dicom.scan import scan_folder
 from medpsp.dicom.values import luma
 from medpsp.dicom.voc import SUFFIXES
 from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError, SourceError
-from medpsp.intensity import overlay, planes, series_window, to_unit
+from medpsp.intensity import (
+    ValueCounts,
+    needs_series_values,
+    overlay,
+    planes,
+    series_window,
+    to_unit,
+)
 from medpsp.types import FloatArray, Place, ReadPolicy, ScanRow, Series, Window
 
 BATCH, DECODERS = 4, 4
@@ -136,7 +143,10 @@ class Predictor:
         if channels > self.channels:
             raise DicomError("COLOUR_FOR_GREY_MODEL", "trained with model.in_channels 1")
         valid = None if pixels.padding is None else ~pixels.padding
-        window = series_window(modality, self.window, values, channels, valid)
+        counts = ValueCounts()
+        if needs_series_values(modality, self.window, channels):
+            counts.add(values, valid)
+        window = series_window(modality, self.window, counts, channels)
         own = headers if self.header_window and channels == 1 else ()
         windows = [header or window for header in own] or [window] * len(values)
         return lambda number: to_unit(values[number], windows[number], inverted)

@@ -5,34 +5,28 @@ Nothing is extracted and nothing is opened that is no regular file, so a FIFO ca
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple
 
 from medpsp.dicom.archives import Archive, archive_in, archive_members, packing_of, read_member
 from medpsp.dicom.inflate import inflate_object
 from medpsp.dicom.members import Member, ReadAt, damaged
-from medpsp.errors import ArchiveError, DicomError
+from medpsp.dicom.walk import patiently, unreadable, walk_files
+from medpsp.errors import DicomError
 from medpsp.types import Place
 
 MEMBER_MARK = "!//"
 """Between archive and member in `Found.name`; a path on disk never holds two slashes in a row."""
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_AGAIN = (errno.EIO, errno.ESTALE)  # network file systems: often the second try succeeds
-_NOWHERE = (errno.ENOENT, errno.ENOTDIR)
-Out = TypeVar("Out")
-Seen = set[tuple[int, int, int, int]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Found(NamedTuple):
     """One object that the walk met.
 
     Attributes:
@@ -73,24 +67,7 @@ def open_place(place: Place) -> BinaryIO:
             GZIP_DAMAGED, ARCHIVE_DAMAGED, ARCHIVE_ENCRYPTED, ARCHIVE_UNSUPPORTED, and
             ARCHIVE_NESTED for an archive within an archive.
     """
-    return _patient(lambda: _member(place) if place.member else _file(place.path))
-
-
-def _patient(action: Callable[[], Out]) -> Out:
-    for last in (False, True):
-        try:
-            return action()
-        except OSError as error:
-            if last or error.errno not in _AGAIN:
-                raise _unreadable(error) from None
-    raise AssertionError
-
-
-def _unreadable(error: OSError) -> DicomError:
-    if error.errno == errno.ENXIO:  # what opening a socket gives
-        return DicomError("NOT_REGULAR", "no regular file")
-    known = errno.errorcode.get(error.errno or 0, type(error).__name__)
-    return DicomError("FILE_UNREADABLE", known)
+    return patiently(lambda: _member(place) if place.member else _file(place.path))
 
 
 def _regular(path: str) -> tuple[io.FileIO, os.stat_result]:
@@ -163,126 +140,52 @@ def _archive_at(path: str) -> Archive:
 
 
 def walk_objects(root: Path) -> Iterator[Found]:
-    """Every object below ``root`` once, folders in order of name, members in their archive's.
-
-    An archive is one object (ARCHIVE_OPENED, or what is wrong with it, after its members) and
-    each of its members one more. A link to a folder is listed, not followed (SYMLINK_LOOP,
-    SYMLINK_OUTSIDE, SYMLINK_FOLDER). A link to a file is SYMLINK_DUPLICATE where the walk meets
-    the file itself, and is read where it leads out of ``root``. A further name of a file that was
-    met is SAME_FILE, a folder that cannot be listed FOLDER_UNREADABLE.
+    """Every object below ``root`` once: `walk_files`, and each file as `objects_of` has it.
 
     Raises:
         ArchiveError: The folder does not exist or cannot be listed.
     """
-    if not root.is_dir():
-        raise ArchiveError(f"archive {root}: no such folder; give the root of the DICOM files")
-    top = os.path.join(root, "")
-    real, seen = os.path.realpath(root), Seen()
-    try:
-        pending = [iter(_listed(top))]
-    except DicomError as error:
-        raise ArchiveError(f"archive {root}: cannot be listed ({error.detail})") from None
-    while pending:
-        entry = next(pending[-1], None)
-        if entry is None:
-            pending.pop()
-            continue
-        name = entry.path.removeprefix(top)
-        try:
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(iter(_listed(entry.path)))
-                continue
-            linked = _linked(entry, real)
-        except DicomError as error:
-            yield _refused(name, entry.path, error)
-        except OSError as error:
-            yield _refused(name, entry.path, _unreadable(error))
+    for entry in walk_files(root):
+        if entry.code:
+            yield Found(entry.name, Place(entry.path), entry.code, entry.detail)
         else:
-            yield from _objects_of(name, entry.path, linked, seen)
+            yield from objects_of(entry.name, entry.path)
 
 
-def _refused(name: str, path: str, error: DicomError) -> Found:
-    return Found(name=name, place=Place(path), code=error.code, detail=error.detail)
+def objects_of(name: str, path: str) -> Iterator[Found]:
+    """The object that a file is, or the members of the archive that it is and then the archive.
 
+    Members come in their archive's order; each is one object and the archive one more
+    (ARCHIVE_OPENED, or what is wrong with it).
 
-def _listed(folder: str) -> list[os.DirEntry[str]]:
-    def scan() -> list[os.DirEntry[str]]:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-
+    Args:
+        name: Of the file, relative to the root.
+        path: To open it.
+    """
     try:
-        return _patient(scan)
-    except DicomError as error:
-        raise DicomError("FOLDER_UNREADABLE", error.detail) from None
-
-
-def _linked(entry: os.DirEntry[str], real: str) -> bool:
-    """Whether it is a link to a file outside; a DicomError for what is not to be opened."""
-    if entry.is_symlink():
-        _check_link(entry.path, real)
-        return True
-    if entry.is_file(follow_symlinks=False):
-        return False
-    raise DicomError("NOT_REGULAR", "no regular file")
-
-
-def _check_link(path: str, real: str) -> None:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise DicomError("SYMLINK_LOOP", "a link to itself") from None
-        if error.errno in _NOWHERE:
-            raise DicomError("NOT_REGULAR", "a link to nowhere") from None
-        raise _unreadable(error) from None
-    target = os.path.realpath(path)
-    if stat.S_ISDIR(mode):
-        if _within(os.path.realpath(os.path.dirname(path)), target):
-            raise DicomError("SYMLINK_LOOP", "a link to a folder around it")
-        if _within(target, real):
-            raise DicomError("SYMLINK_FOLDER", "a link to a folder of the archive")
-        raise DicomError("SYMLINK_OUTSIDE", "a link to a folder outside the archive")
-    if not stat.S_ISREG(mode):
-        raise DicomError("NOT_REGULAR", "a link to no regular file")
-    if _within(target, real):
-        raise DicomError("SYMLINK_DUPLICATE", "a link to a file of the archive")
-
-
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(os.path.join(folder, ""))
-
-
-def _objects_of(name: str, path: str, linked: bool, seen: Seen) -> Iterator[Found]:
-    """The object that a file is, or the members of the archive that it is and then the archive."""
-    try:
-        file, found = _patient(lambda: _regular(path))
+        file, found = patiently(lambda: _regular(path))
     except DicomError as error:
         yield _refused(name, path, error)
         return
     with file:
-        if linked or found.st_nlink > 1:
-            key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-            if key in seen:
-                yield _refused(name, path, DicomError("SAME_FILE", "a further name of a file"))
-                return
-            seen.add(key)
         count = 0
         try:
             archive = archive_in(_bytes_of(file, found.st_size), found.st_size)
             if archive is None:
-                yield Found(name=name, place=Place(path))
+                yield Found(name, Place(path))
                 return
             for member in archive_members(archive):
                 text = f"{member.offset}/{member.name}"
                 yield Found(
-                    name=name + MEMBER_MARK + text,
-                    place=Place(path, text),
-                    code=member.code,
-                    detail=member.detail,
+                    name + MEMBER_MARK + text, Place(path, text), member.code, member.detail
                 )
                 count += 1
             yield _refused(name, path, DicomError("ARCHIVE_OPENED", f"{count} members"))
         except DicomError as error:
             yield _refused(name, path, error)
         except OSError as error:
-            yield _refused(name, path, _unreadable(error))
+            yield _refused(name, path, unreadable(error))
+
+
+def _refused(name: str, path: str, error: DicomError) -> Found:
+    return Found(name, Place(path), error.code, error.detail)

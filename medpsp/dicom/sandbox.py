@@ -50,10 +50,13 @@ class Sandbox:
     Args:
         seconds: CPU seconds for one object; the wall clock may take four times that and 10 s.
         memory_mib: What the child may allocate beyond what its imports took, MiB.
+        module: Whose ``main(seconds, memory_mib)`` the child runs.
     """
 
-    def __init__(self, seconds: int = 30, memory_mib: int = 1024) -> None:
-        self.seconds, self.memory_mib = seconds, memory_mib
+    def __init__(
+        self, seconds: int = 30, memory_mib: int = 1024, module: str = "medpsp.dicom.tasks"
+    ) -> None:
+        self.seconds, self.memory_mib, self.module = seconds, memory_mib, module
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -140,6 +143,28 @@ class Sandbox:
                 self.close()
                 raise
 
+    def stream(self, task: str, **request: Any) -> Iterator[Answer]:
+        """Let the child do a task that answers many times, each time within the limits of one.
+
+        Raises:
+            SourceError: As `call`, at the answer where it happens; the stream has ended then.
+        """
+        with self._lock:
+            try:
+                self._send({"task": task, **request})
+                while True:
+                    kind, tree, arrays = self._answer(time.monotonic() + 4 * self.seconds + 10)
+                    if kind == "ok":
+                        return
+                    yield tree, arrays
+            except (BrokenPipeError, EOFError, TimeoutError) as error:
+                raise self._obituary(error) from None
+            except SourceError:
+                raise
+            except BaseException:  # also where the caller does not want the rest
+                self.close()
+                raise
+
     def close(self) -> None:
         """End the child."""
         child, self._child = self._child, None
@@ -151,22 +176,31 @@ class Sandbox:
                     pipe.close()
 
     def _exchange(self, request: dict[str, Any], deadline: float) -> Answer:
+        self._send(request)
+        _, tree, arrays = self._answer(deadline)
+        return tree, arrays
+
+    def _send(self, request: dict[str, Any]) -> None:
         if self._owner != os.getpid():  # after a fork the child is our parent's
             self._child, self._owner = None, os.getpid()
         if self._child is None or self._child.poll() is not None:
             self.close()
             self._child = self._start()
-        if self._child.stdin is None or self._child.stdout is None:
+        if self._child.stdin is None:
             raise EOFError
         send(self._child.stdin, request, [])
+
+    def _answer(self, deadline: float) -> tuple[str, Any, list[NDArray[Any]]]:
+        if self._child is None or self._child.stdout is None:
+            raise EOFError
         (kind, tree), arrays = receive(self._child.stdout, deadline)
-        if kind == "ok":
-            return tree, arrays
+        if kind in ("ok", "item"):
+            return kind, tree, arrays
         raise _ERRORS.get(kind, DicomError)(str(tree[0]), str(tree[1]))
 
     def _start(self) -> subprocess.Popen[bytes]:
         # the modules that we have, and none from the current folder
-        code = f"import sys; sys.path[:] = {sys.path!r}; from medpsp.dicom.tasks import main; "
+        code = f"import sys; sys.path[:] = {sys.path!r}; from {self.module} import main; "
         return subprocess.Popen(
             [sys.executable, "-c", f"{code}main({self.seconds}, {self.memory_mib})"],
             stdin=subprocess.PIPE,
@@ -256,7 +290,7 @@ def or_error(
     return run
 
 
-@lru_cache(maxsize=1)
-def shared_sandbox(seconds: int, memory_mib: int) -> Sandbox:
+@lru_cache(maxsize=2)
+def shared_sandbox(seconds: int, memory_mib: int, module: str = "medpsp.dicom.tasks") -> Sandbox:
     """The one sandbox of this process; its child ends with us, when its input closes."""
-    return Sandbox(seconds, memory_mib)
+    return Sandbox(seconds, memory_mib, module)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,26 +66,42 @@ def labels(
     rule: dict[str, Any],
     options: list[str],
 ) -> Answer:
-    """All mask objects of a series, laid on its grid: notes, and (N, H, W) uint8 classes.
-
-    Codes of images become LABEL_UNREADABLE: PIX_TRUNCATED would read as if they were cut short.
-    """
+    """`read_labels`: notes, and (N, H, W) uint8 classes."""
     target = Grid(
         shape=tuple(grid["shape"]),
         affine=None if grid["affine"] is None else np.array(grid["affine"]),
         slots={(uid, number): place for uid, number, place in grid["slots"]},
         partial=grid["partial"],
     )
-    names = NameRule(**{**rule, **{k: _tuples(rule[k]) for k in ("classes", "names", "numbers")}})
+    names = NameRule(**{key: tuples(value) for key, value in rule.items()})
+    whole = read_labels(kind, [Place(*place) for place in places], target, names, options)
+    return whole.notes, [whole.values]
+
+
+def read_labels(
+    kind: str, places: Sequence[Place], grid: Grid, rule: NameRule, options: list[str]
+) -> LabelVolume:
+    """All mask objects of a series, laid on its grid: (N, H, W) uint8 classes.
+
+    Codes of images become LABEL_UNREADABLE: PIX_TRUNCATED would read as if they were cut short.
+
+    Args:
+        kind: ``Series.mask_kind``.
+        places: Of the objects.
+        grid: Of the series.
+        rule: Names to classes.
+        options: For NIfTI, ``data.mask_geometry`` and ``data.mask_resample``.
+
+    Raises:
+        LabelError: They cannot be read, or do not lie on the grid.
+    """
     try:
         with refusing("LABEL_UNREADABLE", "not readable"):
-            volumes = [_volume(kind, Place(*place), target, names, options) for place in places]
-            whole = merge_labels(volumes, names)
+            return merge_labels([_volume(kind, p, grid, rule, options) for p in places], rule)
     except DicomError as error:
         known = error.code == "LABEL_UNREADABLE"
         detail = error.detail if known else f"{error.code}: {error.detail}"
         raise LabelError("LABEL_UNREADABLE", detail) from None
-    return whole.notes, [whole.values]
 
 
 def _volume(kind: str, place: Place, grid: Grid, rule: NameRule, options: list[str]) -> LabelVolume:
@@ -114,7 +130,8 @@ def mask(place: list[str], shape: list[int], numbers: list[list[int]], classes: 
     return None, [map_labels(values, {old: new for old, new in numbers}, classes)]
 
 
-TASKS: dict[str, Callable[..., Answer]] = {
+Tasks = dict[str, Callable[..., Answer | Iterator[Answer]]]
+TASKS: Tasks = {
     "headers": headers,
     "frame": frame,
     "digest": digest,
@@ -126,8 +143,9 @@ TASKS: dict[str, Callable[..., Answer]] = {
 }
 
 
-def _tuples(value: list[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+def tuples(value: Any) -> Any:
+    """Lists of JSON as tuples, inner ones too; anything else as it is."""
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _ref(tree: dict[str, Any]) -> SliceRef:
@@ -141,18 +159,28 @@ def _policy(tree: dict[str, Any]) -> ReadPolicy:
     return ReadPolicy(**{**tree, "modalities": tuple(modalities) if modalities else modalities})
 
 
-def answer(request: dict[str, Any]) -> tuple[list[Any], list[NDArray[Any]]]:
-    """Run one task; what it raises becomes the answer."""
-    task = TASKS[request.pop("task")]
+def answers_to(
+    request: dict[str, Any], tasks: Tasks, limit: Callable[[], None]
+) -> Iterator[tuple[list[Any], list[NDArray[Any]]]]:
+    """Run one task; what it raises becomes the last answer. ``limit`` is called before each."""
+    task = tasks[request.pop("task")]
     try:
         with refusing("DEC_ERROR", "not readable"):
-            tree, arrays = task(**request)
+            limit()
+            found = task(**request)
+            if isinstance(found, tuple):
+                yield ["ok", found[0]], found[1]
+                return
+            for tree, arrays in found:
+                yield ["item", tree], arrays
+                limit()
     except SourceError as error:
-        return [type(error).__name__, [error.code, error.detail]], []
-    return ["ok", tree], arrays
+        yield [type(error).__name__, [error.code, error.detail]], []
+    else:
+        yield ["ok", None], []
 
 
-def main(seconds: int, memory_mib: int) -> None:
+def main(seconds: int, memory_mib: int, tasks: Tasks | None = None) -> None:
     """Answer requests from stdin until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; we end by EOF
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
@@ -160,15 +188,19 @@ def main(seconds: int, memory_mib: int) -> None:
     os.dup2(2, 1)  # what a codec prints is no answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit_memory(memory_mib)
+
+    def limit() -> None:
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + seconds, hard))
+
     while True:
         try:
             request, _ = receive(requests)
         except EOFError:
             return
-        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + seconds, hard))
-        send(answers, *answer(request))
+        for tree, arrays in answers_to(request, tasks or TASKS, limit):
+            send(answers, tree, arrays)
 
 
 def _limit_memory(memory_mib: int) -> None:

@@ -1,0 +1,155 @@
+"""One Ray over all nodes of a SLURM allocation, for one command: ``srun python -m launch.nodes``.
+
+    srun --ntasks-per-node=1 python -m launch.nodes runs/a shards configs/a.yaml
+
+runs ``medpsp shards configs/a.yaml data.ray_address=<head>`` on the first node, while the others
+lend their cores to it. Only processes that were started here are ended, so other Ray of the same
+user lives on. Ray asks for a token of this job: who may not read the run folder cannot join.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from medpsp.errors import LaunchError
+
+START_S = 120.0
+"""Time for the head to come up; shared file systems show a new file late."""
+_POLL_S = 0.2
+
+
+def main(arguments: list[str]) -> int:
+    """Take part in the cluster of this job.
+
+    Args:
+        arguments: Folder that all nodes see, then command and configuration of ``medpsp``.
+
+    Returns:
+        Exit code of the command on the first node, 0 on the others.
+    """
+    if len(arguments) < 3:
+        raise LaunchError("launch.nodes: expected a shared folder, a command, a configuration")
+    meeting = Path(arguments[0]) / f".ray-{os.environ.get('SLURM_JOB_ID', 'local')}.json"
+    if os.environ.get("SLURM_NODEID", "0") != "0":
+        return _lend(meeting)
+    address, token = f"{_own_address()}:{_free_port()}", secrets.token_hex(32)
+    with _ray(token, "--head", f"--port={address.rsplit(':', 1)[1]}", _node_ip(address)) as head:
+        _wait_for(head, address)
+        _write_private(meeting, json.dumps([address, token]))
+        try:
+            command = [sys.executable, "-m", "launch.cli", *arguments[1:]]
+            return subprocess.call(
+                [*command, f"data.ray_address={address}"], env=_environment(token)
+            )
+        finally:
+            meeting.unlink()
+
+
+def _lend(meeting: Path) -> int:
+    """Join the head's cluster until it says that it is done."""
+    address, token = json.loads(_read_when_there(meeting))
+    with _ray(token, f"--address={address}") as node:
+        while meeting.exists():
+            if node.poll() is not None:
+                raise LaunchError(f"ray: the node ended with {node.returncode} before the command")
+            time.sleep(_POLL_S)
+    return 0
+
+
+@contextmanager
+def _ray(token: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """``ray start`` with the cores of this task; ended with everything it started."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or str(len(os.sched_getaffinity(0)))
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: a socket's path has at most 107 bytes
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--block"]
+    limits = [f"--num-cpus={cores}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"]
+    node = subprocess.Popen(
+        [*command, *limits, "--disable-usage-stats"],
+        env=_environment(token) | {"RAY_TMPDIR": folder},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield node
+    finally:
+        node.send_signal(signal.SIGTERM)  # it ends what it started
+        try:
+            node.wait(30)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(token: str) -> dict[str, str]:
+    return os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _wait_for(head: subprocess.Popen[bytes], address: str) -> None:
+    host, port = address.rsplit(":", 1)
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and head.poll() is None:
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+            return
+        time.sleep(_POLL_S)
+    raise LaunchError(f"ray: the head did not come up within {START_S:.0f} s")
+
+
+def _read_when_there(meeting: Path) -> str:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        with suppress(FileNotFoundError):
+            return meeting.read_text(encoding="utf-8")
+        time.sleep(_POLL_S)
+    raise LaunchError(f"ray: no {meeting} within {START_S:.0f} s; did the first node start?")
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    partial = path.with_suffix(".partial")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    partial.replace(path)
+
+
+def _node_ip(address: str) -> str:
+    return f"--node-ip-address={address.rsplit(':', 1)[0]}"
+
+
+def _own_address() -> str:
+    """The address by which other nodes reach this one; nothing is sent to find it."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # TEST-NET-1 (RFC 5737)
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except LaunchError as error:
+        sys.exit(f"medpsp: {error}")

@@ -1,0 +1,94 @@
+"""What one written shard holds: a small sealed file beside the shards, the proof that it is whole.
+
+It is written after the files of the shard are durable, so where it is, they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from medpsp.errors import ShardError
+from shards.index import SliceRow, write_bytes_durably
+from shards.sealed import read_sealed, sealed_bytes
+
+COMMITS = "commits"
+PASSING = frozenset({"DEC_OOM", "DEC_TIMEOUT", "DEC_CRASH", "FILE_UNREADABLE"})
+"""Codes of failures that may be gone the next time: their shard is written anew."""
+
+Counts = list[tuple[float, int]]
+_COLUMNS = [field.name for field in fields(SliceRow)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """One shard.
+
+    Attributes:
+        name: Of the shard.
+        digest: `ShardPlan.digest` of what it was made from.
+        files: Path relative to the root -> SHA-256 and size in bytes.
+        rows: `SliceRow` as dictionaries; the window is None where it is that of the series.
+        refused: `ScanRow` as dictionaries.
+        values: Series -> how often each modality value occurs in its slices of this shard, for
+            those whose window depends on it.
+    """
+
+    name: str
+    digest: str
+    files: dict[str, tuple[str, int]]
+    rows: list[dict[str, Any]]
+    refused: list[dict[str, Any]]
+    values: dict[str, Counts]
+
+
+def commit_name(shard: str) -> str:
+    """Path of a commit relative to the root."""
+    return f"{COMMITS}/{shard}.json"
+
+
+def write_commit(root: Path, commit: Commit) -> None:
+    """Put it in place, durably."""
+    tree: dict[str, Any] = {
+        "name": commit.name,
+        "digest": commit.digest,
+        "files": commit.files,
+        "columns": _COLUMNS,  # names once: a row is a third as long
+        "rows": [[row[name] for name in _COLUMNS] for row in commit.rows],
+        "refused": commit.refused,
+        "values": commit.values,
+    }
+    write_bytes_durably(root / commit_name(commit.name), sealed_bytes(tree))
+
+
+def read_commit(root: Path, name: str) -> Commit | None:
+    """The commit of a shard; None without one, or where a byte of it is not what was written."""
+    try:
+        tree = read_sealed(root / commit_name(name))
+        columns = tree.pop("columns")
+        rows = [dict(zip(columns, row, strict=True)) for row in tree.pop("rows")]
+        files = {path: (sha, size) for path, (sha, size) in tree.pop("files").items()}
+        return Commit(rows=rows, files=files, **tree)
+    except (FileNotFoundError, ShardError, KeyError, TypeError, ValueError):
+        return None
+
+
+def committed(root: Path, name: str, digest: str) -> bool:
+    """Whether a shard was written from this plan and its files are there.
+
+    Their bytes are left to `check`: a rerun of a large archive would read all of it.
+    """
+    commit = read_commit(root, name)
+    if commit is None or commit.digest != digest:
+        return False
+    if any({row["code"], row["detail"].split(":")[0]} & PASSING for row in commit.refused):
+        return False
+    return all(_size(root / path) == size for path, (_, size) in commit.files.items())
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

@@ -1,0 +1,182 @@
+"""Masks of series: NIfTI files by name, SEG and RTSTRUCT objects by what they reference."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, replace
+from typing import NamedTuple
+
+from medpsp.dataconfig import DataConfig
+from medpsp.dicom.codes import refusal
+from medpsp.dicom.labelref import LabelRef, match_series
+from medpsp.dicom.labels import mask_path
+from medpsp.dicom.sandbox import Sandbox, SandboxPool
+from medpsp.dicom.scan import LabelFile, label_head
+from medpsp.errors import LabelError, SourceError
+from medpsp.types import MaskKind, Place, ScanRow, Series
+from shards.components import Link, link_of
+from shards.spool import Span, Spool
+
+log = logging.getLogger("medpsp")
+Reasons = dict[int, tuple[str, str]]
+"""Number of a series to the code and detail of why it has no mask."""
+
+
+class Aim(NamedTuple):
+    """A label object and what it references."""
+
+    file: LabelFile
+    target: LabelRef
+
+
+class Aims:
+    """Label objects that can be read, put aside: one may reference 10^5 images.
+
+    Attributes:
+        links: Of each, for `components.cut_catalog`.
+        fate: Rows of those that cannot be used.
+        robbed: Patients of these: what they label may be background in other masks.
+    """
+
+    def __init__(self, files: Iterable[LabelFile], pool: SandboxPool) -> None:
+        self._spool, self._spans = Spool(), list[Span]()
+        self.links: list[Link] = []
+        self.fate: list[ScanRow] = []
+        self.robbed: set[str] = set()
+        for file, (target, patient) in pool.map(_target, files):
+            if isinstance(target, SourceError):
+                self.fate.append(_refused(file, target))
+                self.robbed.add(patient)
+            else:
+                self.links.append(link_of(patient, target.series_uids, target.sop_uids))
+                text = json.dumps([astuple(file), astuple(target)])
+                self._spans.append(self._spool.append(text.encode()))
+
+    def some(self, numbers: Iterable[int]) -> Iterator[Aim]:
+        """Those of these numbers, in the order of `links`."""
+        for number in numbers:
+            file, target = json.loads(self._spool.read(self._spans[number]))
+            kind, patient, *lists, points = target
+            place, *rest = file
+            yield Aim(
+                LabelFile(**dict(zip(_FILE, (Place(*place), *rest), strict=True))),
+                LabelRef(
+                    kind=kind,
+                    patient_id=patient,
+                    **dict(zip(_LISTS, map(tuple, lists), strict=True)),
+                    points=tuple(map(tuple, points)),
+                ),
+            )
+
+
+_FILE = ("place", "file_id", "kind", "code", "detail", "patient_id")
+_LISTS = ("frames_of_reference", "series_uids", "sop_uids")
+
+
+def nifti_masks(series: Sequence[Series], data: DataConfig) -> tuple[list[Series], Reasons]:
+    """Series with the masks that ``data.label_pattern`` names.
+
+    Parts of a series that was split at a gap share one: `SeriesFile.finish` tells.
+    """
+    found: list[Series] = []
+    reasons: Reasons = {}
+    for number, item in enumerate(series):
+        masks: tuple[Place, ...] = ()
+        try:
+            path = mask_path(
+                data.labels or data.archive, data.label_pattern, item.first, data.archive
+            )
+            masks = (Place(str(path)),) if path.is_file() else ()
+        except LabelError as error:
+            reasons[number] = (error.code, error.detail)
+        except OSError:  # ENAMETOOLONG: its text would hold the PatientID
+            reasons[number] = ("LABEL_NONE", "a header value makes no file name")
+        found.append(replace(item, masks=masks, mask_kind="nifti" if masks else ""))
+    return found, reasons
+
+
+def dicom_masks(
+    series: Sequence[Series], aims: Iterable[Aim], robbed: Iterable[str], kind: MaskKind
+) -> tuple[list[Series], list[ScanRow]]:
+    """Series with the label objects that belong to them, and a row for each object.
+
+    One that fits nowhere marks the labelled series of its patient: what it labels may be
+    background there.
+
+    Args:
+        series: All that the objects may be meant for.
+        aims: Label objects.
+        robbed: Patients of whom other label objects could not be used.
+        kind: Of the objects.
+    """
+    masks: dict[int, list[Place]] = {}
+    shared: set[int] = set()
+    fate: list[ScanRow] = []
+    robbed = set(robbed)
+    index = _Index(series)
+    for file, target in aims:
+        some = index.of(target)
+        try:
+            match = match_series(target, [series[number] for number in some])
+        except SourceError as error:
+            fate.append(_refused(file, error))
+            robbed.add(target.patient_id)
+            continue
+        numbers = [some[place] for place in match.series]
+        for number in numbers:
+            masks.setdefault(number, []).append(file.place)
+        shared.update(numbers if len(numbers) > 1 else ())
+        fate.append(ScanRow(file_id=file.file_id, status="kept", code="LABEL_USED"))
+    found = list(series)
+    for number, places in masks.items():
+        item = found[number]
+        known = item.first.patient_id in robbed - {""}
+        found[number] = replace(
+            item,
+            masks=tuple(places),
+            mask_kind=kind,
+            mask_partial=number in shared,
+            flags=item.flags + ("LABEL_INCOMPLETE",) * known,
+        )
+    return found, fate
+
+
+class _Index:
+    """Which series a label object may be meant for: `match_series` looks at all it is given."""
+
+    def __init__(self, series: Sequence[Series]) -> None:
+        self._images: dict[str, set[int]] = defaultdict(set)
+        self._series: dict[str, set[int]] = defaultdict(set)
+        self._patients: dict[str, set[int]] = defaultdict(set)
+        for number, item in enumerate(series):
+            self._series[item.first.series_uid].add(number)
+            self._patients[item.first.patient_id].add(number)
+            for ref in item.slices:
+                self._images[ref.sop_uid].add(number)
+
+    def of(self, target: LabelRef) -> list[int]:
+        found = set(self._patients.get(target.patient_id, ()))
+        for uid in target.series_uids:
+            found |= self._series.get(uid, set())
+        for uid in target.sop_uids:
+            found |= self._images.get(uid, set())
+        return sorted(found)
+
+
+def _target(box: Sandbox, file: LabelFile) -> tuple[LabelRef | SourceError, str]:
+    """What a label object references, or why it cannot be used; and the patient, if it says so."""
+    if file.code:
+        return LabelError(file.code, file.detail), file.patient_id
+    try:
+        target = box.label_target(file.place)
+    except SourceError as error:
+        return error, label_head(box, file.place)[1]
+    return target, target.patient_id
+
+
+def _refused(file: LabelFile, error: SourceError) -> ScanRow:
+    log.warning("label object %s: %s", file.file_id, error)
+    return refusal(file.file_id, error.code, error.detail)

@@ -1,0 +1,102 @@
+"""A part of an archive to planned series: nothing outside it has to do with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from medpsp.dataconfig import DataConfig
+from medpsp.dicom.codes import refusal
+from medpsp.dicom.rivals import SamePixels
+from medpsp.dicom.series import group_series
+from medpsp.identity import pseudonym, shifted_day, split_of, unit_hash
+from medpsp.types import ScanRow, Series, SliceRef
+from shards.layout import PlannedSeries
+from shards.masks import Aim, Reasons, dicom_masks, nifti_masks
+from shards.record import record_body
+
+
+def series_of_part(
+    refs: Iterable[SliceRef],
+    aims: Sequence[Aim],
+    robbed: Iterable[str],
+    data: DataConfig,
+    same_pixels: SamePixels,
+) -> tuple[list[Series], list[ScanRow]]:
+    """Group slices and give each series its masks; one without is left out or kept.
+
+    Args:
+        refs: Frames in any order.
+        aims: Label objects that may belong to them.
+        robbed: See `Aims`.
+        data: Of the configuration.
+        same_pixels: See `group_series`.
+
+    Returns:
+        The series, and rows of the frames in none of them and of the label objects.
+    """
+    series, refused = group_series(refs, data.policy, same_pixels)
+    rows = [refusal(ref.file_id, e.code, e.detail, ref.frame) for ref, e in refused]
+    if data.labels is None and data.label_format == "nifti":
+        return series, rows
+    reasons: Reasons = {}
+    if data.label_format == "nifti":
+        series, reasons = nifti_masks(series, data)
+    else:
+        series, fate = dicom_masks(series, aims, robbed, data.label_format)
+        rows += fate
+    if data.unlabelled == "keep":
+        return series, rows
+    for number, item in enumerate(series):
+        if not item.masks:
+            code, detail = reasons.get(number, ("LABEL_NONE", "no mask for this series"))
+            rows += [refusal(r.file_id, code, detail, r.frame) for r in item.slices]
+    return [item for item in series if item.masks], rows
+
+
+def planned_series(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
+    """A series with its pseudonyms, its split and its stamp."""
+    first = series.first
+    patient = first.patient_id
+    split = series.split or split_of(key, patient, data.split.val, data.split.test)
+    day = shifted_day(key, patient, first.study_date) if data.dates == "shift" else -1
+    item = PlannedSeries(
+        series=series,
+        split=split,
+        order=unit_hash(key, "stage", patient),
+        patient=pseudonym(key, "patient", patient),
+        # one SeriesInstanceUID may hold several series: planes, localizers, stacks of one object
+        name=pseudonym(key, "series", "\0".join(_series_parts(first))),
+        stamp="",
+        study_day=day,
+    )
+    return replace(item, stamp=_stamp(item, key))
+
+
+def _stamp(item: PlannedSeries, key: bytes) -> str:
+    """Changes with what headers say, and with a file of slices or masks; not with their paths."""
+    series = item.series
+    sources = [
+        [_file_stamp(path) for path in dict.fromkeys(place.path for place in places)]
+        for places in ([ref.place for ref in series.slices], series.masks)
+    ]
+    body = hashlib.sha256(record_body(item)).hexdigest()
+    return pseudonym(key, "stamp", json.dumps([body, sources]))
+
+
+def _file_stamp(path: str) -> tuple[int, ...]:
+    """What changes with a file; nothing for one that is gone, which its reader will say."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _series_parts(first: SliceRef) -> tuple[str, ...]:
+    """What makes a series one; objects without UIDs are told apart by their names."""
+    where = "" if first.series_uid and first.sop_uid else first.file_id
+    return first.patient_id, first.series_uid, first.sop_uid, str(first.frame), where

@@ -1,0 +1,292 @@
+"""The plan of a conversion: which slices go to which slot. Its series lie in a file, not in memory.
+
+``plan.parquet`` beside the shards says which series has which slots, by pseudonym, so that the
+next run leaves it there. The folder ``plan`` of ``data.index`` is private and holds all that a
+shard task needs, so that another process can open it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from medpsp.dataconfig import DataConfig
+from medpsp.errors import ShardError
+from medpsp.identity import fingerprint
+from medpsp.types import PixelDtype
+from shards.index import write_bytes_durably
+from shards.layout import (
+    FORMAT,
+    Ints,
+    Part,
+    ShardPlan,
+    bucket_parts,
+    cut_parts,
+    lay_out,
+    shard_digest,
+    shard_of,
+)
+from shards.seriesfile import HEAD, SeriesFile
+from shards.slots import PLAN, read_slots, stay, write_slots
+from shards.spool import RowSpool, Span
+
+FOLDER = "plan"
+_STATE, _HEADS, _RECORDS, _ROWS = "plan.json", "heads.npy", "records", "rows"
+_NOT_THE_PLAN = frozenset(
+    {"workers", "memory_mib", "ray_address", "index", "key_file", "crosswalk"}
+    | {"decode_seconds", "decode_memory_mib", "max_reject_fraction"}
+)
+
+
+class EntryPart(NamedTuple):
+    """`layout.Part` by the number of its series in the plan."""
+
+    record: int
+    start: int
+    stop: int
+    slot: int
+    stamp: str
+    partial: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """A shard of a plan without its series; `Plan.load` adds them. Attributes as of `ShardPlan`."""
+
+    bucket: str
+    number: int
+    first: int
+    count: int
+    rows: int
+    columns: int
+    dtype: PixelDtype
+    parts: tuple[EntryPart, ...]
+
+    @property
+    def name(self) -> str:
+        """As ``ShardPlan.name``."""
+        return f"{self.bucket}-{self.number}"
+
+    def digest(self, settings: str) -> str:
+        """As `ShardPlan.digest`."""
+        return shard_digest(settings, ((p.stamp, p.partial, *p[1:4]) for p in self.parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """What an archive gives.
+
+    Attributes:
+        planned: Series with pseudonyms and splits.
+        rows: Objects and frames that are in none of them.
+        objects: Number of objects found.
+    """
+
+    planned: SeriesFile
+    rows: RowSpool
+    objects: int
+
+
+class Plan:
+    """Series laid out in shards.
+
+    Args:
+        gathered: Its heads know their first slots.
+        shard_slices: Slots of a shard.
+
+    Attributes:
+        gathered: What is laid out.
+        shards: Of every bucket in turn.
+        slots: Bucket to slots of all its shards, whole ones.
+    """
+
+    def __init__(self, gathered: Gathered, shard_slices: int) -> None:
+        self.gathered, self.shard_slices = gathered, shard_slices
+        self.shards = Entries(gathered.planned, shard_slices)
+        self.slots = {
+            bucket: (1 + last) * shard_slices for bucket, last in self.shards.last.items()
+        }
+
+    def load(self, entry: ShardEntry) -> ShardPlan:
+        """A shard with its series.
+
+        Raises:
+            ShardError: The plan is damaged.
+        """
+        parts = [
+            Part(
+                planned=self.gathered.planned.load(part.record),
+                start=part.start,
+                stop=part.stop,
+                slot=part.slot,
+            )
+            for part in entry.parts
+        ]
+        return shard_of(entry.bucket, entry.number, parts, self.shard_slices)
+
+
+class Entries(Sequence[ShardEntry]):
+    """The shards of a plan, made when asked for: there may be a million."""
+
+    def __init__(self, planned: SeriesFile, shard_slices: int) -> None:
+        self._planned, self._shard_slices = planned, shard_slices
+        heads = planned.heads
+        self.last: dict[str, int] = {}
+        cuts: list[tuple[Ints, ...]] = []
+        for number, bucket in enumerate(planned.buckets):
+            members = np.flatnonzero(heads["bucket"] == number)
+            firsts, lengths = (
+                heads[name][members].astype(np.int64) for name in ("first", "length")
+            )
+            series, *rest = cut_parts(firsts, lengths, shard_slices)
+            cuts.append((np.full(len(series), number), members[series], *rest))
+            self.last[bucket] = int(rest[-1][-1]) // shard_slices
+        columns = [np.concatenate(c) for c in zip(*cuts, strict=True)] or [
+            np.zeros(0, np.int64)
+        ] * 5
+        self._bucket, self._series, self._start, self._stop, self._slot = columns
+        shard = self._slot // shard_slices
+        new = (np.diff(shard, prepend=-1) != 0) | (np.diff(self._bucket, prepend=-1) != 0)
+        self._bounds = np.append(np.flatnonzero(new), len(shard))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, place: int) -> ShardEntry:  # type: ignore[override]
+        place = range(len(self))[place]
+        return self._entry(int(self._bounds[place]), int(self._bounds[place + 1]))
+
+    def __iter__(self) -> Iterator[ShardEntry]:
+        return (self[place] for place in range(len(self)))
+
+    def _entry(self, begin: int, end: int) -> ShardEntry:
+        here = slice(begin, end)
+        series = self._series[here]
+        columns = [c.tolist() for c in (series, self._start[here], self._stop[here])]
+        heads = self._planned.heads[series]
+        stamps = [f"{stamp:016x}" for stamp in heads["stamp"].tolist()]
+        slots = self._slot[here].tolist()
+        bucket = self._planned.buckets[int(self._bucket[begin])]
+        rows, width, dtype = bucket_parts(bucket)
+        number = slots[0] // self._shard_slices
+        return ShardEntry(
+            bucket=bucket,
+            number=number,
+            first=number * self._shard_slices,
+            count=sum(columns[2]) - sum(columns[1]),
+            rows=rows,
+            columns=width,
+            dtype=dtype,
+            parts=tuple(
+                EntryPart(*part)
+                for part in zip(*columns, slots, stamps, heads["partial"].tolist(), strict=True)
+            ),
+        )
+
+
+def make_plan(gathered: Gathered, data: DataConfig, key: bytes, root: Path) -> Plan:
+    """Lay series out; those that the last plan at ``root`` has stay where they are.
+
+    A plan of another key or shard size, or one that is damaged, holds nothing.
+    """
+    planned = gathered.planned
+    heads = planned.heads
+    last = read_slots(root / PLAN, _meaning(data, key))
+    for number, bucket in enumerate(planned.buckets):
+        members = np.flatnonzero(heads["bucket"] == number)
+        lengths, names = heads["length"][members].astype(np.int64), heads["name"][members]
+        kept, end = stay(last.get(bucket), names, lengths)
+        heads["first"][members] = lay_out(lengths, kept, data.shard_slices, end)
+    return Plan(gathered, data.shard_slices)
+
+
+def write_plan(plan: Plan, data: DataConfig, key: bytes, root: Path) -> None:
+    """Write ``plan.parquet``, durably, and with ``data.index`` all that `open_plan` needs.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_slots(root / PLAN, plan.gathered.planned, _meaning(data, key))
+    if data.index is not None:
+        _write_state(plan, data, key, data.index / FOLDER)
+
+
+def plan_folder(data: DataConfig) -> Path | None:
+    """Folder for the private files of a plan that is being made; none without ``data.index``."""
+    if data.index is None:
+        return None
+    folder = data.index / FOLDER
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / _STATE).unlink(missing_ok=True)
+    return folder
+
+
+def new_files(folder: Path | None) -> tuple[SeriesFile, RowSpool]:
+    """Empty files for `Gathered`; without names where there is no folder."""
+    if folder is None:
+        return SeriesFile(), RowSpool()
+    return SeriesFile(folder / _RECORDS), RowSpool(folder / _ROWS)
+
+
+def open_plan(data: DataConfig, key: bytes) -> Plan:
+    """The plan that another process made with this configuration and key.
+
+    Raises:
+        ShardError: There is none, or it is of another configuration or key, or damaged.
+    """
+    again = "run `medpsp shards` with `--step plan` first"
+    if data.index is None:
+        raise ShardError("data.index: not set, so there is no plan that was made before; set it")
+    folder = data.index / FOLDER
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        if state["identity"] != _identity(data, key):
+            raise ShardError(f"data.index: the plan is of another configuration or key; {again}")
+        heads = np.load(folder / _HEADS, allow_pickle=False)
+        if heads.dtype != HEAD or len(heads) != state["series"]:
+            raise ShardError(f"data.index: the plan is not whole; {again}")
+        planned = SeriesFile.reopen(folder / _RECORDS, heads, tuple(state["buckets"]))
+        rows = RowSpool(folder / _ROWS, [Span(*span) for span in state["rows"]])
+        return Plan(
+            Gathered(planned=planned, rows=rows, objects=state["objects"]), data.shard_slices
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(
+            f"data.index: no plan that can be read ({type(error).__name__}); {again}"
+        ) from None
+
+
+def _write_state(plan: Plan, data: DataConfig, key: bytes, folder: Path) -> None:
+    planned = plan.gathered.planned
+    planned.sync()
+    with (folder / _HEADS).open("wb") as file:
+        np.save(file, planned.heads, allow_pickle=False)
+    state = {
+        "identity": _identity(data, key),
+        "objects": plan.gathered.objects,
+        "series": len(planned),
+        "buckets": planned.buckets,
+        "rows": plan.gathered.rows.spans,
+    }
+    write_bytes_durably(folder / _STATE, json.dumps(state).encode(), mode=0o600)
+
+
+def _meaning(data: DataConfig, key: bytes) -> dict[str, str]:
+    """What must be equal for slots to mean the same."""
+    return {
+        "format": str(FORMAT),
+        "shard_slices": str(data.shard_slices),
+        "key_fingerprint": fingerprint(key),
+    }
+
+
+def _identity(data: DataConfig, key: bytes) -> str:
+    tree = data.model_dump(mode="json", exclude=set(_NOT_THE_PLAN))
+    text = json.dumps([FORMAT, fingerprint(key), tree], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

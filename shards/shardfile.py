@@ -1,0 +1,125 @@
+"""One shard on disk in the Zarr v3 sharding layout: chunks end to end, their index behind them.
+
+The index has 16 bytes a slot, offset and length (uint64, little endian), both 2^64 - 1 where the
+slot is empty, and its CRC32C.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.codec import CRC_BYTES, checked, with_crc
+
+ABSENT = 2**64 - 1
+_PAIR = 16
+
+
+class ShardWriter:
+    """Puts chunks into a temporary file; `commit` puts that in place, whole and durable.
+
+    Args:
+        path: Of the shard; folders above it are made.
+        slots: Slots of a shard.
+
+    Attributes:
+        partial: The temporary file; another process may append chunks there, see `adopt`.
+    """
+
+    def __init__(self, path: Path, slots: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        # several machines may write the same shard after a lost one was given up
+        self.partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        self._file = self.partial.open("x+b", buffering=0)
+        self._index = np.full((slots, 2), ABSENT, dtype="<u8")
+        self._sha = hashlib.sha256()
+        self._at = 0
+        self._buffer = bytearray()
+
+    def append(self, slot: int, chunk: bytes) -> None:
+        """Add the chunk of a slot, counted within the shard."""
+        append_all(self._file.fileno(), chunk)
+        self.adopt(slot, len(chunk))
+
+    def adopt(self, slot: int, size: int) -> None:
+        """Take the next ``size`` bytes of the temporary file as the chunk of a slot.
+
+        Raises:
+            OSError: They are not there.
+        """
+        if size > len(self._buffer):
+            self._buffer = bytearray(size)
+        piece = memoryview(self._buffer)[:size]
+        if os.preadv(self._file.fileno(), [piece], self._at) != size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._index[slot] = self._at, size
+        self._sha.update(piece)
+        self._at += size
+
+    def trim(self) -> None:
+        """Drop what was written and not adopted: who wrote it died over it."""
+        if os.fstat(self._file.fileno()).st_size != self._at:
+            self._file.truncate(self._at)
+        self._file.seek(self._at)
+
+    def commit(self) -> tuple[str, int]:
+        """Write the index, sync, rename; returns SHA-256 and size in bytes of the file."""
+        self.trim()
+        index = with_crc(self._index.tobytes())
+        append_all(self._file.fileno(), index)
+        self._sha.update(index)
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.partial.replace(self.path)
+        sync_folder(self.path.parent)
+        return self._sha.hexdigest(), self._at + len(index)
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def append_all(handle: int, data: bytes) -> None:
+    """Write all of ``data``; one call may write less, on a full disk for example."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_shard_index(handle: int, slots: int) -> NDArray[np.uint64]:
+    """(slots, 2) offset and length of every chunk; `ABSENT` twice for an empty slot.
+
+    Args:
+        handle: File descriptor of the shard.
+        slots: Slots of a shard.
+
+    Raises:
+        ValueError: The file is too short, its CRC32C does not match, or a chunk lies outside.
+        OSError: It cannot be read.
+    """
+    size, need = os.fstat(handle).st_size, slots * _PAIR + CRC_BYTES
+    if size < need:
+        raise ValueError(f"{size} bytes, its index alone has {need}")
+    index = np.frombuffer(checked(os.pread(handle, need, size - need)), "<u8").reshape(slots, 2)
+    used = index[index[:, 0] != ABSENT]
+    # lengths first: the sum of two large numbers wraps
+    if (used > size - need).any() or (used.sum(axis=1) > size - need).any():
+        raise ValueError("a chunk lies outside the shard")
+    return index

@@ -1,0 +1,235 @@
+"""Interleaved rounds of CPU time, and the table of what they say.
+
+CPU time is user + system of this process, of its children that ended and of those that live.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+RESULTS = ROOT / "runs" / "bench" / "shards.json"
+
+Work = Callable[[], float | None]
+"""One round; it returns its CPU seconds where it measured them itself."""
+
+
+FAILURES = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError)
+
+
+class Missing(Exception):
+    """Something to measure is not there: the row says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A row of the table: two cells of a section and what their ratio should be.
+
+    Attributes:
+        ours, theirs: Names of cells.
+        least: Theirs / ours should reach it.
+        most: Or ours / theirs should not pass it, for floors.
+        wall: The ratio of wall clock times instead.
+    """
+
+    label: str
+    ours: str
+    theirs: str
+    least: float | None = None
+    most: float | None = None
+    wall: bool = False
+
+
+@dataclass
+class Cell:
+    """ms of CPU and of wall clock a slice, one figure a round; or why there is none."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    missing: str = ""
+
+
+Cells = dict[str, Cell]
+
+
+def entry(module: str, name: str) -> Any:
+    """Something of the product that this bench uses.
+
+    Raises:
+        Missing: The tree has no such thing.
+    """
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        raise Missing(f"the tree has no {module}.{name}") from None
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of everything below it."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    alive = sum(map(_clock, below(os.getpid())))
+    return time.process_time() + ended.ru_utime + ended.ru_stime + alive
+
+
+def below(pid: int) -> list[int]:
+    """Processes below one that live."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            pids = [int(word) for word in path.read_text().split()]
+        except OSError:
+            continue  # it ended
+        for child in pids:
+            found += [child, *below(child)]
+    return found
+
+
+def _clock(pid: int) -> float:
+    try:
+        return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3); /proc counts in 10 ms
+    except OSError:
+        return 0.0
+
+
+def measure(works: dict[str, Work], count: int, rounds: int) -> Cells:
+    """Every work once to warm up, then ``rounds`` times in turn; times are for one of ``count``."""
+    cells = {name: Cell() for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            cell = cells[name]
+            if cell.missing:
+                continue
+            before, began = cpu_seconds(), time.perf_counter()
+            try:
+                own = work()
+            except Missing as error:
+                cell.missing = str(error)
+                continue
+            except FAILURES as error:  # one that fails must not cost the table
+                cell.missing = f"{type(error).__name__}: {error}"[:300]
+                continue
+            wall, used = time.perf_counter() - began, cpu_seconds() - before
+            if number:
+                cell.cpu.append((used if own is None else own) / count * 1e3)
+                cell.wall.append(wall / count * 1e3)
+    return cells
+
+
+class Peer:
+    """A process of the peers' environment that does works on request and times itself."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._child and self._child.stdin:
+            self._child.stdin.close()
+            self._child.wait()
+
+    def ask(self, task: str, **request: Any) -> dict[str, Any]:
+        """The answer of a function of `shards_peers`.
+
+        Raises:
+            Missing: There is no such environment, or the peer cannot do it.
+        """
+        if not PEER_PYTHON.exists():
+            raise Missing("no .venv-bench: make bench-shards makes it")
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [PEER_PYTHON, str(Path(__file__).with_name("shards_peers.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        child = self._child
+        if child.stdin is None or child.stdout is None:
+            raise Missing("no pipe to the peers")
+        child.stdin.write(json.dumps({"task": task, **request}) + "\n")
+        child.stdin.flush()
+        line = child.stdout.readline()
+        if not line:
+            self._child = None
+            raise Missing(f"the peer died over {task} with {child.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise Missing(answer["error"])
+        return answer
+
+    def work(self, task: str, **request: Any) -> Work:
+        """A request as a work of `measure`."""
+        return lambda: float(self.ask(task, **request)["cpu"])
+
+
+def report(section: str, cells: Cells, targets: Sequence[Target], facts: dict[str, Any]) -> None:
+    """Print the table of a section and put it into the results file."""
+    print(f"\n== {section}  (load {os.getloadavg()[0]:.1f})")
+    for name, value in facts.items():
+        print(f"  {name}: {value}")
+    for name, cell in cells.items():
+        if cell.missing:
+            print(f"  {name:52} -- {cell.missing}")
+        elif cell.cpu:
+            cpu, wall = statistics.median(cell.cpu), statistics.median(cell.wall)
+            print(
+                f"  {name:52} {cpu:9.3f} ms CPU ({min(cell.cpu):.3f}-{max(cell.cpu):.3f}), "
+                f"{1e3 / cpu:8.0f}/s, wall {wall:.3f} ms"
+            )
+    rows = [judge(target, cells) for target in targets]
+    if rows:
+        print(f"  {'row':52} {'ours':>9} {'theirs':>9} {'ratio':>7}  target")
+    for row in rows:
+        print("  " + row["text"])
+    _save(section, cells, rows, facts)
+
+
+def judge(target: Target, cells: Cells) -> dict[str, Any]:
+    """One row: medians, the median of the paired ratios, and whether that is enough."""
+    ours, theirs = (cells.get(n, Cell(missing="not run")) for n in (target.ours, target.theirs))
+    goal = "shown"
+    if target.least is not None:
+        goal = f">= {target.least:g}"
+    elif target.most is not None:
+        goal = f"<= {target.most:g}"
+    row: dict[str, Any] = {**asdict(target), "goal": goal, "verdict": "not measured"}
+    mine, other = (c.wall if target.wall else c.cpu for c in (ours, theirs))
+    if not mine or not other:
+        why = ours.missing or theirs.missing
+        return {**row, "text": f"{target.label:52} {'-':>9} {'-':>9} {'-':>7}  {goal}: {why}"}
+    pairs = zip(mine, other, strict=False)
+    ratio = statistics.median(a / b if target.most is not None else b / a for a, b in pairs)
+    good = (target.least is None or ratio >= target.least) and (
+        target.most is None or ratio <= target.most
+    )
+    verdict = "" if goal == "shown" else "ok" if good else "MISSED"
+    a, b = statistics.median(mine), statistics.median(other)
+    text = f"{target.label:52} {a:9.3f} {b:9.3f} {ratio:7.2f}  {goal} {verdict}"
+    return {**row, "ratio": ratio, "ours_ms": a, "theirs_ms": b, "verdict": verdict, "text": text}
+
+
+def _save(section: str, cells: Cells, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    tree = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    tree[section] = {
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "load": os.getloadavg(),
+        "facts": facts,
+        "cells": {name: asdict(cell) for name, cell in cells.items()},
+        "rows": rows,
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(tree, indent=1))
