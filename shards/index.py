@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.errors import ShardError
-from medpsp.types import ScanRow, Split, VoiFunction, Window
+from medpsp.types import Split, VoiFunction, Window
 from shards.layout import FORMAT
 
 MANIFEST, INDEX, OBJECTS = "manifest.json", "index.parquet", "objects.parquet"
+SHARDS = "shards.parquet"
 REPORT = "report.html"
 
 
@@ -113,8 +114,8 @@ class Manifest:
     """What the shards hold, how they were made, and what became of every object found.
 
     Attributes:
-        shards: Name, digest of the plan and SHA-256 of the files of each.
-        tables: SHA-256 of index, object table and every zarr.json.
+        shards: Number of shards; `SHARDS` has their files.
+        tables: SHA-256 of every table and every zarr.json.
         slices: Rows of the index.
         torn: Kept objects that lost frames.
         counts: Objects by status: kept, skipped, quarantined, duplicate.
@@ -131,7 +132,7 @@ class Manifest:
     key_fingerprint: str
     settings: dict[str, Any]
     data_id: str
-    shards: tuple[dict[str, Any], ...]
+    shards: int
     slices: int
     torn: int
     counts: dict[str, int]
@@ -170,47 +171,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_table(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows as Parquet; an empty table keeps its columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({c: [row[c] for row in rows] for c in columns})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes_durably(path, sink.getvalue().to_pybytes())
-
-
-def object_rows(kept: Mapping[str, int], refused: Sequence[ScanRow]) -> list[ObjectRow]:
-    """One row an object, in the order of ``file_id``.
-
-    Args:
-        kept: Number of slices in the shards, by object.
-        refused: Objects and frames that are not there. Of several rows of one object the gravest
-            gives the code: quarantined, duplicate, skipped.
-    """
-    gravity = ("kept", "skipped", "duplicate", "quarantined")
-    by_object: dict[str, list[ScanRow]] = {name: [] for name in kept}
-    for row in refused:
-        by_object.setdefault(row.file_id, []).append(row)
-    found = []
-    for name, rows in sorted(by_object.items()):
-        worst = max(rows, key=lambda r: (gravity.index(r.status), -r.frame), default=None)
-        lost = sum(1 for row in rows if row.frame >= 0)
-        count = kept.get(name, 0)
-        found.append(
-            ObjectRow(
-                file_id=name,
-                status="kept" if count else worst.status if worst else "quarantined",
-                code=worst.code if worst else "",
-                detail=worst.detail if worst else "",
-                frames=count + lost,
-                kept=count,
-            )
-        )
-    return found
 
 
 def read_objects(root: Path) -> list[ObjectRow]:
@@ -275,8 +235,7 @@ def read_manifest(root: Path) -> Manifest:
         found = tree.get("version") if isinstance(tree, dict) else "none"
         raise ShardError(f"shards {root}: manifest format {found}, expected {FORMAT}")
     try:
-        lists = {key: tuple(tree[key]) for key in ("classes", "shards")}
-        return Manifest(**{**tree, **lists})
+        return Manifest(**{**tree, "classes": tuple(tree["classes"])})
     except (KeyError, TypeError) as error:
         raise ShardError(
             f"shards {root}: {MANIFEST} lacks fields ({type(error).__name__}); "

@@ -57,7 +57,10 @@ class EntryPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry:
-    """A shard of a plan without its series; `Plan.load` adds them. Attributes as of `ShardPlan`."""
+    """A shard of a plan without its series; `Plan.load` adds them.
+
+    Attributes as of `ShardPlan`, and ``goes_on``: its last series continues in the next shard.
+    """
 
     bucket: str
     number: int
@@ -67,6 +70,7 @@ class ShardEntry:
     columns: int
     dtype: PixelDtype
     parts: tuple[EntryPart, ...]
+    goes_on: bool
 
     @property
     def name(self) -> str:
@@ -187,6 +191,7 @@ class Entries(Sequence[ShardEntry]):
                 EntryPart(*part)
                 for part in zip(*columns, slots, stamps, heads["partial"].tolist(), strict=True)
             ),
+            goes_on=columns[2][-1] < int(heads["length"][-1]),
         )
 
 

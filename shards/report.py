@@ -196,7 +196,7 @@ def _about(manifest: Manifest) -> Html:
         ("format", manifest.version),
         ("data_id", tag("code", manifest.data_id)),
         ("key fingerprint", tag("code", manifest.key_fingerprint)),
-        ("shards", len(manifest.shards)),
+        ("shards", manifest.shards),
         ("classes", ", ".join(manifest.classes)),
     ]
     return section(

@@ -9,14 +9,20 @@ from typing import Any
 
 from medpsp.errors import ShardError
 
-_SEAL = "sha256"
+
+
+def _seal(text: bytes) -> bytes:
+    """What stands in place of the last bracket."""
+    return f',"sha256":"{hashlib.sha256(text).hexdigest()}"}}\n'.encode()
+
+
+_SEAL_BYTES = len(_seal(b""))
 
 
 def sealed_bytes(tree: dict[str, Any]) -> bytes:
     """A JSON object as text, with the SHA-256 of all the rest as its last field."""
-    text = json.dumps(tree, separators=(",", ":"))
-    seal = hashlib.sha256(text.encode()).hexdigest()
-    return f'{text[:-1]},"{_SEAL}":"{seal}"}}\n'.encode()
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    return text[:-1] + _seal(text)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -28,12 +34,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     try:
         data = path.read_bytes()
-        tree = json.loads(data)
-        del tree[_SEAL]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
         raise ShardError(f"{path.name}: cannot be read ({type(error).__name__})") from None
-    if sealed_bytes(tree) != data:
+    text, seal = data[:-_SEAL_BYTES] + b"}", data[-_SEAL_BYTES:]
+    if seal != _seal(text):
         raise ShardError(f"{path.name}: is not what was written")
-    return dict(tree)
+    tree: dict[str, Any] = json.loads(text)
+    return tree

@@ -1,0 +1,206 @@
+"""Commits of shards to index, object table, shard table and manifest, one commit at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from medpsp import __version__
+from medpsp.config import Config
+from medpsp.dataconfig import DataConfig
+from medpsp.dicom.container import walk_objects
+from medpsp.errors import ArchiveError, ShardError
+from medpsp.identity import fingerprint
+from medpsp.intensity import ValueCounts, series_window
+from medpsp.progress import Bar
+from shards.commit import Commit, read_commit
+from shards.gather import LABELS
+from shards.headers import file_id
+from shards.index import (
+    INDEX,
+    MANIFEST,
+    OBJECTS,
+    SHARDS,
+    Manifest,
+    file_sha256,
+    write_bytes_durably,
+)
+from shards.layout import FORMAT, data_id, data_settings
+from shards.objects import Fates
+from shards.planfile import Plan, ShardEntry
+from shards.slots import PLAN
+from shards.tables import INDEX_SCHEMA, OBJECTS_SCHEMA, SHARDS_SCHEMA, TableWriter
+from shards.write import metadata_files
+
+log = logging.getLogger("medpsp")
+Row = dict[str, Any]
+
+
+def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
+    """Join what all shards hold: tables, and the manifest as the last thing.
+
+    Args:
+        config: Of the shards.
+        key: Of the project.
+        plan: Of which every shard is committed.
+
+    Raises:
+        ArchiveError: No usable slice for training or validation.
+        ShardError: A commit is gone or damaged, or objects are not accounted for.
+    """
+    data, root = config.data, config.shards
+    fates, seen = Fates(), _Seen(patients=data.source == "voc")
+    tables: dict[str, str] = {}
+    for batch in plan.gathered.rows.batches():
+        fates.refuse(batch)
+    with (
+        TableWriter(root / INDEX, INDEX_SCHEMA) as index,
+        TableWriter(root / SHARDS, SHARDS_SCHEMA) as files,
+    ):
+        commits = _commits(root, plan, files, fates)
+        for rows in _with_windows(commits, data):
+            index.add_rows(rows)
+            fates.keep([row["file_id"] for row in rows])
+            seen.add(rows)
+        if empty := {"train", "val"} - seen.splits:
+            found = ", ".join(f"{n} {code}" for code, n in sorted(fates.codes().items()))
+            raise ArchiveError(
+                f"data.archive: no usable slice for {' and '.join(sorted(empty))}; "
+                f"found {found or 'no image'}"
+            )
+    totals, pieces = fates.finish()
+    if totals.objects != plan.gathered.objects:
+        raise ShardError(
+            f"data.archive: {plan.gathered.objects} objects found, but {totals.objects} accounted "
+            "for; this is a fault of medpsp, please report it"
+        )
+    with TableWriter(root / OBJECTS, OBJECTS_SCHEMA) as objects:
+        for piece in pieces:
+            objects.add(piece)
+    tables = {INDEX: index.sha256, SHARDS: files.sha256, OBJECTS: objects.sha256}
+    for name in {PLAN, *(name for bucket in plan.slots for name in metadata_files(bucket))}:
+        tables[name] = file_sha256(root / name)
+    manifest = Manifest(
+        version=FORMAT,
+        tool=f"medpsp {__version__}",
+        classes=data.classes,
+        key_fingerprint=fingerprint(key),
+        settings=data_settings(data),
+        data_id=data_id(data, fingerprint(key), seen.pairs),
+        shards=len(plan.shards),
+        slices=index.rows,
+        torn=totals.torn,
+        counts=totals.counts,
+        codes=totals.codes,
+        deid=_deid(data, key),
+        tables=dict(sorted(tables.items())),
+    )
+    write_bytes_durably(root / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    return manifest
+
+
+class _Seen:
+    """Splits that occur, and who is in which where split lists say so."""
+
+    def __init__(self, *, patients: bool) -> None:
+        self._patients = patients
+        self.splits: set[str] = set()
+        self.pairs: set[tuple[str, str]] = set()
+
+    def add(self, rows: list[Row]) -> None:
+        self.splits.update(row["split"] for row in rows)
+        if self._patients:
+            self.pairs.update((row["patient"], row["split"]) for row in rows)
+
+
+def _commits(
+    root: Path, plan: Plan, files: TableWriter, fates: Fates
+) -> Iterator[tuple[ShardEntry, Commit]]:
+    """Every shard of the plan and its commit; their files and refused frames are noted."""
+    with Bar("publish", len(plan.shards), "shards") as bar:
+        for entry in plan.shards:
+            commit = read_commit(root, entry.name)
+            if commit is None:
+                raise ShardError(
+                    f"shard {entry.name}: its commit is gone or damaged; run `medpsp shards` again"
+                )
+            names = ("file_id", "status", "code", "detail", "frame")
+            fates.refuse_columns({name: [row[name] for row in commit.refused] for name in names})
+            files.add_rows(
+                {
+                    "name": commit.name,
+                    "digest": commit.digest,
+                    "slices": len(commit.rows),
+                    "path": path,
+                    "sha256": sha,
+                    "bytes": size,
+                }
+                for path, (sha, size) in commit.files.items()
+            )
+            yield entry, commit
+            bar.advance()
+
+
+def _with_windows(
+    commits: Iterator[tuple[ShardEntry, Commit]], data: DataConfig
+) -> Iterator[list[Row]]:
+    """Rows in the order of the shards, with the windows that only whole series tell.
+
+    A series goes on in the next shards of its bucket: its rows wait until the last of these.
+    """
+    waiting: list[Row] = []
+    values: dict[str, ValueCounts] = {}
+    for entry, commit in commits:
+        waiting += commit.rows
+        for name, pairs in commit.values.items():
+            values.setdefault(name, ValueCounts()).add_counts(pairs)
+        if not entry.goes_on:
+            yield _windowed(waiting, values, data)
+            waiting, values = [], {}
+    if waiting:
+        raise ShardError("plan: its last series is not whole; plan again")
+
+
+def _windowed(rows: list[Row], values: dict[str, ValueCounts], data: DataConfig) -> list[Row]:
+    windows = {
+        name: series_window(modality, data.fixed_window, values.get(name, ValueCounts()))
+        for name, modality in {
+            (row["series"], row["modality"]) for row in rows if row["window_center"] is None
+        }
+    }
+    for row in rows:
+        if row["window_center"] is None:
+            window = windows[row["series"]]
+            row["window_center"], row["window_width"] = window.center, window.width
+            row["window_function"] = window.function
+    return rows
+
+
+def _deid(data: DataConfig, key: bytes) -> dict[str, Any]:
+    """How the shards were de-identified, in the terms of PS3.15 Annex E (D10)."""
+    return {
+        "profile": "allow-list over the Basic Application Level Confidentiality Profile",
+        "options": ["Clean Pixel Data"] if data.burned_in == "blank" else [],
+        "pixel": {"quarantine": "flagged", "blank": "cleaned", "keep": "not_checked"}[
+            data.burned_in if data.source == "dicom" else "keep"
+        ],
+        "temporal": "REMOVED" if data.dates == "none" else "MODIFIED",
+        "tool": f"medpsp {__version__}",
+        "key": fingerprint(key),
+    }
+
+
+def write_crosswalk(data: DataConfig, key: bytes) -> None:
+    """file_id to real path, for the data owner only: mode 0600, outside the shards."""
+    if data.crosswalk is None:
+        return
+    names = sorted({found.name for found in walk_objects(data.archive)})
+    labels = data.labels if data.source == "dicom" and data.label_format != "nifti" else None
+    if labels and not labels.resolve().is_relative_to(data.archive.resolve()):
+        names += sorted({LABELS + found.name for found in walk_objects(labels)})
+    text = "".join(f"{file_id(key, name)}\t{name!r}\n" for name in names)
+    write_bytes_durably(data.crosswalk, text.encode(), mode=0o600)
