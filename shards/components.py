@@ -193,6 +193,8 @@ class PartSpool:
             batch: Rows.
             parts: Part of each.
         """
+        if not len(batch):
+            return
         order = np.argsort(parts, kind="stable")
         ordered = batch if (np.diff(parts) >= 0).all() else batch.take(pa.array(order))
         found, first = np.unique(parts[order], return_index=True)

@@ -25,7 +25,6 @@ from medpsp.dicom.scan import find_labels
 from medpsp.errors import SourceError
 from medpsp.types import Place, Series
 from shards.gather import LABELS, Gathered, file_id, gather
-from shards.index import object_rows
 from tests.labelled import RTSTRUCT, SEG, contour, frame_of, item, rtstruct, seg, slice_ref
 
 SHAPE = Phantom(shape=(4, 12, 10), spacing=(5.0, 2.0, 2.0))
@@ -79,8 +78,8 @@ def gathered(make_config: Make, root: Path, **data: Any) -> Gathered:
     """What is there, after a check that every object is accounted for."""
     config = make_config(root, root / "out", classes=("background", "liver", "tumour"), **data)
     found = gather(config.data, KEY)
-    kept = Counter(ref.file_id for p in found.planned for ref in p.series.slices)
-    assert len(object_rows(kept, found.rows)) == found.objects
+    kept = {ref.file_id for p in found.planned for ref in p.series.slices}
+    assert len(kept | {row.file_id for row in found.rows}) == found.objects
     return found
 
 

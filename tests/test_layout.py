@@ -123,6 +123,6 @@ def test_the_digest_changes_with_a_source_a_setting_and_a_slice_of_its_own_serie
     touched = [p.digest("settings") for p in plan_shards([a, replace(b, stamp="1")], 2)]
     # a fills shard 0 and half of shard 1; b the rest
     assert [new == old for new, old in zip(touched, before, strict=True)] == [True, False, False]
-    labelled = replace(a, series=replace(a.series, masks=("/masks/a.nii.gz",)))
-    touched = [p.digest("settings") for p in plan_shards([labelled, b], 2)]
+    shared = replace(a, series=replace(a.series, mask_partial=True))
+    touched = [p.digest("settings") for p in plan_shards([shared, b], 2)]
     assert [new == old for new, old in zip(touched, before, strict=True)] == [False, False, True]

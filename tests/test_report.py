@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from shards.figures import (
     count_splits,
     read_columns,
 )
-from shards.index import Manifest, ObjectRow, SliceRow, write_table
+from shards.index import Manifest, ObjectRow, SliceRow
 from shards.layout import FORMAT
 from shards.page import Html, histogram, html, number, percent, table, tag, tally
 from shards.reader import ShardReader
 from shards.report import write_report
+from shards.tables import INDEX_SCHEMA, OBJECTS_SCHEMA, write_rows
 from shards.thumbs import choose_cases, draw, fitted, withheld
 
 CLASSES = ("background", "organ", "lesion <&>")
@@ -68,9 +69,8 @@ GREY = SliceRow(
 def written(root: Path, rows: list[SliceRow], objects: list[ObjectRow], **fields_of: Any) -> Path:
     """Tables and manifest; a slice of series s1 holds ``histogram[1]`` pixels of organ."""
     root.mkdir(exist_ok=True)
-    write_table(root / "index.parquet", [asdict(r) for r in rows], [f.name for f in fields(GREY)])
-    names = [f.name for f in fields(ObjectRow)]
-    write_table(root / "objects.parquet", [asdict(o) for o in objects], names)
+    write_rows(root / "index.parquet", map(asdict, rows), INDEX_SCHEMA)
+    write_rows(root / "objects.parquet", map(asdict, objects), OBJECTS_SCHEMA)
     counts = {s: 0 for s in ("kept", "skipped", "quarantined", "duplicate")}
     for item in objects:
         counts[item.status] += 1

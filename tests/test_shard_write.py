@@ -22,10 +22,11 @@ from medpsp.errors import ShardError
 from medpsp.identity import pseudonym, split_of, unit_hash
 from medpsp.types import Series, SliceRef
 from shards.commit import committed, read_commit
-from shards.index import SliceRow, read_index, write_bytes_durably, write_table
+from shards.index import SliceRow, read_index, write_bytes_durably
 from shards.layout import PlannedSeries, plan_shards
 from shards.reader import ShardReader
 from shards.settings import WriteSettings
+from shards.tables import OBJECTS_SCHEMA, write_rows
 from shards.write import clear_stale, create_bucket, write_shard
 
 BUCKET = "48x48_int16"
@@ -101,7 +102,7 @@ def test_the_store_is_zarr_3_with_the_codecs_of_the_contract(made: Config):
         ("label", "uint8", 3, "noshuffle"),
     ):
         tree = json.loads((made.shards / BUCKET / name / "zarr.json").read_text())
-        assert (tree["zarr_format"], tree["shape"], tree["data_type"]) == (3, [32, 48, 48], dtype)
+        assert (tree["zarr_format"], tree["shape"], tree["data_type"]) == (3, [36, 48, 48], dtype)
         assert tree["chunk_grid"]["configuration"]["chunk_shape"] == [6, 48, 48]
         (sharding,) = tree["codecs"]
         assert sharding["name"] == "sharding_indexed"
@@ -121,7 +122,7 @@ def test_the_store_is_zarr_3_with_the_codecs_of_the_contract(made: Config):
         }
     files = sorted(p.relative_to(made.shards).as_posix() for p in made.shards.rglob("c/*/0/0"))
     assert files == sorted(f"{BUCKET}/{n}/c/{k}/0/0" for n in ("image", "label") for k in range(6))
-    assert zarr.open_group(made.shards, mode="r")[BUCKET]["image"].shape == (32, 48, 48)
+    assert zarr.open_group(made.shards, mode="r")[BUCKET]["image"].shape == (36, 48, 48)
 
 
 def test_the_reader_equals_zarr_python_on_every_slice(made: Config):
@@ -339,6 +340,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path):
 def test_an_empty_table_keeps_its_columns(tmp_path: Path):
     import pyarrow.parquet as pq
 
-    write_table(tmp_path / "t.parquet", [], ["file_id", "code"])
+    write_rows(tmp_path / "t.parquet", [], OBJECTS_SCHEMA)
     table = pq.read_table(tmp_path / "t.parquet")
-    assert (table.num_rows, table.column_names) == (0, ["file_id", "code"])
+    assert (table.num_rows, table.schema) == (0, OBJECTS_SCHEMA)

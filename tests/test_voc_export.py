@@ -24,10 +24,11 @@ from medpsp.config import Config
 from medpsp.configio import dump_yaml
 from medpsp.errors import ConfigError, ShardError
 from medpsp.identity import pseudonym
-from medpsp.types import PixelDtype
-from shards.index import INDEX, MANIFEST, Manifest, SliceRow, read_index, read_manifest, write_table
-from shards.layout import FORMAT, ShardPlan
+from shards.index import INDEX, MANIFEST, Manifest, SliceRow, read_index, read_manifest
+from shards.layout import FORMAT
 from shards.reader import ShardReader
+from shards.settings import write_settings
+from shards.tables import INDEX_SCHEMA, write_rows
 from shards.voc import INT16_OFFSET, coded, export_voc, slice_names, voc_palette
 from shards.write import create_bucket
 
@@ -73,18 +74,15 @@ def make(root: Path, items: list[tuple[SliceRow, Pixels]], **data: Any) -> Confi
         buckets[row.bucket].append((row, image))
     rows = []
     for bucket, members in buckets.items():
-        kind: PixelDtype = members[0][1].dtype.name  # type: ignore[assignment]
-        plan = ShardPlan(
-            bucket=bucket, number=0, first=0, count=1, rows=2, columns=3, dtype=kind, parts=()
-        )
-        create_bucket(config.shards, plan, len(members), 8)
+        settings = replace(write_settings(config.data), shard_slices=8)
+        create_bucket(config.shards, bucket, len(members), settings)
         for name, values in (
             ("image", [image for _, image in members]),
             ("label", [LABEL] * len(members)),
         ):
             zarr.open_array(config.shards / bucket / name, mode="r+")[:] = np.stack(values)
         rows += [replace(row, slot=slot) for slot, (row, _) in enumerate(members)]
-    write_table(config.shards / INDEX, [asdict(r) for r in rows], [f.name for f in fields(ROW)])
+    write_rows(config.shards / INDEX, map(asdict, rows), INDEX_SCHEMA)
     write_manifest(config, len(rows))
     return config
 
@@ -93,7 +91,7 @@ def write_manifest(config: Config, slices: int) -> None:
     empty: dict[str, Any] = {
         f.name: {} for f in fields(Manifest) if f.name not in ("version", "classes", "shards")
     }
-    tree = {**empty, "version": FORMAT, "classes": config.data.classes, "shards": []}
+    tree = {**empty, "version": FORMAT, "classes": config.data.classes, "shards": 0}
     (config.shards / MANIFEST).write_text(json.dumps({**tree, "slices": slices}))
 
 
