@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,12 @@ from shards.gather import LABELS
 from shards.headers import file_id
 from shards.index import (
     INDEX,
-    MANIFEST,
     OBJECTS,
     SHARDS,
     Manifest,
     file_sha256,
     write_bytes_durably,
+    write_manifest,
 )
 from shards.layout import FORMAT, data_id, data_settings
 from shards.objects import Fates
@@ -99,7 +97,7 @@ def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
         deid=_deid(data, key),
         tables=dict(sorted(tables.items())),
     )
-    write_bytes_durably(root / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_manifest(root, manifest)
     return manifest
 
 
@@ -133,7 +131,6 @@ def _commits(
             files.add_rows(
                 {
                     "name": commit.name,
-                    "digest": commit.digest,
                     "slices": len(commit.rows),
                     "path": path,
                     "sha256": sha,

@@ -74,15 +74,14 @@ OBJECTS_SCHEMA = pa.schema(
 SHARDS_SCHEMA = pa.schema(
     {
         "name": pa.string(),
-        "digest": pa.string(),
         "slices": pa.int64(),
         "path": pa.string(),
         "sha256": pa.string(),
         "bytes": pa.int64(),
     }
 )
-"""Of ``shards.parquet``, one row a file: name of its shard, digest of that shard's plan, slices in
-it, path relative to the root, and what it must be."""
+"""Of ``shards.parquet``, one row a file: name of its shard, slices in it, path relative to the root,
+and what it must be. Nothing of when it was made: the same slices give the same table."""
 
 
 class TableWriter:
