@@ -2,8 +2,8 @@
 
 Chunks of `blosc` can be read by any Zarr v3 reader. The codec `medpsp.frame` of the profiles dense,
 jpegls and htj2k is ours: 4 bytes of offset (int32, little endian), then one codestream of 16-bit
-values; modality value = decoded value + offset, modulo 2^16. So a frame that comes in JPEG-LS or HTJ2K
-can keep its bytes.
+values; modality value = decoded value + offset, modulo 2^16. So a frame that comes in JPEG-LS or
+HTJ2K can keep its bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ FRAME_CODEC = "medpsp.frame"
 CRC_BYTES = 4
 OFFSET = struct.Struct("<i")
 _BLOSC_SIZE = struct.Struct("<I")  # bytes of the values, at byte 4 of its header
+_BLOSC_BLOCK = 2**20
+"""A slice of CT is one block: blosc's own choice for zstd, 32 KiB, takes 1.7 times the CPU to write
+and 1.9 times to read, for 0.4 % of the disk. Blocks without limit leave the cache on a large slice.
+"""
+_blosc_decode: Any = imagecodecs.blosc2_decode  # its stub allows no arrays
+_CNAMES = ("lz4", "lz4hc", "zstd", "zlib", "blosclz")  # all that blosc2 can decode of blosc
 MIDDLE = 32768
 """Offset between int16 and the unsigned values of a codestream that we encode ourselves."""
 
@@ -68,7 +74,7 @@ class Codec:
             self.cname.encode(),
             self.level,
             _SHUFFLES[self.shuffle],
-            0,
+            min(values.nbytes, _BLOSC_BLOCK),
             self.typesize,
         )
         return payload
@@ -80,7 +86,8 @@ class Codec:
                 (size,) = _BLOSC_SIZE.unpack_from(payload.data, 4)
                 if size != out.nbytes:
                     raise ValueError(f"a chunk of {size} bytes, expected {out.nbytes}")
-                blosc.decompress(payload, out)
+                # reads blosc 1 as well, in 5 to 35 % less time than blosc 1 itself; no threads
+                _blosc_decode(payload, out=out.reshape(-1).view(np.uint8), numthreads=1)
                 return
             (offset,) = OFFSET.unpack_from(payload.data)
             stored = _DECODERS[self.kind](payload[OFFSET.size :].tobytes())
@@ -98,8 +105,8 @@ def with_crc(payload: bytes) -> bytes:
     return payload + crc.to_bytes(CRC_BYTES, "little")
 
 
-def checked(chunk: bytes | memoryview) -> NDArray[np.uint8]:
-    """The payload of a chunk.
+def checked(chunk: bytes | memoryview | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The payload of a chunk, a view.
 
     Raises:
         ValueError: Its CRC32C does not match.
@@ -151,6 +158,8 @@ def codec_of(metadata: dict[str, Any]) -> Codec | None:
         if names != ["bytes", "blosc", "crc32c"] or first.get("endian", "little") != "little":
             return None
         blosc_settings = config["codecs"][1]["configuration"]
+        if blosc_settings["cname"] not in _CNAMES:
+            return None
         return Codec(
             cname=blosc_settings["cname"],
             level=blosc_settings["clevel"],
@@ -168,9 +177,16 @@ def _is_ours(metadata: dict[str, Any], config: dict[str, Any]) -> bool:
         and [codec["name"] for codec in index] == ["bytes", "crc32c"]
         and index[0]["configuration"]["endian"] == "little"
         and list(config["chunk_shape"]) == [1, *metadata["shape"][1:]]
+        and metadata["chunk_grid"]["name"] == "regular"
+        and metadata["chunk_grid"]["configuration"]["chunk_shape"][1:] == metadata["shape"][1:]
         and not metadata.get("storage_transformers")
         and metadata.get("chunk_key_encoding", {}).get("name") == "default"
+        and _separator(metadata) == "/"
     )
+
+
+def _separator(metadata: dict[str, Any]) -> object:
+    return metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
 
 
 def _jpegxl(values: NDArray[np.uint16]) -> bytes:

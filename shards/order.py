@@ -6,14 +6,61 @@ the (p mod n)-th entry of that epoch's permutation, so the state of the stream i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
+
+Permutation = Callable[[int], NDArray[np.integer]]
+"""Epoch to the order of its samples."""
+
+_EPOCHS_KEPT = 2
+"""A batch may lie across the seam of two epochs; 10^7 samples take 40 MB each."""
 
 
 def epoch_permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Permutation of ``range(count)`` keyed on (seed, epoch); Philox, equal on every platform."""
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     return rng.permutation(count)
+
+
+def shard_permutation(
+    shards: NDArray[np.integer], seed: int, epoch: int, together: int
+) -> NDArray[np.int64]:
+    """Permutation keyed on (seed, epoch) that touches few shards at a time.
+
+    The shards are put into random order and taken ``together`` at a time; samples of these come
+    in random order before the first one of the next.
+
+    Args:
+        shards: (N) number of the shard that each sample lies in.
+        seed: Of the run.
+        epoch: Decides order and company of the shards anew.
+        together: Shards that are shuffled together, at least 1.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    names, which = np.unique(shards, return_inverse=True)
+    group = rng.permutation(len(names)) // together
+    order = rng.permutation(len(shards))
+    behind: NDArray[np.int64] = order[np.argsort(group[which][order], kind="stable")]
+    return behind
+
+
+def remembered(permutation: Permutation) -> Permutation:
+    """The same, with the last epochs kept: a step then costs no more than its batch."""
+
+    @lru_cache(maxsize=_EPOCHS_KEPT)
+    def kept(epoch: int) -> NDArray[np.integer]:
+        found = permutation(epoch)
+        return found.astype(np.int32) if len(found) < 2**31 else found
+
+    return kept
+
+
+@lru_cache(maxsize=1)
+def _remembered(count: int, seed: int) -> Permutation:
+    return remembered(lambda epoch: epoch_permutation(count, seed, epoch))
 
 
 def batch_positions(step: int, batch_size: int, rank: int, size: int) -> range:
@@ -36,18 +83,29 @@ def batch_positions(step: int, batch_size: int, rank: int, size: int) -> range:
 
 
 def sample_order(count: int, seed: int, positions: range) -> list[tuple[int, int]]:
-    """(epoch, sample number) for each stream position.
+    """(epoch, sample number) for each stream position, all samples shuffled together.
 
     Args:
         count: Samples in the stage, at least 1.
         seed: Of the run, changed per stage by the caller.
         positions: As `batch_positions` gives them.
     """
-    cache: dict[int, NDArray[np.int64]] = {}
+    return ordered(count, positions, _remembered(count, seed))
+
+
+def ordered(count: int, positions: range, permutation: Permutation) -> list[tuple[int, int]]:
+    """`sample_order` of any permutation.
+
+    Args:
+        count: Samples in the stage, at least 1.
+        positions: Contiguous.
+        permutation: Of ``range(count)`` for each epoch; see `remembered`.
+    """
     out: list[tuple[int, int]] = []
-    for position in positions:
-        epoch, within = divmod(position, count)
-        if epoch not in cache:
-            cache[epoch] = epoch_permutation(count, seed, epoch)
-        out.append((epoch, int(cache[epoch][within])))
+    at = positions.start
+    while at < positions.stop:
+        epoch, within = divmod(at, count)
+        end = min(count, within + positions.stop - at)
+        out += [(epoch, sample) for sample in permutation(epoch)[within:end].tolist()]
+        at += end - within
     return out

@@ -9,8 +9,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
 import uuid
+from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,9 @@ from shards.codec import CRC_BYTES, checked, with_crc
 
 ABSENT = 2**64 - 1
 _PAIR = 16
+
+INDEX_BYTES = 2**26
+"""Of the indexes that `OpenShards` keeps in memory."""
 
 
 class ShardWriter:
@@ -123,3 +129,109 @@ def read_shard_index(handle: int, slots: int) -> NDArray[np.uint64]:
     if (used > size - need).any() or (used.sum(axis=1) > size - need).any():
         raise ValueError("a chunk lies outside the shard")
     return index
+
+
+class OpenShard:
+    """An open shard file; closed with the last reference to it.
+
+    Attributes:
+        handle: File descriptor.
+        index: (slots, 2), as `read_shard_index` gives it.
+    """
+
+    __slots__ = ("handle", "index")
+
+    def __init__(self, handle: int) -> None:
+        self.handle, self.index = handle, np.empty((0, 2), np.uint64)
+
+    def __del__(self) -> None:
+        os.close(self.handle)
+
+
+class _Known(NamedTuple):
+    """The index of a file, and what tells whether it is still the same one."""
+
+    identity: tuple[int, int, int]
+    pairs: NDArray[np.uint64]
+
+
+class OpenShards:
+    """Shard files for reading: the last used ones open, the indexes of many more known.
+
+    A child of a fork may use them on: a descriptor shared with it is read at given places only.
+
+    Args:
+        most: To keep open; less where the limit of the process is low.
+    """
+
+    def __init__(self, most: int) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(1, most if soft == resource.RLIM_INFINITY else min(most, soft // 4))
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known_bytes = 0
+        self._space = np.empty(0, np.uint8)
+
+    def get(self, path: str, slots: int) -> OpenShard:
+        """A shard of ``slots`` slots, opened if it is not.
+
+        Raises:
+            ValueError: Its index is damaged.
+            OSError: It cannot be opened or read.
+        """
+        shard = self._open.get(path)
+        if shard is not None:
+            self._open.move_to_end(path)
+            return shard
+        while len(self._open) >= self._most:
+            self._open.popitem(last=False)
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                raise
+            self._open.clear()  # others of this process have them all
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        shard = self._open[path] = OpenShard(handle)
+        try:
+            shard.index = self._index(path, handle, slots)
+        except (OSError, ValueError):
+            del self._open[path]
+            raise
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead of other slices
+        return shard
+
+    def _index(self, path: str, handle: int, slots: int) -> NDArray[np.uint64]:
+        status = os.fstat(handle)
+        identity = status.st_ino, status.st_size, status.st_mtime_ns
+        known = self._known.pop(path, None)
+        if known is None or known.identity != identity:
+            self._known_bytes -= known.pairs.nbytes if known else 0
+            known = _Known(identity, read_shard_index(handle, slots))
+            self._known_bytes += known.pairs.nbytes
+        self._known[path] = known
+        while self._known_bytes > INDEX_BYTES and len(self._known) > 1:
+            self._known_bytes -= self._known.popitem(last=False)[1].pairs.nbytes
+        return known.pairs
+
+    def chunk(self, shard: OpenShard, offset: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of a shard, in memory that the next call uses again.
+
+        Raises:
+            ValueError: The file ends before.
+            OSError: It cannot be read.
+        """
+        if size > len(self._space):  # fresh pages each time would cost as much as the reading
+            self._space = np.empty(size + size // 4, np.uint8)
+        piece = self._space[:size]
+        got = os.preadv(shard.handle, [piece.data], offset)
+        while got < size:  # network file systems may read less
+            more = os.preadv(shard.handle, [piece[got:].data], offset + got)
+            if more == 0:
+                raise ValueError(f"the file ends after {got} of {size} bytes")
+            got += more
+        return piece
+
+    def clear(self) -> None:
+        """Close all; the indexes stay known."""
+        self._open.clear()

@@ -88,7 +88,7 @@ def workers(pid: int) -> list[psutil.Process]:
             words = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if words.startswith("ray::") and "IDLE" not in words or "shards.encode" in words:
+        if (words.startswith("ray::") and "IDLE" not in words) or "shards.encode" in words:
             found.append(process)
     return found
 
@@ -117,7 +117,8 @@ class Harm:
     Attributes:
         drivers, tasks: Kills so far of the command itself, and of what works for it.
         repeated: Committed shards that were written again.
-        left: Processes that outlived their driver by more than 30 s.
+        left: Tasks that outlived their driver by more than 30 s. (Ray's own agents may: they wait
+            for an answer of a server that is gone, and end then.)
     """
 
     config: Config
@@ -146,19 +147,19 @@ class Harm:
                 more = self.rng.choice((0, 0, 1))
                 begun = lambda: (  # noqa: E731
                     process.poll() is not None
-                    or bool(workers(process.pid))
-                    and len(state(root, "commits/*.json")) >= before + more
+                    or (bool(workers(process.pid))
+                    and len(state(root, "commits/*.json")) >= before + more)
                 )
                 wait_for(begun, "a shard task")
                 time.sleep(self.rng.uniform(0, 0.25))  # anywhere in its work
                 if process.poll() is not None:
                     return
-                below = family(process.pid)
+                at_work = workers(process.pid)
                 if last:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
                     self.drivers += 1
-                    _, alive = psutil.wait_procs(below, timeout=30)
+                    _, alive = psutil.wait_procs(at_work, timeout=30)
                     self.left += len(alive)
                 elif victims := workers(process.pid):
                     try:

@@ -39,11 +39,11 @@ def test_kills_of_driver_and_tasks_change_no_byte_and_repeat_no_shard(
 ):
     config = make_config(large, tmp_path / "out", shard_slices=4, index=tmp_path / "index")
     harm = Harm(config, random.Random(4))
-    for kills in (1, 3, 2):
+    for kills in (1, 3):
         harm.run(kills)
     convert(config)
     harm.look()
-    assert harm.drivers >= 2
+    assert harm.drivers == 2
     assert harm.tasks >= 1
     assert (harm.repeated, harm.left) == (0, 0)
     assert contents(config.shards) == contents(undisturbed.shards)
@@ -108,7 +108,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
     ballast.unlink()
     convert(config)
     assert contents(config.shards) == contents(undisturbed.shards)
-    assert check_shards(config.shards) == []
+    assert list(check_shards(config.shards)) == []
 
 
 def test_a_task_that_is_stopped_for_ever_does_not_hold_up_a_kill(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -13,10 +16,13 @@ from launch.phantom import draw
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from medpsp.identity import pseudonym
-from medpsp.train.batch import Batch
+from medpsp.train.augment import augment
+from medpsp.train.batch import Batch, crop_or_pad
 from medpsp.types import World
-from shards.dataset import example_batch, read_unit, stage_rows, train_batches, whole_slices
+from shards.dataset import Stream, example_batch, read_unit, stage_rows, train_batches, whole_slices
 from shards.index import SliceRow, class_pixels, read_index
+from shards.loader import end_workers
+from shards.order import sample_order
 from shards.reader import ShardReader
 
 
@@ -46,12 +52,16 @@ def assert_same(ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:
         assert one.patients == other.patients
 
 
+@pytest.mark.parametrize("shuffle", ["full", "shard"])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_loader_workers(
-    made: Config, rows: tuple[SliceRow, ...]
+    made: Config, rows: tuple[SliceRow, ...], workers: int, shuffle: str
 ):
-    alone, two = (trained_on(made, loader_workers=n) for n in (0, 2))
+    train = {"shuffle": shuffle, "shuffle_shards": 2}
+    alone, several = (trained_on(made, loader_workers=n, **train) for n in (0, workers))
     ours = list(train_batches(made.shards, rows, alone, World(), (0, 0)))
-    assert_same(ours, train_batches(made.shards, rows, two, World(), (0, 0)))
+    assert_same(ours, train_batches(made.shards, rows, several, World(), (0, 0)))
+    end_workers()
     assert len(ours) == 5
     assert ours[0].image.shape == (4, 1, 32, 32)
     assert ours[0].image.dtype == torch.float32
@@ -60,11 +70,66 @@ def test_batches_do_not_depend_on_the_number_of_loader_workers(
     assert 0 <= float(ours[0].image.min()) < float(ours[0].image.max()) <= 1
 
 
+@pytest.mark.parametrize("size", [[32, 32], [64, 40]])
+def test_batches_are_what_the_slow_way_makes(
+    made: Config, rows: tuple[SliceRow, ...], size: list[int]
+):
+    """Whole slice, window, crop, augmentation; one slice at a time."""
+    config, reader = trained_on(made, size=size), ShardReader(made.shards)
+    chosen = stage_rows(rows, 0.2)
+    batches = train_batches(made.shards, rows, config, World(), (0, 0))
+    for step, batch in enumerate(batches):
+        keys = sample_order(len(chosen), config.seed * 1009, range(step * 4, step * 4 + 4))
+        for at, (epoch, number) in enumerate(keys):
+            row = chosen[number]
+            rng = np.random.default_rng([config.seed, 0, epoch, int(row.file_id, 16) + row.frame])
+            cut = crop_or_pad(*read_unit(reader, row), config.train.size, rng)
+            image, label = augment(*cut, "high", rng)
+            np.testing.assert_array_equal(batch.image[at, 0].numpy(), image)
+            np.testing.assert_array_equal(batch.label[at].numpy(), label)
+            assert batch.patients[at] == row.patient
+
+
+def test_shuffled_by_shard_few_shards_are_touched_at_a_time(
+    made: Config, rows: tuple[SliceRow, ...]
+):
+    """16 training slices in shards of 6 slots; what comes next was named before it comes."""
+    config = trained_on(made, shuffle="shard", shuffle_shards=1)
+    chosen = stage_rows(rows, 1.0)
+    stream = Stream(ShardReader(made.shards), chosen, config, 2)
+    items = [stream.at(range(at, at + 1))[0] for at in range(32)]
+    samples = [item.samples[0] for item in items]
+    for epoch in (samples[:16], samples[16:]):
+        slots = [sample.slot for sample in epoch]
+        assert sorted(slots) == sorted(row.slot for row in chosen)
+        runs = [shard for shard, _ in groupby(slot // 6 for slot in slots)]
+        assert len(runs) == len(set(runs)) > 2
+    named = [shard for item in items for shard in item.soon]
+    assert set(named) == {(sample.bucket, sample.slot // 6) for sample in samples}
+    full = trained_on(made)
+    assert Stream(ShardReader(made.shards), chosen, full, 2).at(range(4))[0].soon == ()
+
+
+def test_a_loader_worker_imports_no_torch():
+    """Neither with its task nor with the augmentation, which has a part for torch."""
+    code = (
+        "import sys, numpy as np, shards.dataset\n"
+        "from medpsp.train.augment import augment\n"
+        "image, label = np.zeros((32, 32), np.float32), np.zeros((32, 32), np.uint8)\n"
+        "augment(image, label, 'high', np.random.default_rng(0))\n"
+        "print([m for m in ('torch', 'zarr', 'ray', 'pyarrow') if m in sys.modules])\n"
+        "import torch; torch.zeros(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("shuffle", ["full", "shard"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_shares_of_the_ranks_make_the_batch_of_one(
-    made: Config, rows: tuple[SliceRow, ...], size: int
+    made: Config, rows: tuple[SliceRow, ...], size: int, shuffle: str
 ):
-    config = trained_on(made)
+    config = trained_on(made, shuffle=shuffle, shuffle_shards=2)
 
     def batches(world: World) -> list[Batch]:
         return list(train_batches(made.shards, rows, config, world, (2, 0)))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.order import batch_positions, epoch_permutation, sample_order
+from shards.order import (
+    batch_positions,
+    epoch_permutation,
+    ordered,
+    remembered,
+    sample_order,
+    shard_permutation,
+)
 
 
 def test_positions_of_a_step_are_shared_in_contiguous_parts():
@@ -74,3 +84,75 @@ def test_the_permutation_is_pinned():
     """Philox is the same on every platform; a change here makes every resumed run jump."""
     assert epoch_permutation(8, 0, 0).tolist() == [5, 0, 6, 1, 7, 2, 4, 3]
     assert sample_order(3, 7, range(2, 7)) == [(0, 0), (1, 0), (1, 2), (1, 1), (2, 2)]
+
+
+# shuffled shard by shard
+
+SHARDS = [7, 7, 7, 2, 2, 2, 5, 5, 9]  # of nine samples
+
+
+def test_with_one_shard_at_a_time_each_comes_whole():
+    order = shard_permutation(np.array(SHARDS), 3, 0, 1).tolist()
+    assert sorted(order) == list(range(9))
+    runs = [(shard, len(list(run))) for shard, run in groupby(SHARDS[n] for n in order)]
+    assert sorted(runs) == [(2, 3), (5, 2), (7, 3), (9, 1)]
+
+
+def test_with_all_shards_together_every_order_can_come():
+    """Of three samples in three shards, each of the six orders."""
+    found = {tuple(shard_permutation(np.arange(3), 0, e, 3).tolist()) for e in range(60)}
+    assert len(found) == 6
+
+
+@given(
+    shards=st.lists(st.integers(0, 12), min_size=1, max_size=60),
+    together=st.integers(1, 14),
+    epoch=st.integers(0, 3),
+    seed=st.integers(0, 2**63),
+)
+def test_few_shards_are_touched_at_a_time(shards: list[int], together: int, epoch: int, seed: int):
+    order = shard_permutation(np.array(shards), seed, epoch, together).tolist()
+    assert sorted(order) == list(range(len(shards)))
+    seen = [shards[n] for n in order]
+    # each group of shards, in the order of their first sample, is used up before the next begins
+    first_seen = list(dict.fromkeys(seen))
+    for at in range(0, len(first_seen), together):
+        group = set(first_seen[at : at + together])
+        members = [n for n, shard in enumerate(seen) if shard in group]
+        assert members == list(range(members[0], members[-1] + 1))
+
+
+def test_shard_order_repeats_and_differs_by_epoch_and_seed():
+    shards = np.repeat(np.arange(10), 5)
+    first = shard_permutation(shards, 1, 0, 2).tolist()
+    assert shard_permutation(shards, 1, 0, 2).tolist() == first
+    assert shard_permutation(shards, 1, 1, 2).tolist() != first
+    assert shard_permutation(shards, 2, 0, 2).tolist() != first
+    assert shard_permutation(np.array([4, 4, 8, 8]), 0, 0, 1).tolist() == [1, 0, 3, 2]
+
+
+def test_a_stream_of_any_permutation_has_every_sample_once_an_epoch():
+    calls = []
+
+    def backwards(epoch: int) -> np.ndarray:
+        calls.append(epoch)
+        return np.arange(3)[::-1] if epoch % 2 else np.arange(3)
+
+    kept = remembered(backwards)
+    stream = [item for at in range(0, 12, 2) for item in ordered(3, range(at, at + 2), kept)]
+    assert [sample for _, sample in stream] == [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0]
+    assert [epoch for epoch, _ in stream] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert calls == [0, 1, 2, 3]  # once an epoch, not once a step
+
+
+def test_a_step_draws_no_permutation_anew(monkeypatch: pytest.MonkeyPatch):
+    drawn = []
+
+    def counted(count: int, seed: int, epoch: int) -> np.ndarray:
+        drawn.append(epoch)
+        return epoch_permutation(count, seed, epoch)
+
+    monkeypatch.setattr("shards.order.epoch_permutation", counted)
+    for step in range(30):  # 12 samples: 5 steps are two epochs
+        sample_order(12, 987, batch_positions(step, 5, 0, 1))
+    assert drawn == list(range(13))
