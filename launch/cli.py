@@ -68,6 +68,23 @@ def shards(
         {None: shards_job, Step.plan: plan_job, Step.publish: publish_job}[step](resolved)
 
 
+@app.command()
+def check(
+    config: ConfigArg,
+    overrides: Overrides = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Convert damaged shards anew.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the slices unread.")] = False,
+) -> None:
+    """Verify every byte of the shards."""
+    from launch.jobs import check_job, setup_logging
+    from launch.rundir import open_run
+
+    setup_logging()
+    resolved, run = open_run(config, tuple(overrides or ()))
+    run.log_to("check")
+    check_job(resolved, repair=repair, quick=quick)
+
+
 def _job(name: str) -> Callable[[str, list[str] | None], None]:
     def command(config: ConfigArg, overrides: Overrides = None) -> None:
         from launch.jobs import JOBS, setup_logging
@@ -83,7 +100,6 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
 
 
 for _name, _help in (
-    ("check", "Verify every byte of the shards."),
     ("train", "Train, or go on from the newest checkpoint."),
     ("evaluate", "Score the held-out patients."),
     ("export", "Write checked fp32 and int8 ONNX files."),
@@ -202,27 +218,9 @@ def backbones(
     classes: Annotated[int, typer.Option(min=2)] = 4,
 ) -> None:
     """What each backbone costs, and what it is for."""
-    from rich.console import Console
-    from rich.table import Table
+    from launch.backbones import show_backbones
 
-    from medpsp.config import ModelConfig
-    from medpsp.model.cost import ARTICLE, USES, cost_table
-
-    table = Table(title=f"PSPNet, refine head, {classes} classes; GMACs at {height} x {width}")
-    for name in ("backbone", "M params", "of it backbone", "GMACs", "quoted", "use"):
-        table.add_column(name, no_wrap=name == "backbone")
-    for row in cost_table(ModelConfig(), classes, (height, width)):
-        params, macs = ARTICLE[row.backbone]
-        table.add_row(
-            row.backbone,
-            f"{row.params:.2f}",
-            f"{row.backbone_params:.2f}",
-            f"{row.macs:.2f}",
-            f"{params} M, {macs} G",
-            USES[row.backbone],
-        )
-    table.caption = "quoted: the backbone alone at 224 x 224, as usually given; MACs, not FLOPs"
-    Console().print(table)
+    show_backbones(height, width, classes)
 
 
 key_app = typer.Typer(no_args_is_help=True, help="The key of the pseudonyms.")

@@ -20,8 +20,13 @@ from medpsp.errors import ConfigError, MedpspError, ShardError
 
 if TYPE_CHECKING:
     from shards.index import Manifest
+    from shards.problem import Problem
 
 log = logging.getLogger("medpsp")
+SHOWN = 20
+"""Problems of `check` on the terminal."""
+FILE_ONLY = "file_only"
+"""Attribute of a log record that is for the log file alone."""
 
 
 def run_command(name: str, config_path: Path) -> tuple[int, str]:
@@ -63,6 +68,8 @@ class _Stderr(logging.Handler):
     """Writes to what sys.stderr is at the time: a progress bar replaces it while it shows."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, FILE_ONLY):
+            return
         sys.stderr.write(self.format(record) + "\n")
 
 
@@ -130,26 +137,51 @@ def _show_shards(config: Config, manifest: Manifest) -> None:
         )
 
 
-def check_job(config: Config) -> None:
+def check_job(config: Config, *, repair: bool = False, quick: bool = False) -> None:
     """Verify shards.
 
+    Args:
+        config: Of the shards.
+        repair: Convert what is damaged again, and verify once more.
+        quick: Leave the bytes of the shard files alone.
+
     Raises:
-        ShardError: A problem was found; all are in the log.
+        ShardError: A problem was found, and is still there after repair; all are in the log file.
     """
+    from shards.problem import BEYOND
+
+    problems = _problems(config, quick)
+    if repair and any(problem.kind not in BEYOND for problem in problems):
+        from shards.repair import repair_shards
+        from shards.report import write_report
+
+        repair_shards(config, problems)
+        write_report(config.shards)
+        problems = _problems(config, quick)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        advice = "see the log" if repair else "run `medpsp check --repair`, or see the log"
+        raise ShardError(f"shards {config.shards}: {count}, the first: {problems[0]}; {advice}")
+    log.info("check: every digest, slice and split is as the manifest says")
+
+
+def _problems(config: Config, quick: bool) -> list[Problem]:
+    """What is wrong; the first ones are shown, all go to the log file."""
     from medpsp.progress import Bar
     from shards.check import check_shards
-    from shards.index import read_manifest
+    from shards.index import count_slices
 
-    with Bar("check", read_manifest(config.shards).slices, "slices") as bar:
-        problems = check_shards(config.shards, bar.advance)
-    for problem in problems:
-        log.error("%s", problem)
-    if problems:
-        raise ShardError(
-            f"shards {config.shards}: {len(problems)} problems, the first: {problems[0]}; delete "
-            "the damaged files and run `medpsp shards` again"
-        )
-    log.info("check: every digest, slice and split is as the manifest says")
+    problems = []
+    with Bar("check", count_slices(config.shards), "slices") as bar:
+        for problem in check_shards(
+            config.shards, workers=config.data.workers, quick=quick, advance=bar.advance
+        ):
+            problems.append(problem)
+            shown = len(problems) <= SHOWN
+            log.error("%s", problem, extra={} if shown else {FILE_ONLY: True})
+    if len(problems) > SHOWN:
+        log.error("and %d more, all in logs/check.log", len(problems) - SHOWN)
+    return problems
 
 
 def train_job(config: Config) -> None:

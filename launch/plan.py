@@ -30,7 +30,8 @@ CHAIN = ("shards", "check", "train", "evaluate", "export")
 
 def plan_jobs(config: Config) -> tuple[JobSpec, ...]:
     """shards, check, train, evaluate, export, each after the one before."""
-    cores = {"shards": config.data.workers, "train": config.train.ranks}
+    workers = config.data.workers
+    cores = {"shards": workers, "check": workers, "train": config.train.ranks}
     return tuple(
         JobSpec(
             name=name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from medpsp.progress import Bar
 from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
+from shards.partstore import locked
 from shards.planfile import Plan, ShardEntry, make_plan, open_plan, write_plan
 from shards.publish import publish, write_crosswalk
 from shards.settings import WriteSettings, write_settings
@@ -31,10 +32,15 @@ WORKER_MIB = 448
 """Memory of a shard task besides what its decoder may allocate: a Ray worker (230 MiB measured) and
 the imports of its sandbox (150 MiB)."""
 _RETRIES = 3
+Approve = Callable[[Plan], None]
 
 
-def build_shards(config: Config) -> Manifest:
+def build_shards(config: Config, approve: Approve = lambda plan: None) -> Manifest:
     """Convert the archive of ``config.data``; a second run repeats only what is missing.
+
+    Args:
+        config: What to convert, and where to.
+        approve: See the plan before anything is changed; it may raise.
 
     Raises:
         ArchiveError: Archive missing, empty, or without usable slices for training and
@@ -43,13 +49,16 @@ def build_shards(config: Config) -> Manifest:
             written where it must not be.
         ShardError: A shard could not be written.
     """
-    plan = plan_shards(config)
+    plan = plan_shards(config, approve)
     _convert(config, plan, range(len(plan.shards)))
     return publish(config, load_key(config.data.key_file), plan)
 
 
-def plan_shards(config: Config) -> Plan:
+def plan_shards(config: Config, approve: Approve = lambda plan: None) -> Plan:
     """First step: scan the archive, lay its slices out, write what readers need to find shards.
+
+    Args:
+        config, approve: As `build_shards`.
 
     Raises:
         ArchiveError, ConfigError, ShardError: As `build_shards`.
@@ -57,9 +66,15 @@ def plan_shards(config: Config) -> Plan:
     data, root = config.data, config.shards
     _require_places(data, root)
     key = load_key(data.key_file)
+    with locked(data.index):
+        return _plan(data, key, root, approve)
+
+
+def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     gathered = gather(data, key)
     root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(gathered, data, key, root)
+    approve(plan)
     for name in (MANIFEST, REPORT):  # neither while shards change below them
         (root / name).unlink(missing_ok=True)
     clear_stale(root, plan.shards)

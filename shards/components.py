@@ -7,22 +7,19 @@ size is looked at a part at a time. Two identifiers of one hash only make a part
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from os import fsdecode
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from shards.headers import FILE
 from shards.spool import Span, Spool, packed, unpacked
 
 Hashes = NDArray[np.int64]
 Numbers = NDArray[np.int64]
-KEYS = (
-    *("kind", "patient_id", "series_uid", "sop_uid", "study_uid", "frame_of_reference"),
-    *("path", "member"),
-)
 _NONE = hash("")
 _SERIES, _PATIENT = "s", "p"  # before what is hashed
 
@@ -60,7 +57,7 @@ def cut_catalog(
     object ties what it names, and all of its patient, together.
 
     Args:
-        frames: The columns `KEYS` of the rows of images, in batches.
+        frames: The columns `headers.KEYS` of the rows of images, in batches.
         links: Of the label objects.
         size: Rows of a part, but for a component that is larger.
 
@@ -113,7 +110,7 @@ def _row_keys(batch: pa.RecordBatch) -> tuple[Hashes, Hashes, Hashes]:
     base = _hashed(columns["series_uid"], _SERIES)
     bare = [i for i, uid in enumerate(columns["series_uid"]) if not uid]
     if bare:
-        rows = batch.take(pa.array(bare)).select(KEYS[1:]).to_pylist()
+        rows = batch.take(pa.array(bare)).to_pylist()
         base[bare] = patients[bare] = [hash(_PATIENT + _patient_of(row)) for row in rows]
     uids = np.fromiter(map(hash, columns["sop_uid"]), np.int64, len(batch))
     uids[uids == _NONE] = 0
@@ -132,7 +129,7 @@ def _patient_of(row: dict[str, Any]) -> str:
         return str(row["patient_id"] or f"study:{row['study_uid']}")
     if row["frame_of_reference"]:
         return f"frame:{row['frame_of_reference']}"
-    return f"folder:{PurePath(row['path'], row['member']).parent}"
+    return f"folder:{PurePath(fsdecode(row[FILE]), fsdecode(row['member'])).parent}"
 
 
 def _copies(base: Hashes, image: Hashes) -> Numbers:
@@ -211,8 +208,3 @@ class PartSpool:
     def close(self) -> None:
         """Forget them."""
         self._spool.close()
-
-
-def frames_of(batch: pa.RecordBatch, kind: str) -> pa.RecordBatch:
-    """The rows of one kind."""
-    return batch.filter(pc.equal(batch["kind"], kind))

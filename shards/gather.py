@@ -18,11 +18,13 @@ from medpsp.dataconfig import DataConfig
 from medpsp.dicom.sandbox import SandboxPool, shared_sandbox
 from medpsp.dicom.scan import LabelFile, find_labels
 from medpsp.dicom.voc import scan_voc
+from medpsp.dicom.walk import Stamp
 from medpsp.errors import ArchiveError, ConfigError
 from medpsp.progress import Bar
-from medpsp.types import Place, ScanRow
-from shards.components import KEYS, PartSpool, cut_catalog, frames_of
-from shards.headers import FRAME, Headers, file_id, labels_of, refs_of, rows_of
+from medpsp.types import Place, ScanRow, SliceRef
+from shards.catalog import SCANNER, Catalog
+from shards.components import PartSpool, cut_catalog
+from shards.headers import FRAME, KEYS, LABEL, REFUSED, file_id
 from shards.masks import Aims
 from shards.parts import planned_series, series_of_part
 from shards.planfile import Gathered, new_files, plan_folder
@@ -42,13 +44,14 @@ def gather(data: DataConfig, key: bytes) -> Gathered:
         ConfigError: The training or validation split would be empty.
     """
     listed = False
-    with SandboxPool(data.workers, data.decode_seconds, data.decode_memory_mib) as pool:
+    limits = data.decode_seconds, data.decode_memory_mib
+    with SandboxPool(data.workers, *limits, SCANNER) as pool:
         if data.source == "voc":
             found, listed = _gather_voc(data, key)
         else:
             with Bar("scan", 0, "files") as bar:
-                headers = Headers.scan(data, key, pool, bar.advance)
-            found = gather_dicom(headers, data, key, pool)
+                catalog = Catalog.scan(data, key, pool, bar.advance)
+            found = gather_dicom(catalog, data, key, pool)
     if not len(found.planned):
         raise ArchiveError(f"data.archive: nothing usable; found {tally(found.rows)}")
     _require_splits(found.planned, listed=listed)
@@ -56,20 +59,20 @@ def gather(data: DataConfig, key: bytes) -> Gathered:
 
 
 def gather_dicom(
-    headers: Headers, data: DataConfig, key: bytes, pool: SandboxPool, part_rows: int = PART_ROWS
+    catalog: Catalog, data: DataConfig, key: bytes, pool: SandboxPool, part_rows: int = PART_ROWS
 ) -> Gathered:
     """Group, label and split what a scan found.
 
     Args:
-        headers: Of the archive.
+        catalog: Of the archive.
         data: Of the configuration.
         key: Of the project.
         pool: Children that read label objects, and images that claim one place.
         part_rows: Frames that are in memory at a time, but for what cannot be taken apart.
     """
     planned, rows = new_files(plan_folder(data))
-    objects = headers.objects
-    labels = [file for batch in headers.batches() for file in labels_of(batch)]
+    objects = catalog.objects
+    labels = [f for batch in catalog.batches(LABEL) for f in catalog.labels_of(batch)]
     if data.labels is not None and data.label_format != "nifti":
         labels, other = _labels_of_folder(labels, data, key, pool)
         objects += len(other)
@@ -80,16 +83,20 @@ def gather_dicom(
     used = {file.file_id for file in wanted}  # their rows say what became of them
     rows.extend(row for row in other if row.file_id not in used)
     rows.extend(aims.fate)
-    spool, of_link, count = _cut(headers, aims, part_rows)
-    for batch in headers.batches():
-        rows.extend(row for row in rows_of(batch) if row.file_id not in used)
+    spool, of_link, count = _cut(catalog, aims, part_rows)
+    for batch in catalog.batches(REFUSED):
+        rows.extend(row for row in catalog.rows_of(batch) if row.file_id not in used)
     for part in range(count):
-        refs = [ref for batch in spool.batches(part) for ref in refs_of(batch)]
+        refs: list[SliceRef] = []
+        stamps: dict[str, Stamp] = {}
+        for batch in spool.batches(part):
+            refs += catalog.refs_of(batch)
+            stamps.update(catalog.stamps_of(batch))
         mine = list(aims.some(np.flatnonzero(of_link == part).tolist()))
         series, refused = series_of_part(refs, mine, aims.robbed, data, pool.same_pixels)
         rows.extend(refused)
         for item in series:
-            planned.add(planned_series(item, data, key))
+            planned.add(planned_series(item, data, key, stamps))
     spool.close()
     planned.finish()
     return Gathered(planned=planned, rows=rows, objects=objects)
@@ -101,15 +108,13 @@ def tally(rows: Iterable[ScanRow]) -> str:
     return ", ".join(f"{counts[code]} {code}" for code in sorted(counts)) or "no image"
 
 
-def _cut(headers: Headers, aims: Aims, part_rows: int) -> tuple[PartSpool, NDArray[np.int64], int]:
+def _cut(catalog: Catalog, aims: Aims, part_rows: int) -> tuple[PartSpool, NDArray[np.int64], int]:
     """Frames by part, the part of each label object, and the number of parts."""
-    keys = (frames_of(batch, FRAME) for batch in headers.batches(KEYS))
-    parts, of_link = cut_catalog(keys, aims.links, part_rows)
+    parts, of_link = cut_catalog(catalog.batches(FRAME, KEYS), aims.links, part_rows)
     spool, done = PartSpool(), 0
-    for batch in headers.batches():
-        frames = frames_of(batch, FRAME)
-        spool.add(frames, parts[done : done + len(frames)])
-        done += len(frames)
+    for batch in catalog.batches(FRAME):
+        spool.add(batch, parts[done : done + len(batch)])
+        done += len(batch)
     return spool, of_link, int(max(parts.max(initial=-1), of_link.max(initial=-1))) + 1
 
 
@@ -139,7 +144,7 @@ def _gather_voc(data: DataConfig, key: bytes) -> tuple[Gathered, bool]:
         read=lambda path: box.image(Place(str(path))),
     )
     for item in series:
-        planned.add(planned_series(item, data, key))
+        planned.add(planned_series(item, data, key, {}))
     planned.finish()
     rows.extend(refused)
     objects = sum(len(item.slices) for item in series) + len(refused)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from medpsp.errors import ShardError
 from medpsp.types import Split, VoiFunction, Window
 from shards.layout import FORMAT
+from shards.sealed import SealError, claims_seal, is_sealed, sealed_bytes
 
 MANIFEST, INDEX, OBJECTS = "manifest.json", "index.parquet", "objects.parquet"
 SHARDS = "shards.parquet"
 REPORT = "report.html"
+_REPAIR = "run `medpsp check --repair`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,24 +218,38 @@ def read_index(root: Path, split: Split | None = None) -> tuple[SliceRow, ...]:
         ) from None
 
 
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Put it in place, durably: JSON for people, sealed."""
+    write_bytes_durably(root / MANIFEST, sealed_bytes(asdict(manifest), indent=1))
+
+
 def read_manifest(root: Path) -> Manifest:
     """Read the manifest.
 
     Raises:
-        ShardError: Missing, damaged, or of another format.
+        ShardError: Missing or of another format; `SealError` where it is damaged.
     """
     path = root / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ShardError(
             f"shards {root}: no {MANIFEST}; run `medpsp shards` to its end first"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ShardError(f"shards {root}: {MANIFEST} unreadable ({type(error).__name__})") from None
-    if not isinstance(tree, dict) or tree.get("version") != FORMAT:
-        found = tree.get("version") if isinstance(tree, dict) else "none"
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise SealError(f"shards {root}: {MANIFEST} unreadable ({type(error).__name__})") from None
+    found = tree.get("version") if isinstance(tree, dict) else "none"
+    if found != FORMAT and not claims_seal(data):
         raise ShardError(f"shards {root}: manifest format {found}, expected {FORMAT}")
+    if not is_sealed(data):
+        raise SealError(f"shards {root}: {MANIFEST} is not what was written; {_REPAIR}")
+    if found != FORMAT:
+        raise ShardError(f"shards {root}: manifest format {found}, expected {FORMAT}")
+    del tree["sha256"]
     try:
         return Manifest(**{**tree, "classes": tuple(tree["classes"])})
     except (KeyError, TypeError) as error:
@@ -241,6 +257,18 @@ def read_manifest(root: Path) -> Manifest:
             f"shards {root}: {MANIFEST} lacks fields ({type(error).__name__}); "
             "run `medpsp shards` again"
         ) from None
+
+
+def count_slices(root: Path) -> int:
+    """How many slices there are, for a progress bar; 0 where the manifest is damaged.
+
+    Raises:
+        ShardError: No manifest, or one of another format.
+    """
+    try:
+        return read_manifest(root).slices
+    except SealError:
+        return 0
 
 
 def class_pixels(rows: Sequence[SliceRow], classes: int) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from medpsp.dicom.codes import refusal
 from medpsp.dicom.labelref import LabelRef, match_series
 from medpsp.dicom.labels import mask_path
 from medpsp.dicom.sandbox import Sandbox, SandboxPool
-from medpsp.dicom.scan import LabelFile, label_head
+from medpsp.dicom.scan import LabelFile
 from medpsp.errors import LabelError, SourceError
 from medpsp.types import MaskKind, Place, ScanRow, Series
 from shards.components import Link, link_of
@@ -173,7 +173,7 @@ def _target(box: Sandbox, file: LabelFile) -> tuple[LabelRef | SourceError, str]
     try:
         target = box.label_target(file.place)
     except SourceError as error:
-        return error, label_head(box, file.place)[1]
+        return error, box.label_head(file.place)[1]
     return target, target.patient_id
 
 

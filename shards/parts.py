@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.rivals import SamePixels
 from medpsp.dicom.series import group_series
+from medpsp.dicom.walk import Stamp
 from medpsp.identity import pseudonym, shifted_day, split_of, unit_hash
 from medpsp.types import ScanRow, Series, SliceRef
 from shards.layout import PlannedSeries
@@ -57,8 +58,17 @@ def series_of_part(
     return [item for item in series if item.masks], rows
 
 
-def planned_series(series: Series, data: DataConfig, key: bytes) -> PlannedSeries:
-    """A series with its pseudonyms, its split and its stamp."""
+def planned_series(
+    series: Series, data: DataConfig, key: bytes, stamps: Mapping[str, Stamp]
+) -> PlannedSeries:
+    """A series with its pseudonyms, its split and its stamp.
+
+    Args:
+        series: Of `series_of_part`.
+        data: Of the configuration.
+        key: Of the project.
+        stamps: Of source files by path, as the scan met them; others are asked for here.
+    """
     first = series.first
     patient = first.patient_id
     split = series.split or split_of(key, patient, data.split.val, data.split.test)
@@ -73,14 +83,17 @@ def planned_series(series: Series, data: DataConfig, key: bytes) -> PlannedSerie
         stamp="",
         study_day=day,
     )
-    return replace(item, stamp=_stamp(item, key))
+    return replace(item, stamp=_stamp(item, key, stamps))
 
 
-def _stamp(item: PlannedSeries, key: bytes) -> str:
+def _stamp(item: PlannedSeries, key: bytes, stamps: Mapping[str, Stamp]) -> str:
     """Changes with what headers say, and with a file of slices or masks; not with their paths."""
     series = item.series
     sources = [
-        [_file_stamp(path) for path in dict.fromkeys(place.path for place in places)]
+        [
+            stamps.get(path) or _file_stamp(path)
+            for path in dict.fromkeys(place.path for place in places)
+        ]
         for places in ([ref.place for ref in series.slices], series.masks)
     ]
     body = hashlib.sha256(record_body(item)).hexdigest()

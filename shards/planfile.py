@@ -32,6 +32,7 @@ from shards.layout import (
     shard_digest,
     shard_of,
 )
+from shards.partstore import private_folder
 from shards.seriesfile import HEAD, SeriesFile
 from shards.slots import PLAN, read_slots, stay, write_slots
 from shards.spool import RowSpool, Span
@@ -227,7 +228,7 @@ def plan_folder(data: DataConfig) -> Path | None:
     if data.index is None:
         return None
     folder = data.index / FOLDER
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(folder)
     (folder / _STATE).unlink(missing_ok=True)
     return folder
 

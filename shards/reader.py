@@ -32,8 +32,8 @@ _ADVICE = "run `medpsp check --repair`"
 class ShardReader:
     """Reads single slices and batches of them; CRC32C is always checked.
 
-    One reader may live across a fork, and travels to other processes by pickle, which takes the
-    folder alone along. Threads need a reader each.
+    One reader may serve several threads and live across a fork, and travels to other processes by
+    pickle, which takes the folder alone along.
 
     Args:
         root: Folder of the shards.

@@ -79,17 +79,6 @@ def read_record(text: bytes | str) -> PlannedSeries:
     )
 
 
-def ref_text(ref: SliceRef) -> str:
-    """One frame as a line of JSON."""
-    return _dumps([ref.place, _VALUES(ref)]).decode()
-
-
-def read_ref(text: str) -> SliceRef:
-    """What `ref_text` was given."""
-    place, values = json.loads(text)
-    return _ref(values, place)
-
-
 def _dumps(tree: list[Any]) -> bytes:
     return json.dumps(tree, separators=(",", ":"), default=_window_row).encode()
 

@@ -27,6 +27,7 @@ from shards.index import (
 )
 from shards.page import Html, join, number, page, pairs, percent, picture, tag
 from shards.reader import ShardReader
+from shards.sealed import sealed_page
 from shards.sections import (
     STATUSES,
     classes_section,
@@ -75,7 +76,7 @@ def write_report(root: Path, cases: int = 24) -> Path:
         _about(manifest),
     )
     text = page("Archive report", (part for part in parts if part))
-    write_bytes_durably(root / REPORT, text.encode("utf-8"))
+    write_bytes_durably(root / REPORT, sealed_page(text.encode("utf-8")))
     return root / REPORT
 
 

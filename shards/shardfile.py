@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import resource
+import threading
 import uuid
 from collections import OrderedDict
 from pathlib import Path
@@ -155,10 +156,11 @@ class _Known(NamedTuple):
     pairs: NDArray[np.uint64]
 
 
-class OpenShards:
+class OpenShards(threading.local):
     """Shard files for reading: the last used ones open, the indexes of many more known.
 
     A child of a fork may use them on: a descriptor shared with it is read at given places only.
+    Every thread has files and memory of its own.
 
     Args:
         most: To keep open; less where the limit of the process is low.

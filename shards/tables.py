@@ -80,8 +80,8 @@ SHARDS_SCHEMA = pa.schema(
         "bytes": pa.int64(),
     }
 )
-"""Of ``shards.parquet``, one row a file: name of its shard, slices in it, path relative to the root,
-and what it must be. Nothing of when it was made: the same slices give the same table."""
+"""Of ``shards.parquet``, one row a file: name of its shard, slices in it, path relative to the
+root, and what it must be. Nothing of when it was made: the same slices give the same table."""
 
 
 class TableWriter:

@@ -147,8 +147,10 @@ class Harm:
                 more = self.rng.choice((0, 0, 1))
                 begun = lambda: (  # noqa: E731
                     process.poll() is not None
-                    or (bool(workers(process.pid))
-                    and len(state(root, "commits/*.json")) >= before + more)
+                    or (
+                        bool(workers(process.pid))
+                        and len(state(root, "commits/*.json")) >= before + more
+                    )
                 )
                 wait_for(begun, "a shard task")
                 time.sleep(self.rng.uniform(0, 0.25))  # anywhere in its work

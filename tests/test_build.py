@@ -139,7 +139,8 @@ def test_every_file_is_in_one_row_and_the_rows_add_up(messy: Path, messy_made: C
     kept = {r["file_id"] for r in rows if r["status"] == "kept"}
     assert kept == {r.file_id for r in read_index(messy_made.shards)}
     assert reject_fraction(manifest) == 11 / (11 + 39)
-    assert check_shards(messy_made.shards) == []
+    # CUTPIX and SLOPE are one scan with two slopes, one of them in val, one in test
+    assert [problem.kind for problem in check_shards(messy_made.shards)] == ["copy"]
 
 
 def test_a_row_names_its_file_by_pseudonym_and_its_reason_by_code(messy_made: Config, key: bytes):
@@ -266,7 +267,7 @@ def test_a_patient_taken_out_of_the_archive_leaves_no_byte_behind(
     assert touched == {f"{BUCKET}/{n}/c/{k}/0/0" for n in ("image", "label") for k in numbers}
     kept = [row for row in before if row.patient != gone]
     assert list(read_index(config.shards)) == kept  # each in its slot
-    assert check_shards(config.shards) == []
+    assert list(check_shards(config.shards)) == []
 
 
 def test_the_same_archive_under_another_key_shares_no_pseudonym(
@@ -297,7 +298,7 @@ def test_a_shard_that_cannot_be_written_says_which_and_why(copied: Config):
         read_manifest(copied.shards)
     folder.unlink()
     build_shards(copied)
-    assert check_shards(copied.shards) == []
+    assert list(check_shards(copied.shards)) == []
 
 
 # MR, VOC, unlabelled
@@ -395,7 +396,7 @@ def test_voc_archives_go_the_same_way(
         "MASK_MISSING": 2,
     }
     rows = {row.file_id: row for row in read_index(config.shards)}
-    assert check_shards(config.shards) == []
+    assert list(check_shards(config.shards)) == []
     for number, name in enumerate([f"p{p}-{i}" for p in range(1, 5) for i in range(2)]):
         row = rows.get(pseudonym(key, "file", f"JPEGImages/{name}.png"))
         if name == "p4-1":
@@ -413,7 +414,9 @@ def test_voc_archives_go_the_same_way(
     (image,) = images(config, [deep])
     np.testing.assert_array_equal(image, np.arange(12).reshape(3, 4) * 5000)
     assert (deep.bucket, deep.histogram) == ("3x4_float32", (12, 0, 0))
-    assert deep.window == percentile_window(image)
+    counts = ValueCounts()
+    counts.add(image)
+    assert deep.window == percentile_window(counts)
 
 
 # refused before anything is written
@@ -487,7 +490,7 @@ def test_a_failure_that_may_pass_is_tried_again(copied: Config):
     commit.refused.append({**lost, "frame": 0})
     write_commit(copied.shards, commit)
     assert build_shards(copied).counts["quarantined"] == 2  # as the archive has it
-    assert check_shards(copied.shards) == []
+    assert list(check_shards(copied.shards)) == []
 
 
 def test_nothing_is_written_into_the_archive(archive: Path, make_config: Make):

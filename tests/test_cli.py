@@ -32,8 +32,8 @@ Make = Callable[..., Config]
 HEAVY = ("torch", "ray", "zarr", "albumentations", "numpy", "pydantic", "submitit", "pydicom")
 
 COMMANDS = {
-    "shards": ["config", "overrides"],
-    "check": ["config", "overrides"],
+    "shards": ["config", "overrides", "--step", "--part"],
+    "check": ["config", "overrides", "--repair", "--quick"],
     "train": ["config", "overrides"],
     "evaluate": ["config", "overrides"],
     "export": ["config", "overrides"],

@@ -218,7 +218,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, make_config: Make, ray_on
 
 
 def test_pictures_in_colour_become_shards(pictures: Config) -> None:
-    assert check_shards(pictures.shards) == []
+    assert list(check_shards(pictures.shards)) == []
     rows = read_index(pictures.shards)
     assert len(rows) == 24
     assert {(r.bucket, r.modality) for r in rows} == {("64x64_uint8", "IMAGE8")}

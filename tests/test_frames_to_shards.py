@@ -75,7 +75,7 @@ def cines(tmp_path: Path) -> Path:
 def make_shards(root: Path, make_config: Make, **data: object) -> Config:
     config = make_config(root, root / "out", labels=None, modalities=["US", "SM"], **data)
     build_shards(config)
-    assert check_shards(config.shards) == []
+    assert list(check_shards(config.shards)) == []
     return config
 
 

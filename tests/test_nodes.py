@@ -80,5 +80,7 @@ def test_too_little_memory_for_one_task_is_said_before_anything_starts(
     archive: Path, make_config: Make, tmp_path: Path
 ):
     config = make_config(archive, tmp_path / "out", memory_mib=1000)
-    with pytest.raises(ConfigError, match=r"data\.memory_mib 1000: one shard task takes up to 1472"):
+    with pytest.raises(
+        ConfigError, match=r"data\.memory_mib 1000: one shard task takes up to 1472"
+    ):
         build_shards(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,7 +30,7 @@ from shards.figures import (
     count_splits,
     read_columns,
 )
-from shards.index import Manifest, ObjectRow, SliceRow
+from shards.index import Manifest, ObjectRow, SliceRow, read_manifest, write_manifest
 from shards.layout import FORMAT
 from shards.page import Html, histogram, html, number, percent, table, tag, tally
 from shards.reader import ShardReader
@@ -89,8 +88,7 @@ def written(root: Path, rows: list[SliceRow], objects: list[ObjectRow], **fields
         "deid": {"profile": "allow-list", "options": []},
         "tables": {},
     }
-    manifest = Manifest(**{**tree, **fields_of})
-    (root / "manifest.json").write_text(json.dumps(asdict(manifest)))
+    write_manifest(root, Manifest(**{**tree, **fields_of}))
     return root
 
 
@@ -229,9 +227,9 @@ def test_a_slice_that_cannot_be_drawn_is_said_and_no_error(small: Path):
 
 
 def test_a_manifest_that_contradicts_the_objects_is_an_error(small: Path):
-    tree = json.loads((small / "manifest.json").read_text())
-    tree["counts"]["kept"] += 1
-    (small / "manifest.json").write_text(json.dumps(tree))
+    manifest = read_manifest(small)
+    manifest.counts["kept"] += 1
+    write_manifest(small, manifest)
     with pytest.raises(ShardError, match="the manifest says"):
         write_report(small)
 

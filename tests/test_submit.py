@@ -187,7 +187,7 @@ def test_a_mark_of_failure_goes_with_the_next_success(copied: Config):
     index.unlink()
     code, reason = run_command("check", run.config)
     assert code == 1
-    assert "index.parquet cannot be read" in reason
+    assert "1 problem, the first: index.parquet: missing" in reason
     assert (run.logs / "check.failed").read_text() == reason + "\n"
     index.write_bytes(whole)
     assert run_command("check", run.config) == (0, "")

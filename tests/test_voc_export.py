@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections import defaultdict
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from medpsp.identity import pseudonym
 from shards.index import INDEX, MANIFEST, Manifest, SliceRow, read_index, read_manifest
 from shards.layout import FORMAT
 from shards.reader import ShardReader
+from shards.sealed import sealed_bytes
 from shards.settings import write_settings
 from shards.tables import INDEX_SCHEMA, write_rows
 from shards.voc import INT16_OFFSET, coded, export_voc, slice_names, voc_palette
@@ -92,7 +92,7 @@ def write_manifest(config: Config, slices: int) -> None:
         f.name: {} for f in fields(Manifest) if f.name not in ("version", "classes", "shards")
     }
     tree = {**empty, "version": FORMAT, "classes": config.data.classes, "shards": 0}
-    (config.shards / MANIFEST).write_text(json.dumps({**tree, "slices": slices}))
+    (config.shards / MANIFEST).write_bytes(sealed_bytes({**tree, "slices": slices}))
 
 
 def table(out: Path) -> list[dict[str, str]]:

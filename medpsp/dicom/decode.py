@@ -6,6 +6,7 @@ Native pixels are read here, compressed ones by `codestream`.
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from medpsp.dicom.codestream import CODECS, LOSSY, MAX_FRAME_BYTES, Layout
 from medpsp.dicom.deidentify import uid_name
 from medpsp.dicom.fragments import frame_bytes, frames_of
+from medpsp.dicom.header import Header
 from medpsp.dicom.parse import BIG, Parsed, refusing
 from medpsp.errors import DicomError
 
@@ -26,7 +28,7 @@ NATIVE = (
 )
 
 
-def layout_of(parsed: Parsed) -> Layout:
+def layout_of(parsed: Parsed[Header]) -> Layout:
     """Read and check what describes the pixels.
 
     Raises:
@@ -74,7 +76,7 @@ def layout_of(parsed: Parsed) -> Layout:
     return layout
 
 
-def check_pixels(parsed: Parsed, layout: Layout) -> None:
+def check_pixels(parsed: Parsed[Header], layout: Layout) -> None:
     """Native pixels must be as long as the header says, and every frame must have its fragments.
 
     PS3.5 A.4 keeps the two forms apart.
@@ -127,7 +129,7 @@ class Stored(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-def stored_values(parsed: Parsed, layout: Layout, frame: int) -> Stored:
+def stored_values(parsed: Parsed[Header], layout: Layout, frame: int) -> Stored:
     """Stored values of one frame, and the colour space that they are in.
 
     Only the BitsStored bits that end at HighBit count, sign-extended where PixelRepresentation
@@ -161,24 +163,34 @@ def stored_values(parsed: Parsed, layout: Layout, frame: int) -> Stored:
         return Stored(_meaning(raw, layout, parsed.syntax in LOSSY), space, whole)
 
 
-def _native(parsed: Parsed, layout: Layout, frame: int) -> NDArray[Any]:
-    """Our own: pydicom 3.0 reads too few bytes of a 1-bit frame that crosses one more byte."""
+def _buffer(parsed: Parsed[Header]) -> memoryview:
+    """The bytes of an object where they lie: mapped, or in memory."""
+    stream: Any = parsed.stream
+    return memoryview(stream.getbuffer() if isinstance(stream, BytesIO) else stream)
+
+
+def _native(parsed: Parsed[Header], layout: Layout, frame: int) -> NDArray[Any]:
+    """Our own: pydicom 3.0 reads too few bytes of a 1-bit frame that crosses one more byte.
+
+    Grey little endian pixels are not copied: whoever changes or keeps them makes others of them.
+    """
     pixels = _frame_pixels(layout)
     bits = pixels * layout.allocated
     start, end = frame * bits // 8, math.ceil((frame + 1) * bits / 8)
     swapped = parsed.syntax == BIG and layout.allocated == 8 and parsed.pixel_vr == "OW"
     skip = start % 2 if swapped else 0
-    parsed.stream.seek(parsed.value_at + start - skip)
-    data = parsed.stream.read(end - start + skip + (end % 2 if swapped else 0))
+    at = parsed.value_at + start - skip
+    data = _buffer(parsed)[at : parsed.value_at + end + (end % 2 if swapped else 0)]
     if swapped:  # 8-bit pixels as big endian words (PS3.5 8.1.1)
-        data = np.frombuffer(data, ">u2").astype("<u2").tobytes()[skip : skip + pixels]
+        words = np.frombuffer(data, ">u2").astype("<u2").tobytes()
+        data = memoryview(words)[skip : skip + pixels]
     if layout.allocated == 1:
         values = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
         values = values[frame * bits % 8 :][:pixels]
     else:
         kind = "f" if layout.floating else "u"
         dtype = np.dtype(f"{'>' if parsed.syntax == BIG else '<'}{kind}{layout.allocated // 8}")
-        values = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="))
+        values = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="), copy=layout.samples > 1)
     if layout.photometric == "YBR_FULL_422":  # Y Y B R stand for two pixels
         y, chroma = values.reshape(-1, 4)[:, :2], values.reshape(-1, 4)[:, None, 2:]
         values = np.concatenate([y[..., None], np.repeat(chroma, 2, axis=1)], axis=2)
@@ -188,7 +200,7 @@ def _native(parsed: Parsed, layout: Layout, frame: int) -> NDArray[Any]:
     return values.reshape(layout.shape)
 
 
-def _compressed(parsed: Parsed, layout: Layout, frame: int) -> tuple[NDArray[Any], str]:
+def _compressed(parsed: Parsed[Header], layout: Layout, frame: int) -> tuple[NDArray[Any], str]:
     stream = frame_bytes(parsed, layout.frames, frame)
     raw, space = CODECS[parsed.syntax](stream, layout)
     if raw.shape != layout.shape:
@@ -209,5 +221,11 @@ def _meaning(raw: NDArray[Any], layout: Layout, lossy: bool) -> NDArray[Any]:
     if lossy and (raw.dtype.kind == "i" or not layout.signed):
         return raw  # rounding may step over the range, where a mask would wrap it
     top = bits - 1 - (stored - 1 if lossy else layout.high)
-    moved = raw.view(f"u{bits // 8}") << top
-    return np.asarray(moved.view(f"{kind}{bits // 8}") >> (bits - stored))
+    whole = raw.view(f"u{bits // 8}")
+    if stored == bits:
+        return whole.view(f"{kind}{bits // 8}")
+    if kind == "u" and top == bits - stored:
+        return np.asarray(whole & (2**stored - 1))
+    moved = (whole << top).view(f"{kind}{bits // 8}")
+    moved >>= bits - stored
+    return moved

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 from pydicom._uid_dict import UID_dictionary
-from pydicom.dataset import Dataset
+
+from medpsp.dicom.header import Header
 
 BURNED_IN_MODALITIES = frozenset(
     "US IVUS SC HC OT DOC XA RF CF DF DS VF PX ES GM XC".split()  # CF to VF: retired fluoroscopy
@@ -53,7 +54,7 @@ BODY_PARTS = FACES | frozenset(
 """Defined terms of BodyPartExamined (PS3.16 Annex L), and some that devices write."""
 
 
-def burned_in_suspected(ds: Dataset, modality: str) -> bool:
+def burned_in_suspected(ds: Header, modality: str) -> bool:
     """True where pixels may hold a name; an absent BurnedInAnnotation (0028,0301) is unknown.
 
     Its word counts, YES or NO. Without it a device that draws text, a captured or scanned screen,
@@ -75,7 +76,7 @@ def burned_in_suspected(ds: Dataset, modality: str) -> bool:
     )
 
 
-def slide_label(ds: Dataset) -> bool:
+def slide_label(ds: Header) -> bool:
     """True for the photographs of a slide's paper label that whole-slide series carry."""
     said = str(ds.get("SpecimenLabelInImage") or "").strip().upper()
     return said == "YES" or bool({"LABEL", "OVERVIEW"} & set(_words(ds, "ImageType")))
@@ -86,7 +87,7 @@ def face_possible(modality: str, part: str) -> bool:
     return modality in ("CT", "MR", "PT") and part in FACES
 
 
-def manufacturer(ds: Dataset) -> str:
+def manufacturer(ds: Header) -> str:
     """A value of `MANUFACTURERS`, or empty; short names count as whole words only (Merge, AGE)."""
     words = " ".join(re.findall("[a-z]+", str(ds.get("Manufacturer") or "").lower()))
     for name, known in MANUFACTURERS.items():
@@ -101,12 +102,12 @@ def uid_name(uid: str) -> str:
     return known[0] if known else "private or unknown"
 
 
-def body_part(ds: Dataset) -> str:
+def body_part(ds: Header) -> str:
     """One of `BODY_PARTS`, or empty."""
     text = "".join(c for c in str(ds.get("BodyPartExamined") or "").upper() if c.isalpha())
     return text if text in BODY_PARTS else ""
 
 
-def _words(ds: Dataset, keyword: str) -> list[str]:
+def _words(ds: Header, keyword: str) -> list[str]:
     value = ds.get(keyword) or []
     return [value.upper()] if isinstance(value, str) else [str(v).upper() for v in value]

@@ -10,6 +10,7 @@ import struct
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
+from medpsp.dicom.header import Header
 from medpsp.dicom.parse import Parsed
 from medpsp.errors import DicomError
 
@@ -27,7 +28,7 @@ class Fragment(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def frames_of(parsed: Parsed, frames: int) -> tuple[tuple[Fragment, ...], ...]:
+def frames_of(parsed: Parsed[Header], frames: int) -> tuple[tuple[Fragment, ...], ...]:
     """The fragments of each frame.
 
     As many fragments as frames are one each, which is always so for RLE and under an Extended
@@ -55,7 +56,7 @@ def frames_of(parsed: Parsed, frames: int) -> tuple[tuple[Fragment, ...], ...]:
     return tuple(tuple(fragments[a:b]) for a, b in zip(starts, ends, strict=True))
 
 
-def frame_bytes(parsed: Parsed, frames: int, frame: int) -> bytes:
+def frame_bytes(parsed: Parsed[Header], frames: int, frame: int) -> bytes:
     """The codestream of one frame; raises as `frames_of`."""
     parts = []
     for fragment in frames_of(parsed, frames)[frame]:

@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from medpsp.dicom.codestream import Layout
+from medpsp.dicom.header import Header
 from medpsp.intensity import valid_windows
 from medpsp.types import Box, SpacingSource, VoiFunction, Window
 
@@ -24,7 +25,7 @@ Numbers = tuple[float, ...]
 Point = tuple[float, float, float]
 
 
-def functional(ds: Dataset, frame: int, macro: str, keyword: str) -> Any:
+def functional(ds: Header, frame: int, macro: str, keyword: str) -> Any:
     """An element of a functional group of one frame, else of the top level; None if nowhere."""
     for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
         sequence = ds.get(groups)
@@ -54,7 +55,7 @@ def numbers(value: Any, count: int) -> Numbers | None:
     return found
 
 
-def position(ds: Dataset, frame: int, frames: int) -> Point | None:
+def position(ds: Header, frame: int, frames: int) -> Point | None:
     """ImagePositionPatient of a frame, mm LPS.
 
     A multi-frame object without functional groups has one position for all frames: that of RT
@@ -74,12 +75,12 @@ def position(ds: Dataset, frame: int, frames: int) -> Point | None:
     return x, y, z
 
 
-def orientation(ds: Dataset, frame: int) -> Numbers | None:
+def orientation(ds: Header, frame: int) -> Numbers | None:
     """ImageOrientationPatient of a frame: six direction cosines."""
     return numbers(functional(ds, frame, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
 
 
-def spacing(ds: Dataset, frame: int, modality: str) -> tuple[Numbers | None, SpacingSource]:
+def spacing(ds: Header, frame: int, modality: str) -> tuple[Numbers | None, SpacingSource]:
     """(between rows, between columns) in mm and how far to trust it (G8).
 
     PixelSpacing lies in the patient's plane; of a projection only if calibrated. Else the
@@ -102,7 +103,7 @@ def spacing(ds: Dataset, frame: int, modality: str) -> tuple[Numbers | None, Spa
     return None, ""
 
 
-def image_regions(ds: Dataset) -> list[Dataset]:
+def image_regions(ds: Header) -> list[Dataset]:
     """Regions of ultrasound that show 2-D tissue or colour flow (C.8.5.5.1.1, C.8.5.5.1.2)."""
     regions = ds.get("SequenceOfUltrasoundRegions") or []
     return [
@@ -112,7 +113,7 @@ def image_regions(ds: Dataset) -> list[Dataset]:
     ]
 
 
-def image_boxes(ds: Dataset) -> tuple[Box, ...]:
+def image_boxes(ds: Header) -> tuple[Box, ...]:
     """The image regions, clipped to the image; one that lies outside is left out."""
     found = []
     for r in image_regions(ds):
@@ -124,7 +125,7 @@ def image_boxes(ds: Dataset) -> tuple[Box, ...]:
     return tuple(found)
 
 
-def _ultrasound_spacing(ds: Dataset) -> Numbers | None:
+def _ultrasound_spacing(ds: Header) -> Numbers | None:
     found = {
         (abs(float(r.PhysicalDeltaY)) * 10, abs(float(r.PhysicalDeltaX)) * 10)
         for r in image_regions(ds)
@@ -133,7 +134,7 @@ def _ultrasound_spacing(ds: Dataset) -> Numbers | None:
     return found.pop() if len(found) == 1 and min(min(f) for f in found) > 0 else None
 
 
-def rescaling(ds: Dataset, frame: int) -> tuple[float, float, bool]:
+def rescaling(ds: Header, frame: int) -> tuple[float, float, bool]:
     """Slope, intercept of a frame, and whether the header gives them; RT dose has a scaling.
 
     Raises:
@@ -152,13 +153,13 @@ def rescaling(ds: Dataset, frame: int) -> tuple[float, float, bool]:
     return (*pair, slope is not None or intercept is not None)
 
 
-def rescale_type(ds: Dataset, frame: int) -> str:
+def rescale_type(ds: Header, frame: int) -> str:
     """Unit of the modality values (0028,1054); HU where CT has none (C.11.1.1.2)."""
     unit = functional(ds, frame, "PixelValueTransformationSequence", "RescaleType")
     return str(unit or ("HU" if ds.get("Modality") == "CT" else "")).strip().upper()
 
 
-def photometric(ds: Dataset, layout: Layout) -> str:
+def photometric(ds: Header, layout: Layout) -> str:
     """How the values are shown: MONOCHROME2 that a presentation LUT inverts is MONOCHROME1.
 
     MONOCHROME1 is the pair of INVERSE and stays what it is (C.11.6.1.2).
@@ -167,7 +168,7 @@ def photometric(ds: Dataset, layout: Layout) -> str:
     return "MONOCHROME1" if inverse and layout.photometric == "MONOCHROME2" else layout.photometric
 
 
-def mend_palette(ds: Dataset, layout: Layout) -> None:
+def mend_palette(ds: Header, layout: Layout) -> None:
     """The first value mapped has the sign of the pixels (C.7.6.3.1.5), whatever its VR."""
     for colour in ("Red", "Green", "Blue"):
         descriptor = ds.get(f"{colour}PaletteColorLookupTableDescriptor")
@@ -176,7 +177,7 @@ def mend_palette(ds: Dataset, layout: Layout) -> None:
             descriptor[1] = first - 2**16 if layout.signed and first >= 2**15 else first
 
 
-def window(ds: Dataset, frame: int) -> tuple[Window | None, bool]:
+def window(ds: Header, frame: int) -> tuple[Window | None, bool]:
     """First usable pair of Window Center and Width, and whether there was any value at all (P6)."""
     macro = "FrameVOILUTSequence"
     centers = _listed(functional(ds, frame, macro, "WindowCenter"))
@@ -189,7 +190,7 @@ def window(ds: Dataset, frame: int) -> tuple[Window | None, bool]:
     return None, bool(centers or widths)
 
 
-def padding(ds: Dataset, layout: Layout) -> tuple[float | None, float | None]:
+def padding(ds: Header, layout: Layout) -> tuple[float | None, float | None]:
     """Padding value and the other end of its range, of all allocated bits (C.7.5.1.1.2).
 
     VR US under signed pixels, or SS under others, is a common slip: the bits are meant.
@@ -219,7 +220,7 @@ def _listed(value: Any) -> list[float]:
     return found
 
 
-def contrast_key(ds: Dataset, frame: int) -> tuple[str, ...]:
+def contrast_key(ds: Header, frame: int) -> tuple[str, ...]:
     """What makes another image of the same place (S3): echo, b-value, kernel, tube voltage."""
     echo = functional(ds, frame, "MREchoSequence", "EffectiveEchoTime")
     return (
@@ -230,7 +231,7 @@ def contrast_key(ds: Dataset, frame: int) -> tuple[str, ...]:
     )
 
 
-def collision_key(ds: Dataset, frame: int) -> tuple[str, ...]:
+def collision_key(ds: Header, frame: int) -> tuple[str, ...]:
     """What may change within one volume: time, trigger, direction, acquisition, echo number."""
     content = "FrameContentSequence"
     time = functional(ds, frame, content, "TemporalPositionIndex")
@@ -253,14 +254,14 @@ def collision_key(ds: Dataset, frame: int) -> tuple[str, ...]:
     )
 
 
-def times(ds: Dataset, frame: int) -> tuple[str, str]:
+def times(ds: Header, frame: int) -> tuple[str, str]:
     """Of acquisition and of content, sortable as text; empty where the header has none."""
     taken = functional(ds, frame, "FrameContentSequence", "FrameAcquisitionDateTime")
     taken = taken or ds.get("AcquisitionDateTime") or _date_and_time(ds, "Acquisition")
     return str(taken).strip(), _date_and_time(ds, "Content")
 
 
-def _date_and_time(ds: Dataset, what: str) -> str:
+def _date_and_time(ds: Header, what: str) -> str:
     time = str(ds.get(f"{what}Time") or "").replace(":", "").strip()
     return f"{ds.get(f'{what}Date') or ''}{time}" if time else ""
 
@@ -272,7 +273,7 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def split_key(ds: Dataset, frame: int) -> str:
+def split_key(ds: Header, frame: int) -> str:
     """What separates images of one series: kind, unit, frame of reference, stack.
 
     The kind is values 3 to 5 of ImageType, for example LOCALIZER, M or P, and WATER of Dixon.

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from pydicom import config as pydicom_config
 from pydicom.dataelem import RawDataElement
@@ -26,6 +26,7 @@ from pydicom.tag import BaseTag
 
 from medpsp.dicom.codestream import FREE_INFLATED
 from medpsp.dicom.container import open_place
+from medpsp.dicom.header import Header
 from medpsp.errors import DicomError, SourceError
 from medpsp.types import Place
 
@@ -49,8 +50,11 @@ MAX_INFLATED = 1 << 30
 _LONG_VR = (b"OB", b"OW", b"OF", b"OD", b"UN")
 
 
+Header_co = TypeVar("Header_co", bound=Header, covariant=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Parsed:
+class Parsed(Generic[Header_co]):
     """The header of one object.
 
     Attributes:
@@ -64,7 +68,7 @@ class Parsed:
         flags: NO_PREAMBLE, NO_META, TS_MISSING, TS_INVALID, GUESSED_TS, GZIP.
     """
 
-    header: Dataset
+    header: Header_co
     stream: BinaryIO
     syntax: str
     pixel_keyword: str
@@ -96,7 +100,7 @@ def refusing(code: str, what: str) -> Iterator[None]:
         raise DicomError(code, f"{what} ({type(error).__name__})") from None
 
 
-def parse(place: Place) -> Parsed:
+def parse(place: Place) -> Parsed[Dataset]:
     """Read the header of an object.
 
     Raises:
@@ -211,7 +215,7 @@ def _inflate(stream: BinaryIO) -> bytes:
 
 def _with_pixels(
     header: Dataset, stream: BinaryIO, syntax: str, found: list[int], size: int, flags: list[str]
-) -> Parsed:
+) -> Parsed[Dataset]:
     keyword, vr, at, length = "", "", size, 0
     if found and found[0] in PIXEL_TAGS:
         keyword = PIXEL_TAGS[found[0]]

@@ -14,7 +14,7 @@ from medpsp.dicom import frames
 from medpsp.dicom.codestream import Layout
 from medpsp.dicom.decode import layout_of
 from medpsp.dicom.fragments import frame_bytes
-from medpsp.dicom.parse import parse
+from medpsp.dicom.opened import opened
 from medpsp.types import SliceRef
 
 SYNTAXES = {
@@ -50,7 +50,7 @@ def kept_codestream(ref: SliceRef, kind: str) -> Codestream | None:
     """
     if ref.dtype != "int16" or ref.region or ref.channels != 1:
         return None
-    parsed = parse(ref.place)
+    parsed = opened(ref.place)
     layout = layout_of(parsed)
     slope, intercept, _ = frames.rescaling(parsed.header, ref.frame)
     plain = (

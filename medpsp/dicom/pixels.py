@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from medpsp.dicom import frames
 from medpsp.dicom.codestream import Layout
 from medpsp.dicom.decode import Stored
+from medpsp.dicom.header import Header
 from medpsp.dicom.values import luma, padding_mask, rescale, rescaled_dtype, ybr_to_rgb
 from medpsp.errors import DicomError
 from medpsp.types import PixelDtype, ReadPolicy, SliceRef
@@ -30,7 +31,7 @@ FLOAT32_BITS = 24
 
 
 def dtype_of(
-    ds: Dataset, layout: Layout, rescaling: tuple[float, float], policy: ReadPolicy
+    ds: Header, layout: Layout, rescaling: tuple[float, float], policy: ReadPolicy
 ) -> PixelDtype:
     """The dtype of the values of a frame.
 
@@ -55,7 +56,7 @@ def may_round(layout: Layout, dtype: PixelDtype) -> bool:
     return dtype == "float32" and not layout.floating and layout.stored > FLOAT32_BITS
 
 
-def padding_of(ds: Dataset, layout: Layout, stored: Stored) -> NDArray[np.bool_] | None:
+def padding_of(ds: Header, layout: Layout, stored: Stored) -> NDArray[np.bool_] | None:
     """(H, W) where the image is padding, or None for nowhere (P2).
 
     A padding value that BitsStored cannot hold is looked for in all bits of the pixel: cut to
@@ -69,24 +70,26 @@ def padding_of(ds: Dataset, layout: Layout, stored: Stored) -> NDArray[np.bool_]
 
 
 def modality_values(
-    ds: Dataset, stored: NDArray[Any], ref: SliceRef, padding: NDArray[np.bool_] | None
+    ds: Header, stored: NDArray[Any], ref: SliceRef, padding: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
     """(H, W) modality values of ``ref.dtype`` (P3); raises as `rescale` does."""
     if "ModalityLUTSequence" in ds:
-        return np.asarray(apply_modality_lut(stored, ds)).astype(np.float32)
+        # a table is unusual to `flat`, so that pydicom has read it
+        return np.asarray(apply_modality_lut(stored, cast(Dataset, ds))).astype(np.float32)
     slope, intercept, _ = frames.rescaling(ds, ref.frame)
     return rescale(stored, (slope, intercept), ref.dtype, padding)
 
 
-def colour_values(ds: Dataset, layout: Layout, stored: Stored, ref: SliceRef) -> NDArray[Any]:
+def colour_values(ds: Header, layout: Layout, stored: Stored, ref: SliceRef) -> NDArray[Any]:
     """(H, W, 3) uint8 RGB, or its (H, W) int16 brightness (P10)."""
     values = stored.values
     if stored.space == "PALETTE COLOR":
         frames.mend_palette(ds, layout)
-        table = apply_color_lut(values, ds)[..., :3]
+        whole = cast(Dataset, ds)  # a palette is unusual to `flat`
+        table = apply_color_lut(values, whole)[..., :3]
         if table.dtype == np.uint16:
             every = np.arange(2**16, dtype=np.uint16)
-            if table.max() > 255 or apply_color_lut(every, ds).max() > 255:
+            if table.max() > 255 or apply_color_lut(every, whole).max() > 255:
                 table = table >> 8  # else 8-bit entries lie in a table of 16 bits
         values = table.astype(np.uint8)
     elif stored.space == "YBR_FULL":

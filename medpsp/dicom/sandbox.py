@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
+from medpsp.dicom.checked import checked_refs, checked_target
 from medpsp.dicom.labelref import LabelRef
 from medpsp.dicom.names import LabelVolume, NameRule
 from medpsp.dicom.placement import grid_of
@@ -37,8 +37,7 @@ from medpsp.types import Place, ReadPolicy, Series, SliceRef
 _ERRORS: dict[str, type[SourceError]] = {
     kind.__name__: kind for kind in (DicomError, GeometryError, LabelError)
 }
-_REFS = TypeAdapter(list[SliceRef])
-_TARGET = TypeAdapter(LabelRef)
+TASKS = "medpsp.dicom.tasks"
 Answer = tuple[Any, list[NDArray[Any]]]
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -53,9 +52,7 @@ class Sandbox:
         module: Whose ``main(seconds, memory_mib)`` the child runs.
     """
 
-    def __init__(
-        self, seconds: int = 30, memory_mib: int = 1024, module: str = "medpsp.dicom.tasks"
-    ) -> None:
+    def __init__(self, seconds: int = 30, memory_mib: int = 1024, module: str = TASKS) -> None:
         self.seconds, self.memory_mib, self.module = seconds, memory_mib, module
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
@@ -70,10 +67,7 @@ class Sandbox:
     def headers(self, place: Place, file_id: str, policy: ReadPolicy) -> list[SliceRef]:
         """`read.read_headers` in the child; also DEC_CRASH, DEC_TIMEOUT, DEC_OOM."""
         tree, _ = self.call("headers", place=place, policy=asdict(policy))
-        try:
-            refs = _REFS.validate_python(tree)
-        except ValidationError as error:
-            raise DicomError("ELEM_INVALID", f"{error.error_count()} header values") from None
+        refs = checked_refs(tree)
         # names of old archives need not be UTF-8: they never pass through the child's answer
         return [replace(r, path=place.path, member=place.member, file_id=file_id) for r in refs]
 
@@ -90,10 +84,15 @@ class Sandbox:
     def label_target(self, place: Place) -> LabelRef:
         """`labelref.label_target` of a SEG or RTSTRUCT."""
         tree, _ = self.call("label_target", place=place)
+        return checked_target(tree)
+
+    def label_head(self, place: Place) -> tuple[str, str]:
+        """`labelref.label_head` in the child; empty texts where even that cannot be read."""
         try:
-            return _TARGET.validate_python(tree)
-        except ValidationError as error:
-            raise LabelError("LABEL_UNREADABLE", f"{error.error_count()} references") from None
+            (kind, patient), _ = self.call("label_head", place=place)
+        except SourceError:
+            return "", ""
+        return str(kind), str(patient)
 
     def labels(self, series: Series, rule: NameRule, geometry: str, resample: str) -> LabelVolume:
         """(N, H, W) uint8 classes of all mask objects of a series, on its grid."""
@@ -232,10 +231,13 @@ class SandboxPool:
         workers: Number of children.
         seconds: Of `Sandbox`.
         memory_mib: Of `Sandbox`.
+        module: Of `Sandbox`; its tasks hold those of `tasks.TASKS`.
     """
 
-    def __init__(self, workers: int, seconds: int = 30, memory_mib: int = 1024) -> None:
-        self._boxes = [Sandbox(seconds, memory_mib) for _ in range(workers)]
+    def __init__(
+        self, workers: int, seconds: int = 30, memory_mib: int = 1024, module: str = TASKS
+    ) -> None:
+        self._boxes = [Sandbox(seconds, memory_mib, module) for _ in range(workers)]
         self._idle: SimpleQueue[Sandbox] = SimpleQueue()
         for box in self._boxes:
             self._idle.put(box)
@@ -250,9 +252,9 @@ class SandboxPool:
             box.close()
 
     def map(
-        self, function: Callable[[Sandbox, In], Out], items: Iterable[In]
+        self, function: Callable[[Sandbox, In], Out], items: Iterable[In], ahead: int = 64
     ) -> Iterator[tuple[In, Out]]:
-        """(item, function(sandbox, item)) in the order of the items; bounded in flight."""
+        """(item, function(sandbox, item)) in the order of the items; few are in flight."""
 
         def run(item: In) -> tuple[In, Out]:
             box = self._idle.get()
@@ -264,7 +266,7 @@ class SandboxPool:
         running: deque[Future[tuple[In, Out]]] = deque()
         for item in items:
             running.append(self._threads.submit(run, item))
-            if len(running) >= 64 * len(self._boxes):
+            if len(running) >= ahead * len(self._boxes):
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
@@ -291,6 +293,6 @@ def or_error(
 
 
 @lru_cache(maxsize=2)
-def shared_sandbox(seconds: int, memory_mib: int, module: str = "medpsp.dicom.tasks") -> Sandbox:
+def shared_sandbox(seconds: int, memory_mib: int, module: str = TASKS) -> Sandbox:
     """The one sandbox of this process; its child ends with us, when its input closes."""
     return Sandbox(seconds, memory_mib, module)

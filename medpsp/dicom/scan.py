@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.container import Found, walk_objects
@@ -30,6 +30,25 @@ class LabelFile:
     code: str = ""
     detail: str = ""
     patient_id: str = ""
+
+
+class Read(NamedTuple):
+    """What one object is: its frames, or its row, and for a label object that too."""
+
+    file_id: str
+    refs: list[SliceRef]
+    row: ScanRow | None = None
+    label: LabelFile | None = None
+
+
+class Reader(Protocol):
+    """What reads objects: a `Sandbox`, or a process that is the child of one."""
+
+    def headers(self, place: Place, file_id: str, policy: ReadPolicy) -> list[SliceRef]:
+        """`read.read_headers`."""
+
+    def label_head(self, place: Place) -> tuple[str, str]:
+        """`labelref.label_head`; empty texts where even that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,44 +124,43 @@ def find_labels(root: Path, file_id: Callable[[str], str], pool: SandboxPool) ->
     return Scan(series=[], rows=rows, labels=labels, objects=len(rows))
 
 
-def label_head(box: Sandbox, place: Place) -> tuple[str, str]:
-    """`labelref.label_head` in a child; empty texts where even that cannot be read."""
+def read_object(reader: Reader, found: Found, file_id: str, policy: ReadPolicy) -> Read:
+    """What one object is.
+
+    Args:
+        reader: Opens it, unless the walk says why not.
+        found: Of the walk.
+        file_id: Its name in every message.
+        policy: What to keep.
+    """
+    if found.code:
+        return Read(file_id, [], refusal(file_id, found.code, found.detail))
     try:
-        (kind, patient), _ = box.call("label_head", place=place)
-    except SourceError:
-        return "", ""
-    return str(kind), str(patient)
+        return Read(file_id, reader.headers(found.place, file_id, policy))
+    except SourceError as error:
+        return no_image(reader, found.place, file_id, error)
 
 
-class _Read(NamedTuple):
-    file_id: str
-    refs: list[SliceRef]
-    row: ScanRow | None = None
-    label: LabelFile | None = None
+def no_image(reader: Reader, place: Place, file_id: str, error: SourceError) -> Read:
+    """What an object is whose header is not that of an image for us: a label object, perhaps."""
+    code, detail = error.code, error.detail
+    row = refusal(file_id, code, detail)
+    if code == "LABEL_OBJECT":
+        return Read(file_id, [], row, LabelFile(place=place, file_id=file_id, kind=detail))
+    if row.status != "quarantined":
+        return Read(file_id, [], row)
+    kind, patient = reader.label_head(place)
+    if not kind:
+        return Read(file_id, [], row)
+    why = {"code": code, "detail": detail, "patient_id": patient}
+    return Read(file_id, [], row, LabelFile(place=place, file_id=file_id, kind=kind, **why))
 
 
 def _read_all(
     root: Path, policy: ReadPolicy, file_id: Callable[[str], str], pool: SandboxPool
-) -> Iterator[_Read]:
-    """Every object once: its frames, or its row, and for a label object that too."""
-
-    def read(box: Sandbox, found: Found) -> _Read:
-        name, code, detail = file_id(found.name), found.code, found.detail
-        if not code:
-            try:
-                return _Read(name, box.headers(found.place, name, policy))
-            except SourceError as error:
-                code, detail = error.code, error.detail
-        row = refusal(name, code, detail)
-        if code == "LABEL_OBJECT":
-            return _Read(name, [], row, LabelFile(place=found.place, file_id=name, kind=detail))
-        if found.code or row.status != "quarantined":
-            return _Read(name, [], row)
-        kind, patient = label_head(box, found.place)
-        if not kind:
-            return _Read(name, [], row)
-        why = {"code": code, "detail": detail, "patient_id": patient}
-        return _Read(name, [], row, LabelFile(place=found.place, file_id=name, kind=kind, **why))
+) -> Iterator[Read]:
+    def read(box: Sandbox, found: Found) -> Read:
+        return read_object(box, found, file_id(found.name), policy)
 
     for _, item in pool.map(read, walk_objects(root)):
         yield item

@@ -33,7 +33,7 @@ from medpsp.types import Place, ReadPolicy, SliceRef, Window
 
 def headers(place: list[str], policy: dict[str, Any]) -> Answer:
     """`read_headers`; place and file id are put in by the caller."""
-    refs = read_headers(Place(*place), "", _policy(policy))
+    refs = read_headers(Place(*place), "", policy_of(policy))
     return [{**asdict(ref), "path": "", "member": ""} for ref in refs], []
 
 
@@ -154,7 +154,8 @@ def _ref(tree: dict[str, Any]) -> SliceRef:
     return SliceRef(**{**tree, **lists, "window": Window(**window) if window else None})
 
 
-def _policy(tree: dict[str, Any]) -> ReadPolicy:
+def policy_of(tree: dict[str, Any]) -> ReadPolicy:
+    """A policy from its fields."""
     modalities = tree["modalities"]
     return ReadPolicy(**{**tree, "modalities": tuple(modalities) if modalities else modalities})
 

@@ -56,6 +56,9 @@ def rescale(
     """
     slope, intercept = rescaling
     if dtype == "int16":
+        quick = _shifted(stored, int(intercept))
+        if quick is not None:
+            return quick
         wide = stored.astype(np.int64)
         wide += int(intercept)
         values = wide.astype(np.int16)
@@ -73,14 +76,32 @@ def rescale(
     return result
 
 
+def _shifted(stored: NDArray[Any], offset: int) -> NDArray[np.int16] | None:
+    """Whole numbers plus ``offset`` as int16; None where one of them leaves its range."""
+    if stored.dtype.kind not in "iu" or not stored.size:
+        return None
+    if offset or stored.dtype != np.int16:  # else nothing can leave
+        low, high = int(stored.min()) + offset, int(stored.max()) + offset
+        if low < -32768 or high > 32767:
+            return None
+    # sums modulo 2**16 of what is in range at the end are exact, whatever the sign of the bits
+    words = stored.view(np.uint16) if stored.dtype.itemsize == 2 else stored.astype(np.uint16)
+    return np.asarray((words + np.uint16(offset % 2**16)).view(np.int16))
+
+
 def padding_mask(
     stored: NDArray[Any], value: float | None, limit: float | None
 ) -> NDArray[np.bool_] | None:
     """Where stored values are padding (P2): one value, or the inclusive range to the limit."""
     if value is None:
         return None
-    ends = sorted((value, value if limit is None else limit))
-    mask: NDArray[np.bool_] = (stored >= ends[0]) & (stored <= ends[1])
+    ends: list[float] = sorted((value, value if limit is None else limit))
+    if stored.dtype.kind in "iu" and all(float(end).is_integer() for end in ends):
+        ends = [int(end) for end in ends]  # a float would make floats of all pixels
+    same = ends[0] == ends[1]
+    mask: NDArray[np.bool_] = (
+        stored == ends[0] if same else (stored >= ends[0]) & (stored <= ends[1])
+    )
     return mask if mask.any() else None
 
 

@@ -25,7 +25,6 @@ from tests.bench.shards_data import PER_SERIES, _make_native
 from tests.killing import command, family, state
 
 
-
 def archive_of(folder: Path, size: int) -> int:
     """CT series of at least ``size`` bytes; number of files."""
     model = folder / "model"
@@ -54,7 +53,9 @@ def renamed(data: bytes, number: int) -> bytes:
     ds = dcmread(DicomBytesIO(data[:20000]), stop_before_pixels=True, force=True)
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
         uid = str(ds[keyword].value)
-        data = data.replace(uid.encode(), f"{uid[:-6]}{int(uid[-6:]) % 1000:03d}{number:03d}".encode())
+        data = data.replace(
+            uid.encode(), f"{uid[:-6]}{int(uid[-6:]) % 1000:03d}{number:03d}".encode()
+        )
     return data.replace(b"BENCH0000", f"BENCH{number:04d}".encode())
 
 

@@ -42,7 +42,7 @@ def headers(session: Session) -> None:
         "ours scan_header": _scan_header(files, policy),
     }
     whole = "ours, whole scan to the catalogue"
-    with SandboxPool(1) as pool:
+    with SandboxPool(1, module="shards.scanner") as pool:
         works[whole] = _catalogue(linked_all(files, session.scratch / "archive"), pool)
         cells = measure(works, len(files), session.rounds)
     theirs = "pydicom stop_before_pixels"
@@ -85,7 +85,7 @@ def _catalogue(archive: Path, pool: SandboxPool) -> Work:
     data = DataConfig(archive=archive, classes=("background", "a"), workers=1)
 
     def run() -> None:
-        entry("shards.catalog", "Catalog").scan(data, b"k" * 32, pool, lambda: None)
+        entry("shards.catalog", "Catalog").scan(data, b"k" * 32, pool, lambda *_: None)
 
     return run
 

@@ -1,0 +1,45 @@
+"""Files below the folder of the shards that nothing owns."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from shards.commit import COMMITS
+from shards.problem import Problem
+
+_SHARD = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:image|label)/c/(?P<number>\d+)/0/0(?:/0)?")
+_ARRAY = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:(?:image|label)/)?zarr\.json")
+_COMMIT = re.compile(rf"{COMMITS}/(?P<name>[^/]+)\.json")
+
+
+def shard_of_path(path: str) -> str:
+    """Name of the shard that a file or commit belongs to by its path; empty for another."""
+    if found := _SHARD.fullmatch(path):
+        return f"{found['bucket']}-{found['number']}"
+    found = _COMMIT.fullmatch(path)
+    return found["name"] if found else ""
+
+
+def surplus_files(root: Path, shards: set[str], known: set[str]) -> Iterator[Problem]:
+    """Files that are neither of a shard nor known, in alphabetical order within a folder.
+
+    Args:
+        root: Folder of the shards.
+        shards: Names of all there should be.
+        known: Paths of tables and such.
+    """
+    buckets = {name.rpartition("-")[0] for name in shards}
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(folder, name).relative_to(root).as_posix()
+            array = _ARRAY.fullmatch(path)
+            if path in known or path == "zarr.json" or (array and array["bucket"] in buckets):
+                continue
+            if name.startswith(".") and name.endswith(".partial"):
+                yield Problem(kind="partial", path=path, text="a half-written file")
+            elif shard_of_path(path) not in shards:
+                yield Problem(kind="surplus", path=path, text="belongs to no shard")

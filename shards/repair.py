@@ -1,0 +1,98 @@
+"""Damaged shards are made anew from the archive, and nothing else is.
+
+A shard without its commit is one that was never written: what `build` does about those is the
+repair. Tables and manifest it writes every time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from medpsp.config import Config
+from medpsp.errors import ShardError
+from shards.build import build_shards
+from shards.commit import commit_name, read_commit
+from shards.index import Manifest
+from shards.inventory import shard_of_path
+from shards.planfile import Plan
+from shards.problem import BEYOND, Problem
+from shards.settings import write_settings
+from shards.slots import PLAN
+
+log = logging.getLogger("medpsp")
+
+
+def repair_shards(config: Config, problems: Sequence[Problem]) -> Manifest:
+    """Convert the damaged shards again, and write the tables anew.
+
+    Args:
+        config: That the shards were made with.
+        problems: That `check_shards` found.
+
+    Raises:
+        ShardError: The archive is not there or not what the shards were made from: then nothing
+            is deleted but half-written files and a damaged plan; or a source of a damaged shard is
+            gone.
+        ArchiveError, ConfigError: As `build_shards`.
+    """
+    root = config.shards
+    damaged = damaged_shards(problems)
+    if not config.data.archive.is_dir():
+        raise ShardError(
+            "data.archive: no such folder; repair converts the sources of a shard again, so mount "
+            "it where the configuration says"
+        )
+    for problem in problems:
+        if problem.kind == "partial" or problem.path == PLAN:
+            (root / problem.path).unlink(missing_ok=True)  # a plan that lies would move slices
+    (root / "zarr.json").touch()  # where it is missing, build takes the folder for another's
+    manifest = build_shards(config, lambda plan: _forget(config, plan, damaged))
+    log.info(
+        "repair: %d shards converted again%s; tables, plan and manifest written anew",
+        len(damaged),
+        f" ({', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''})" if damaged else "",
+    )
+    return manifest
+
+
+def damaged_shards(problems: Sequence[Problem]) -> list[str]:
+    """Names of the shards that must be converted again, in alphabetical order.
+
+    A row of the index that disagrees with a commit is a fault of the index.
+    """
+    return sorted(
+        {
+            problem.shard
+            for problem in problems
+            if problem.kind not in BEYOND and shard_of_path(problem.path)
+        }
+    )
+
+
+def _forget(config: Config, plan: Plan, damaged: Sequence[str]) -> None:
+    """Delete the commits of damaged shards, if the archive still gives what is in all shards."""
+    root, text = config.shards, write_settings(config.data).text
+    planned = {entry.name: entry.digest(text) for entry in plan.shards}
+    for name in [*damaged, *sorted(_committed(root) - set(damaged))]:
+        commit = read_commit(root, name)
+        if name in planned and (commit is None or commit.digest == planned[name]):
+            continue
+        if name in damaged:
+            raise ShardError(
+                f"shard {name}: is damaged, and its sources in data.archive are gone or not what "
+                "they were; bring them back, or run `medpsp shards` to take the change over"
+            )
+        raise ShardError(
+            f"shard {name}: data.archive or the configuration is not what it was made from, and "
+            "repair would change it; bring the sources back as they were, or run `medpsp shards` "
+            "to take the change over"
+        )
+    for name in damaged:
+        (root / commit_name(name)).unlink(missing_ok=True)
+
+
+def _committed(root: Path) -> set[str]:
+    folder = (root / commit_name("x")).parent
+    return {path.stem for path in folder.glob("*.json")} if folder.is_dir() else set()
