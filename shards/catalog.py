@@ -16,7 +16,6 @@ from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,11 +24,11 @@ from medpsp import __version__
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.dicom.scan import LabelFile
-from medpsp.dicom.walk import Stamp, walk_files
+from medpsp.dicom.walk import walk_files
 from medpsp.errors import ArchiveError
 from medpsp.types import ReadPolicy, ScanRow, SliceRef
-from shards.headers import COLUMNS, FILE, FRAME, LABEL, REFUSED, RowReader, file_id
-from shards.partition import KINDS, STAMP, Part, read_part
+from shards.headers import COLUMNS, FRAME, LABEL, REFUSED, STAMP, RowReader, file_id
+from shards.partition import KINDS, Part, lists, read_part
 from shards.partstore import FolderStore, NamelessStore, PartStore
 from shards.rescan import Advance, BatchReader, Rescan
 
@@ -114,25 +113,15 @@ class Catalog:
 
     def refs_of(self, batch: pa.RecordBatch) -> Iterator[SliceRef]:
         """The frames that a batch of `FRAME` holds."""
-        return self._reader.refs(_lists(batch))
+        return self._reader.refs(lists(batch))
 
     def rows_of(self, batch: pa.RecordBatch) -> Iterator[ScanRow]:
         """The refused objects that a batch of `REFUSED` holds."""
-        return self._reader.rows(_lists(batch))
+        return self._reader.rows(lists(batch))
 
     def labels_of(self, batch: pa.RecordBatch) -> Iterator[LabelFile]:
         """The label objects that a batch of `LABEL` holds; each has a refused row too."""
-        return self._reader.labels(_lists(batch))
-
-    def stamps_of(self, batch: pa.RecordBatch) -> Iterator[tuple[str, Stamp]]:
-        """Path and stamp of the file of each row."""
-        columns = _lists(batch.select([FILE, *STAMP]))
-        paths = map(self._reader.path, columns.pop(FILE))
-        return zip(paths, map(Stamp, *columns.values()), strict=True)
-
-
-def _lists(batch: pa.RecordBatch) -> dict[str, list[Any]]:
-    return {name: batch[name].to_pylist() for name in batch.schema.names}
+        return self._reader.labels(lists(batch))
 
 
 def _identity(archive: Path, policy: ReadPolicy) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shards.headers import FILE
-from shards.spool import Span, Spool, packed, unpacked
+from shards.spool import Span, Spool, packed
 
 Hashes = NDArray[np.int64]
 Numbers = NDArray[np.int64]
@@ -200,10 +200,9 @@ class PartSpool:
             span = self._spool.append(packed(ordered.slice(start, stop - start)))
             self._spans.setdefault(part, []).append(span)
 
-    def batches(self, part: int) -> Iterator[pa.RecordBatch]:
-        """The rows of a part, in their order."""
-        for span in self._spans.get(part, []):
-            yield unpacked(self._spool.read(span))
+    def packed(self, part: int) -> list[bytes]:
+        """The rows of a part, in their order, as batches of `spool.packed`."""
+        return [self._spool.read(span) for span in self._spans.get(part, [])]
 
     def close(self) -> None:
         """Forget them."""

@@ -18,20 +18,20 @@ from medpsp.dataconfig import DataConfig
 from medpsp.dicom.sandbox import SandboxPool, shared_sandbox
 from medpsp.dicom.scan import LabelFile, find_labels
 from medpsp.dicom.voc import scan_voc
-from medpsp.dicom.walk import Stamp
 from medpsp.errors import ArchiveError, ConfigError
 from medpsp.progress import Bar
-from medpsp.types import Place, ScanRow, SliceRef
+from medpsp.types import Place, ScanRow
 from shards.catalog import SCANNER, Catalog
 from shards.components import PartSpool, cut_catalog
 from shards.headers import FRAME, KEYS, LABEL, REFUSED, file_id
 from shards.masks import Aims
-from shards.parts import planned_series, series_of_part
+from shards.parts import planned_series
 from shards.planfile import Gathered, new_files, plan_folder
-from shards.seriesfile import SPLITS, SeriesFile
+from shards.planner import Planner, Task, planned_parts
+from shards.seriesfile import SPLITS, SeriesFile, entry_of
 
 log = logging.getLogger("medpsp")
-PART_ROWS = 200_000
+PART_ROWS = 50_000
 LABELS = "labels//"
 """Before the names of the objects in a labels folder outside the archive: no path holds "//"."""
 
@@ -86,17 +86,17 @@ def gather_dicom(
     spool, of_link, count = _cut(catalog, aims, part_rows)
     for batch in catalog.batches(REFUSED):
         rows.extend(row for row in catalog.rows_of(batch) if row.file_id not in used)
-    for part in range(count):
-        refs: list[SliceRef] = []
-        stamps: dict[str, Stamp] = {}
-        for batch in spool.batches(part):
-            refs += catalog.refs_of(batch)
-            stamps.update(catalog.stamps_of(batch))
-        mine = list(aims.some(np.flatnonzero(of_link == part).tolist()))
-        series, refused = series_of_part(refs, mine, aims.robbed, data, pool.same_pixels)
-        rows.extend(refused)
-        for item in series:
-            planned.add(planned_series(item, data, key, stamps))
+    tasks = (
+        Task(spool.packed(part), list(aims.some(np.flatnonzero(of_link == part).tolist())))
+        for part in range(count)
+    )
+    with Bar("plan", count, "parts") as bar:
+        planner = Planner(data, key, aims.robbed)
+        for made in planned_parts(planner, tasks, min(data.workers, count) or 1):
+            rows.extend(made.rows)
+            for entry in made.series:
+                planned.add(entry)
+            bar.advance()
     spool.close()
     planned.finish()
     return Gathered(planned=planned, rows=rows, objects=objects)
@@ -144,7 +144,7 @@ def _gather_voc(data: DataConfig, key: bytes) -> tuple[Gathered, bool]:
         read=lambda path: box.image(Place(str(path))),
     )
     for item in series:
-        planned.add(planned_series(item, data, key, {}))
+        planned.add(entry_of(planned_series(item, data, key, {})))
     planned.finish()
     rows.extend(refused)
     objects = sum(len(item.slices) for item in series) + len(refused)

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.container import MEMBER_MARK
 from medpsp.dicom.scan import LabelFile, Read
+from medpsp.dicom.walk import Stamp
 from medpsp.identity import pseudonym
 from medpsp.types import Place, ScanRow, SliceRef, Window
 
 FRAME, REFUSED, LABEL = "frame", "refused", "label"
-FILE = "file"
+FILE, STAMP = "file", ("size", "mtime_ns", "ctime_ns")
 UIDS = ("patient_id", "series_uid", "sop_uid", "study_uid", "frame_of_reference")
 KEYS = (*UIDS, FILE, "member")
 """Columns that say which frames can have to do with each other; see `components`."""
@@ -166,6 +167,11 @@ class RowReader:
                 times=tuple(times),
                 **_common(common),
             )
+
+    def stamps(self, columns: dict[str, list[Any]]) -> Iterator[tuple[str, Stamp]]:
+        """Path and stamp of the file of each row."""
+        paths = map(self.path, columns[FILE])
+        return zip(paths, map(Stamp, *(columns[name] for name in STAMP)), strict=True)
 
     def rows(self, columns: dict[str, list[Any]]) -> Iterator[ScanRow]:
         """Refused objects, from columns that hold nothing else."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from medpsp.dicom.walk import NO_STAMP, Entry, Stamp, order_key
 from medpsp.errors import ShardError
 from shards.commit import PASSING
-from shards.headers import FILE, FRAME, LABEL, REFUSED, TEXTS, Packed
+from shards.headers import FILE, FRAME, LABEL, REFUSED, STAMP, TEXTS, Packed
 
-STAMP = ("size", "mtime_ns", "ctime_ns")
 _TYPES = {name: pa.binary() if name == "member" else pa.string() for name in TEXTS}
 SCHEMA = pa.schema(
     [
@@ -200,3 +199,8 @@ def sha256(data: pa.Buffer | bytes) -> str:
 
 def _sum(found: pa.ChunkedArray) -> int:
     return int(pc.sum(found).as_py() or 0)
+
+
+def lists(batch: pa.RecordBatch) -> dict[str, list[Any]]:
+    """The columns of a batch as `headers.RowReader` takes them."""
+    return {name: batch[name].to_pylist() for name in batch.schema.names}

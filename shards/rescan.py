@@ -18,10 +18,9 @@ from medpsp.dicom.scan import read_object
 from medpsp.dicom.walk import Entry
 from medpsp.errors import ShardError, SourceError
 from medpsp.types import Place, ReadPolicy
-from shards.headers import FILE, TEXTS, Packed, RowBuffer
+from shards.headers import FILE, STAMP, TEXTS, Packed, RowBuffer
 from shards.merge import Piece, merged
 from shards.partition import (
-    STAMP,
     Files,
     Part,
     count_rows,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.types import Split
+from medpsp.types import Place, Split
 from shards.layout import PlannedSeries, bucket_of
 from shards.record import read_record, record_text
 from shards.spool import Span, Spool
@@ -37,6 +38,41 @@ Heads = NDArray[Any]
 """(S,) of `HEAD`."""
 
 _AT_ONCE = 16384
+
+
+class Entry(NamedTuple):
+    """A planned series on its way into a file: its record, and values of its head."""
+
+    text: bytes
+    bucket: str
+    head: tuple[float, ...]
+    tail: tuple[int, bool]
+
+
+def entry_of(item: PlannedSeries) -> Entry:
+    """What `SeriesFile.add` needs of a series."""
+    series = item.series
+    whole = series.mask_kind == "nifti"  # the others know which of them cover several
+    return Entry(
+        record_text(item),
+        bucket_of(series),
+        (
+            len(series.slices),
+            int(item.patient, 16),
+            int(item.name, 16),
+            series.z_mm[0] if series.z_mm else 0.0,
+            int(series.first.file_id, 16),
+            int(item.stamp, 16),
+            _masks_number(series.masks) if series.masks and whole else 0,
+        ),
+        (SPLITS.index(item.split), series.mask_partial),
+    )
+
+
+def _masks_number(masks: tuple[Place, ...]) -> int:
+    """Not 0; equal ones of unequal masks would only loosen a check."""
+    text = repr([tuple(place) for place in masks]).encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") or 1
 
 
 class SeriesFile:
@@ -68,27 +104,11 @@ class SeriesFile:
         found.heads, found.buckets = heads, buckets
         return found
 
-    def add(self, item: PlannedSeries) -> None:
+    def add(self, entry: Entry) -> None:
         """Write a series down."""
-        series, span = item.series, self._spool.append(record_text(item))
-        whole = series.mask_kind == "nifti"  # the others know which of them cover several
-        self._waiting.append(
-            (
-                self._numbers.setdefault(bucket_of(series), len(self._numbers)),
-                len(series.slices),
-                int(item.patient, 16),
-                int(item.name, 16),
-                series.z_mm[0] if series.z_mm else 0.0,
-                int(series.first.file_id, 16),
-                int(item.stamp, 16),
-                # equal hashes of unequal masks would only loosen a check
-                (hash(series.masks) % 2**64 or 1) if series.masks and whole else 0,
-                -1,
-                *span,
-                SPLITS.index(item.split),
-                series.mask_partial,
-            )
-        )
+        span = self._spool.append(entry.text)
+        number = self._numbers.setdefault(entry.bucket, len(self._numbers))
+        self._waiting.append((number, *entry.head, -1, *span, *entry.tail))
         if len(self._waiting) >= _AT_ONCE:
             self._flush()
 

@@ -137,22 +137,19 @@ class Harm:
             self.repeated += commits.get(name) != mark
         self._known = commits
 
+    def _begun(self, process: psutil.Popen, commits: int) -> bool:
+        """Whether tasks are at work and so many shards committed, or all is over."""
+        found = len(state(self.config.shards, "commits/*.json"))
+        return process.poll() is not None or (found >= commits and bool(workers(process.pid)))
+
     def run(self, kills: int) -> None:
         """One conversion, killed ``kills`` times, the last time for good."""
         root = self.config.shards
         with command(self.config) as process:
             for number in range(kills):
                 last = number == kills - 1
-                before = len(state(root, "commits/*.json"))
-                more = self.rng.choice((0, 0, 1))
-                begun = lambda: (  # noqa: E731
-                    process.poll() is not None
-                    or (
-                        bool(workers(process.pid))
-                        and len(state(root, "commits/*.json")) >= before + more
-                    )
-                )
-                wait_for(begun, "a shard task")
+                enough = len(state(root, "commits/*.json")) + self.rng.choice((0, 0, 1))
+                wait_for(lambda n=enough: self._begun(process, n), "a shard task")
                 time.sleep(self.rng.uniform(0, 0.25))  # anywhere in its work
                 if process.poll() is not None:
                     return

@@ -1,8 +1,8 @@
 """A conversion of real data under SIGKILLs of its driver and of what works for it.
 
-Until there were 50 kills, conversions of a scan are killed and run again; when one has ended, the
-next begins in a new folder. Every folder must hold, byte for byte, what an undisturbed run wrote, and
-no shard that was committed may have been written again.
+Until there were 50 kills, a conversion is killed and run again; when it has ended, the next begins
+in a new folder. Every folder must hold, byte for byte, what an undisturbed run wrote, and no shard
+that was committed may have been written again.
 
     MEDPSP_DATA=... python tests/bench/shards_kills.py [--kills 50] [--seed 0]
 """

@@ -1,7 +1,8 @@
 """Memory of a conversion of an archive that is 20 times larger than its budget.
 
-Counted is the proportional set size (PSS: shared pages are shared out) of every process that the command
-started, sampled every 50 ms: what works on shards (`data.memory_mib` bounds it), and all else.
+Counted is the proportional set size (PSS: shared pages are shared out) of every process that the
+command started, sampled every 50 ms: what works on shards (`data.memory_mib` bounds it), and all
+else.
 
     python tests/bench/shards_memory.py [--budget 512] [--times 20] [--dir FOLDER]
 """
