@@ -18,6 +18,7 @@ from medpsp.dataconfig import DataConfig
 from medpsp.errors import ConfigError, ShardError
 from medpsp.identity import load_key
 from medpsp.progress import Bar
+from shards.bucket import clear_stale, create_bucket
 from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
@@ -25,7 +26,7 @@ from shards.partstore import locked
 from shards.planfile import Plan, ShardEntry, make_plan, open_plan, write_plan
 from shards.publish import publish, write_crosswalk
 from shards.settings import WriteSettings, write_settings
-from shards.write import clear_stale, create_bucket, write_shard
+from shards.write import write_shard
 
 log = logging.getLogger("medpsp")
 WORKER_MIB = 448

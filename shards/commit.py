@@ -5,6 +5,7 @@ It is written after the files of the shard are durable, so where it is, they are
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Commit:
         name: Of the shard.
         digest: `ShardPlan.digest` of what it was made from.
         files: Path relative to the root -> SHA-256 and size in bytes.
-        rows: `SliceRow` as dictionaries; the window is None where it is that of the series.
+        columns: `SliceRow` by column; the window is None where it is that of the series.
         refused: `ScanRow` as dictionaries.
         values: Series -> how often each modality value occurs in its slices of this shard, for
             those whose window depends on it.
@@ -38,9 +39,20 @@ class Commit:
     name: str
     digest: str
     files: dict[str, tuple[str, int]]
-    rows: list[dict[str, Any]]
+    columns: dict[str, list[Any]]
     refused: list[dict[str, Any]]
     values: dict[str, Counts]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The slices, made anew from the columns."""
+        values = zip(*self.columns.values(), strict=True)
+        return [dict(zip(self.columns, row, strict=True)) for row in values]
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """`Commit.columns` of rows."""
+    return {name: [row[name] for row in rows] for name in _COLUMNS}
 
 
 def commit_name(shard: str) -> str:
@@ -50,15 +62,7 @@ def commit_name(shard: str) -> str:
 
 def write_commit(root: Path, commit: Commit) -> None:
     """Put it in place, durably."""
-    tree: dict[str, Any] = {
-        "name": commit.name,
-        "digest": commit.digest,
-        "files": commit.files,
-        "columns": _COLUMNS,  # names once: a row is a third as long
-        "rows": [[row[name] for name in _COLUMNS] for row in commit.rows],
-        "refused": commit.refused,
-        "values": commit.values,
-    }
+    tree = {field.name: getattr(commit, field.name) for field in fields(Commit)}
     write_bytes_durably(root / commit_name(commit.name), sealed_bytes(tree))
 
 
@@ -66,11 +70,11 @@ def read_commit(root: Path, name: str) -> Commit | None:
     """The commit of a shard; None without one, or where a byte of it is not what was written."""
     try:
         tree = read_sealed(root / commit_name(name))
-        columns = tree.pop("columns")
-        rows = [dict(zip(columns, row, strict=True)) for row in tree.pop("rows")]
         files = {path: (sha, size) for path, (sha, size) in tree.pop("files").items()}
-        return Commit(rows=rows, files=files, **tree)
-    except (FileNotFoundError, ShardError, KeyError, TypeError, ValueError):
+        found = Commit(files=files, **tree)
+        same = list(found.columns) == _COLUMNS and len({*map(len, found.columns.values())}) == 1
+        return found if same else None
+    except (FileNotFoundError, ShardError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 

@@ -15,6 +15,8 @@ from medpsp.errors import ArchiveError, ShardError
 from medpsp.identity import fingerprint
 from medpsp.intensity import ValueCounts, series_window
 from medpsp.progress import Bar
+from medpsp.types import Window
+from shards.bucket import metadata_files
 from shards.commit import Commit, read_commit
 from shards.gather import LABELS
 from shards.headers import file_id
@@ -32,10 +34,10 @@ from shards.objects import Fates
 from shards.planfile import Plan, ShardEntry
 from shards.slots import PLAN
 from shards.tables import INDEX_SCHEMA, OBJECTS_SCHEMA, SHARDS_SCHEMA, TableWriter
-from shards.write import metadata_files
 
 log = logging.getLogger("medpsp")
-Row = dict[str, Any]
+Slices = dict[str, list[Any]]
+"""`SliceRow` by column."""
 
 
 def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
@@ -60,10 +62,10 @@ def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
         TableWriter(root / SHARDS, SHARDS_SCHEMA) as files,
     ):
         commits = _commits(root, plan, files, fates)
-        for rows in _with_windows(commits, data):
-            index.add_rows(rows)
-            fates.keep([row["file_id"] for row in rows])
-            seen.add(rows)
+        for columns in _with_windows(commits, data):
+            index.add(columns)
+            fates.keep(columns["file_id"])
+            seen.add(columns)
         if empty := {"train", "val"} - seen.splits:
             found = ", ".join(f"{n} {code}" for code, n in sorted(fates.codes().items()))
             raise ArchiveError(
@@ -109,10 +111,10 @@ class _Seen:
         self.splits: set[str] = set()
         self.pairs: set[tuple[str, str]] = set()
 
-    def add(self, rows: list[Row]) -> None:
-        self.splits.update(row["split"] for row in rows)
+    def add(self, columns: Slices) -> None:
+        self.splits.update(columns["split"])
         if self._patients:
-            self.pairs.update((row["patient"], row["split"]) for row in rows)
+            self.pairs.update(zip(columns["patient"], columns["split"], strict=True))
 
 
 def _commits(
@@ -131,7 +133,7 @@ def _commits(
             files.add_rows(
                 {
                     "name": commit.name,
-                    "slices": len(commit.rows),
+                    "slices": len(commit.columns["slot"]),
                     "path": path,
                     "sha256": sha,
                     "bytes": size,
@@ -144,37 +146,37 @@ def _commits(
 
 def _with_windows(
     commits: Iterator[tuple[ShardEntry, Commit]], data: DataConfig
-) -> Iterator[list[Row]]:
-    """Rows in the order of the shards, with the windows that only whole series tell.
+) -> Iterator[Slices]:
+    """Slices in the order of the shards, with the windows that only whole series tell.
 
-    A series goes on in the next shards of its bucket: its rows wait until the last of these.
+    A series goes on in the next shards of its bucket: its slices wait until the last of these.
     """
-    waiting: list[Row] = []
+    waiting: list[Slices] = []
     values: dict[str, ValueCounts] = {}
     for entry, commit in commits:
-        waiting += commit.rows
+        waiting.append(commit.columns)
         for name, pairs in commit.values.items():
             values.setdefault(name, ValueCounts()).add_counts(pairs)
         if not entry.goes_on:
-            yield _windowed(waiting, values, data)
+            for columns in waiting:
+                _fill_windows(columns, values, data)
+                yield columns
             waiting, values = [], {}
     if waiting:
         raise ShardError("plan: its last series is not whole; plan again")
 
 
-def _windowed(rows: list[Row], values: dict[str, ValueCounts], data: DataConfig) -> list[Row]:
-    windows = {
-        name: series_window(modality, data.fixed_window, values.get(name, ValueCounts()))
-        for name, modality in {
-            (row["series"], row["modality"]) for row in rows if row["window_center"] is None
-        }
-    }
-    for row in rows:
-        if row["window_center"] is None:
-            window = windows[row["series"]]
-            row["window_center"], row["window_width"] = window.center, window.width
-            row["window_function"] = window.function
-    return rows
+def _fill_windows(columns: Slices, values: dict[str, ValueCounts], data: DataConfig) -> None:
+    windows: dict[str, Window] = {}
+    for number, center in enumerate(columns["window_center"]):
+        if center is not None:
+            continue
+        name, modality = columns["series"][number], columns["modality"][number]
+        if name not in windows:
+            counts = values.get(name, ValueCounts())
+            windows[name] = series_window(modality, data.fixed_window, counts)
+        for field in ("center", "width", "function"):
+            columns[f"window_{field}"][number] = getattr(windows[name], field)
 
 
 def _deid(data: DataConfig, key: bytes) -> dict[str, Any]:

@@ -7,53 +7,25 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
-
-import zarr
-from zarr.abc.codec import ArrayBytesCodec
-from zarr.codecs import BloscCodec, BloscShuffle, BytesCodec, Crc32cCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
+from typing import Any
 
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.sandbox import shared_sandbox
 from medpsp.errors import SourceError
 from medpsp.intensity import ValueCounts, needs_series_values, series_window
-from medpsp.types import IGNORE, ScanRow, Series, Window
-from shards.codec import LABEL, Codec, image_codec
-from shards.commit import COMMITS, Commit, commit_name, write_commit
+from medpsp.types import ScanRow, Series, Window
+from shards.bucket import shard_files
+from shards.commit import Commit, columns_of, write_commit
 from shards.encode import Encoded
-from shards.index import write_bytes_durably
-from shards.layout import Part, ShardPlan
+from shards.layout import Part, PlannedSeries, ShardPlan
 from shards.record import record_text
 from shards.settings import WriteSettings
 from shards.shardfile import ShardWriter
-from shards.zarrcodec import FrameCodec
 
-BUCKET = re.compile(r"(\d+)x(\d+)_(int16|float32|uint8)")
 CHILD = "shards.encode"
-
-
-class Named(Protocol):
-    """A shard of a plan, as far as its files go."""
-
-    @property
-    def bucket(self) -> str:
-        """Name of its bucket."""
-
-    @property
-    def number(self) -> int:
-        """Within the bucket."""
-
-    @property
-    def name(self) -> str:
-        """Of the shard."""
 
 
 def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
@@ -73,8 +45,8 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
                 slot = part.slot + item.number - part.start
                 for writer, size in zip(writers, item.sizes, strict=True):
                     writer.adopt(slot - plan.first, size)
-                rows.append(_row(plan.bucket, part, item, flags, settings))
-                if _by_values(part, item.number, settings):
+                rows.append(slice_row((plan.bucket, slot), part.planned, item, flags, settings))
+                if _by_values(part.planned, item.number, settings):
                     name = part.planned.name
                     values.setdefault(name, ValueCounts()).add_counts(item.values)
         files = {path: writer.commit() for path, writer in zip(paths, writers, strict=True)}
@@ -85,7 +57,7 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
         name=plan.name,
         digest=plan.digest(settings.text),
         files=files,
-        rows=rows,
+        columns=columns_of(rows),
         refused=[asdict(row) for row in refused],
         values={name: counts.pairs for name, counts in values.items()},
     )
@@ -141,29 +113,41 @@ def _refused(series: Series, number: int, code: str, detail: str) -> ScanRow:
     return refusal(ref.file_id, code, detail, ref.frame)
 
 
-def _by_values(part: Part, number: int, settings: WriteSettings) -> bool:
+def _by_values(planned: PlannedSeries, number: int, settings: WriteSettings) -> bool:
     """Whether the window of a slice comes from the values of its whole series."""
-    ref = part.planned.series.slices[number]
+    ref = planned.series.slices[number]
     own = settings.header_window and ref.window
     return not own and needs_series_values(ref.modality, settings.window, ref.channels)
 
 
-def _row(
-    bucket: str, part: Part, item: Encoded, flags: tuple[str, ...], settings: WriteSettings
+def slice_row(
+    where: tuple[str, int],
+    planned: PlannedSeries,
+    item: Encoded,
+    flags: tuple[str, ...],
+    settings: WriteSettings,
 ) -> dict[str, Any]:
-    """A `SliceRow`; its window is None where only the whole series tells it."""
-    planned, series = part.planned, part.planned.series
+    """A `SliceRow`; its window is None where only the whole series tells it.
+
+    Args:
+        where: Bucket and slot.
+        planned: Its series.
+        item: What its child says.
+        flags: Of its labels.
+        settings: Of the conversion.
+    """
+    series = planned.series
     number, ref = item.number, series.slices[item.number]
     nan = float("nan")
     affine = tuple(v for row in series.affine or () for v in row)
     known = affine and "SINGLE_SLICE" not in series.flags
     step = math.hypot(*affine[2:12:4]) if known else nan
     window: Window | None = ref.window if settings.header_window else None
-    if window is None and not _by_values(part, number, settings):
+    if window is None and not _by_values(planned, number, settings):
         window = series_window(ref.modality, settings.window, ValueCounts(), ref.channels)
     return {
-        "bucket": bucket,
-        "slot": part.slot + number - part.start,
+        "bucket": where[0],
+        "slot": where[1],
         "patient": planned.patient,
         "series": planned.name,
         "slice_index": series.grid_index[number],
@@ -193,98 +177,3 @@ def _row(
         "crc32c": item.crc32c,
         "dhash": item.dhash,
     }
-
-
-def create_bucket(root: Path, bucket: str, slots: int, settings: WriteSettings) -> None:
-    """Write the zarr.json files of a bucket of ``slots`` slots; shards that lie there stay."""
-    store = MemoryStore()  # on disk, zarr empties the folder of an array before it makes one
-    zarr.open_group(store, mode="a")
-    zarr.open_group(store, path=bucket, mode="a")
-    rows, columns, dtype = _parts(bucket)
-    shape = (rows, columns, 3) if dtype == "uint8" else (rows, columns)  # uint8 is RGB
-    sizes = (slots, settings.shard_slices)
-    _create(store, f"{bucket}/image", (dtype, image_codec(settings.profile, dtype)), shape, sizes)
-    _create(store, f"{bucket}/label", ("uint8", LABEL), (rows, columns), sizes)
-    for key in metadata_files(bucket):
-        buffer = sync(store.get(key, default_buffer_prototype()))
-        if buffer is None:
-            raise OSError(f"zarr wrote no {key}")
-        write_bytes_durably(root / key, buffer.to_bytes())
-
-
-def _create(
-    store: MemoryStore,
-    path: str,
-    kind: tuple[str, Codec],
-    frame: tuple[int, ...],
-    sizes: tuple[int, int],
-) -> None:
-    (slots, shard_slices), (dtype, codec) = sizes, kind
-    blosc = BloscCodec(
-        cname=codec.cname,  # type: ignore[arg-type]
-        clevel=codec.level,
-        typesize=codec.typesize,
-        shuffle=BloscShuffle[codec.shuffle],
-    )
-    plain = codec.kind == "blosc"
-    serializer: ArrayBytesCodec = BytesCodec() if plain else FrameCodec(codec.kind)
-    zarr.create_array(
-        store,
-        name=path,
-        shape=(slots, *frame),
-        dtype=dtype,
-        chunks=(1, *frame),
-        shards=(shard_slices, *frame),
-        serializer=serializer,
-        compressors=[blosc, Crc32cCodec()] if plain else [Crc32cCodec()],
-        fill_value=IGNORE if path.endswith("label") else 0,
-        zarr_format=3,
-        dimension_names=("slice", "row", "column", "channel")[: 1 + len(frame)],
-    )
-
-
-def metadata_files(bucket: str) -> tuple[str, ...]:
-    """Paths of the zarr.json files that a reader of one bucket needs."""
-    folders = ("", f"{bucket}/", f"{bucket}/image/", f"{bucket}/label/")
-    return tuple(f"{folder}zarr.json" for folder in folders)
-
-
-def shard_files(bucket: str, number: int) -> tuple[str, str]:
-    """Paths of a shard's image and label, relative to the root: one number for each axis."""
-    axes = 3 if _parts(bucket)[2] == "uint8" else 2
-    return f"{bucket}/image/c/{number}" + "/0" * axes, f"{bucket}/label/c/{number}/0/0"
-
-
-def _parts(bucket: str) -> tuple[int, int, str]:
-    found = BUCKET.fullmatch(bucket)
-    if found is None:
-        raise ValueError(f"bucket {bucket}: expected <rows>x<columns>_<dtype>")
-    return int(found[1]), int(found[2]), found[3]
-
-
-def clear_stale(root: Path, plans: Iterable[Named]) -> None:
-    """Delete what earlier runs left: shards of no plan, their commits, half-written files.
-
-    A patient taken out of the archive is gone from the shards after the next run.
-    """
-    keep: dict[str, set[str]] = {}
-    commits: set[str] = set()
-    for plan in plans:
-        keep.setdefault(plan.bucket, set()).update(shard_files(plan.bucket, plan.number))
-        commits.add(commit_name(plan.name))
-    for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
-        if folder.name not in keep:
-            shutil.rmtree(folder)
-            continue
-        for name in ("image", "label"):
-            _clear(root, folder / name, "c/*/0/**/*", keep[folder.name])
-            _clear(root, folder / name, "**/.*.partial", set())
-    _clear(root, root / COMMITS, "*", commits)
-    for place in (root, root / COMMITS):
-        _clear(root, place, ".*.partial", set())
-
-
-def _clear(root: Path, folder: Path, pattern: str, keep: set[str]) -> None:
-    for path in list(folder.glob(pattern)):
-        if path.relative_to(root).as_posix() not in keep and path.is_file():
-            path.unlink()

@@ -485,7 +485,7 @@ def test_what_is_not_ours_is_never_deleted(
 def test_a_failure_that_may_pass_is_tried_again(copied: Config):
     commit = read_commit(copied.shards, f"{BUCKET}-2")
     assert commit is not None
-    row = commit.rows.pop()
+    row = {name: values.pop() for name, values in commit.columns.items()}
     lost = {"file_id": row["file_id"], "status": "quarantined", "code": "DEC_OOM", "detail": ""}
     commit.refused.append({**lost, "frame": 0})
     write_commit(copied.shards, commit)

@@ -17,12 +17,12 @@ from numcodecs import blosc
 
 from medpsp.dicom.names import NameRule
 from medpsp.errors import ShardError
+from shards.bucket import create_bucket, shard_files
 from shards.codec import LABEL, Codec, codec_of, frame_chunk, image_codec, with_crc
 from shards.dhash import difference_hash
 from shards.sealed import read_sealed, sealed_bytes
 from shards.settings import WriteSettings
 from shards.shardfile import ABSENT, ShardWriter, read_shard_index
-from shards.write import create_bucket, shard_files
 
 PROFILES = ("default", "fast", "dense", "jpegls", "htj2k")
 DTYPES = ("int16", "float32", "uint8")

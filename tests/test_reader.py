@@ -18,10 +18,10 @@ import pytest
 import zarr
 
 from medpsp.errors import ShardError
+from shards.bucket import create_bucket, shard_files
 from shards.codec import LABEL, image_codec
 from shards.reader import ShardReader
 from shards.shardfile import OpenShards, ShardWriter
-from shards.write import create_bucket, shard_files
 from tests.test_codec import DTYPES, PROFILES, profile_settings
 
 SLOTS = 3

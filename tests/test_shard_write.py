@@ -21,13 +21,14 @@ from medpsp.dicom.names import NameRule
 from medpsp.errors import ShardError
 from medpsp.identity import pseudonym, split_of, unit_hash
 from medpsp.types import Series, SliceRef
+from shards.bucket import clear_stale, create_bucket
 from shards.commit import committed, read_commit
 from shards.index import SliceRow, read_index, write_bytes_durably
 from shards.layout import PlannedSeries, plan_shards
 from shards.reader import ShardReader
 from shards.settings import WriteSettings
 from shards.tables import OBJECTS_SCHEMA, write_rows
-from shards.write import clear_stale, create_bucket, write_shard
+from shards.write import write_shard
 
 BUCKET = "48x48_int16"
 

@@ -23,6 +23,7 @@ from medpsp.config import Config
 from medpsp.configio import dump_yaml
 from medpsp.errors import ConfigError, ShardError
 from medpsp.identity import pseudonym
+from shards.bucket import create_bucket
 from shards.index import INDEX, MANIFEST, Manifest, SliceRow, read_index, read_manifest
 from shards.layout import FORMAT
 from shards.reader import ShardReader
@@ -30,7 +31,6 @@ from shards.sealed import sealed_bytes
 from shards.settings import write_settings
 from shards.tables import INDEX_SCHEMA, write_rows
 from shards.voc import INT16_OFFSET, coded, export_voc, slice_names, voc_palette
-from shards.write import create_bucket
 
 Pixels = NDArray[Any]
 HU = np.array([[-32768, -160, -120], [40, 41, 32767]], dtype=np.int16)

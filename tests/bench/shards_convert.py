@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from medpsp.dicom.passthrough import SYNTAXES as KEPT
+from shards.bucket import create_bucket
 from shards.codec import image_codec
 from shards.layout import PlannedSeries, bucket_of, plan_shards
-from shards.write import create_bucket, write_shard
+from shards.write import write_shard
 from tests.bench.shards_data import SIDE, Data, labels_of, planned, settings, stored
 from tests.bench.shards_rounds import (
     PEER_PYTHON,

@@ -18,9 +18,9 @@ from medpsp.dataconfig import DataConfig
 from medpsp.dicom.read import read_headers
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.types import Place, ReadPolicy
+from shards.bucket import create_bucket, shard_files
 from shards.codec import LABEL, Codec, checked, image_codec
 from shards.shardfile import ShardWriter, read_shard_index
-from shards.write import create_bucket, shard_files
 from tests.bench.shards_convert import Session, linked
 from tests.bench.shards_data import SIDE, settings, stored
 from tests.bench.shards_rounds import Missing, Target, Work, entry, measure, report

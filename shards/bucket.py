@@ -1,0 +1,145 @@
+"""A bucket on disk: its zarr.json files, the places of its shards, and what no plan owns.
+
+zarr is imported where it is needed: shard tasks do without it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from medpsp.types import IGNORE
+from shards.codec import LABEL, Codec, image_codec
+from shards.commit import COMMITS, commit_name
+from shards.index import write_bytes_durably
+from shards.settings import WriteSettings
+
+if TYPE_CHECKING:
+    from zarr.abc.codec import ArrayBytesCodec
+    from zarr.storage import MemoryStore
+
+BUCKET = re.compile(r"(\d+)x(\d+)_(int16|float32|uint8)")
+
+
+class Named(Protocol):
+    """A shard of a plan, as far as its files go."""
+
+    @property
+    def bucket(self) -> str:
+        """Name of its bucket."""
+
+    @property
+    def number(self) -> int:
+        """Within the bucket."""
+
+    @property
+    def name(self) -> str:
+        """Of the shard."""
+
+
+def create_bucket(root: Path, bucket: str, slots: int, settings: WriteSettings) -> None:
+    """Write the zarr.json files of a bucket of ``slots`` slots; shards that lie there stay."""
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+    from zarr.storage import MemoryStore
+
+    store = MemoryStore()  # on disk, zarr empties the folder of an array before it makes one
+    zarr.open_group(store, mode="a")
+    zarr.open_group(store, path=bucket, mode="a")
+    rows, columns, dtype = _parts(bucket)
+    shape = (rows, columns, 3) if dtype == "uint8" else (rows, columns)  # uint8 is RGB
+    sizes = (slots, settings.shard_slices)
+    _create(store, f"{bucket}/image", (dtype, image_codec(settings.profile, dtype)), shape, sizes)
+    _create(store, f"{bucket}/label", ("uint8", LABEL), (rows, columns), sizes)
+    for key in metadata_files(bucket):
+        buffer = sync(store.get(key, default_buffer_prototype()))
+        if buffer is None:
+            raise OSError(f"zarr wrote no {key}")
+        write_bytes_durably(root / key, buffer.to_bytes())
+
+
+def _create(
+    store: MemoryStore,
+    path: str,
+    kind: tuple[str, Codec],
+    frame: tuple[int, ...],
+    sizes: tuple[int, int],
+) -> None:
+    import zarr
+    from zarr.codecs import BloscCodec, BloscShuffle, BytesCodec, Crc32cCodec
+
+    from shards.zarrcodec import FrameCodec
+
+    (slots, shard_slices), (dtype, codec) = sizes, kind
+    blosc = BloscCodec(
+        cname=codec.cname,  # type: ignore[arg-type]
+        clevel=codec.level,
+        typesize=codec.typesize,
+        shuffle=BloscShuffle[codec.shuffle],
+    )
+    plain = codec.kind == "blosc"
+    serializer: ArrayBytesCodec = BytesCodec() if plain else FrameCodec(codec.kind)
+    zarr.create_array(
+        store,
+        name=path,
+        shape=(slots, *frame),
+        dtype=dtype,
+        chunks=(1, *frame),
+        shards=(shard_slices, *frame),
+        serializer=serializer,
+        compressors=[blosc, Crc32cCodec()] if plain else [Crc32cCodec()],
+        fill_value=IGNORE if path.endswith("label") else 0,
+        zarr_format=3,
+        dimension_names=("slice", "row", "column", "channel")[: 1 + len(frame)],
+    )
+
+
+def metadata_files(bucket: str) -> tuple[str, ...]:
+    """Paths of the zarr.json files that a reader of one bucket needs."""
+    folders = ("", f"{bucket}/", f"{bucket}/image/", f"{bucket}/label/")
+    return tuple(f"{folder}zarr.json" for folder in folders)
+
+
+def shard_files(bucket: str, number: int) -> tuple[str, str]:
+    """Paths of a shard's image and label, relative to the root: one number for each axis."""
+    axes = 3 if _parts(bucket)[2] == "uint8" else 2
+    return f"{bucket}/image/c/{number}" + "/0" * axes, f"{bucket}/label/c/{number}/0/0"
+
+
+def _parts(bucket: str) -> tuple[int, int, str]:
+    found = BUCKET.fullmatch(bucket)
+    if found is None:
+        raise ValueError(f"bucket {bucket}: expected <rows>x<columns>_<dtype>")
+    return int(found[1]), int(found[2]), found[3]
+
+
+def clear_stale(root: Path, plans: Iterable[Named]) -> None:
+    """Delete what earlier runs left: shards of no plan, their commits, half-written files.
+
+    A patient taken out of the archive is gone from the shards after the next run.
+    """
+    keep: dict[str, set[str]] = {}
+    commits: set[str] = set()
+    for plan in plans:
+        keep.setdefault(plan.bucket, set()).update(shard_files(plan.bucket, plan.number))
+        commits.add(commit_name(plan.name))
+    for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+            continue
+        for name in ("image", "label"):
+            _clear(root, folder / name, "c/*/0/**/*", keep[folder.name])
+            _clear(root, folder / name, "**/.*.partial", set())
+    _clear(root, root / COMMITS, "*", commits)
+    for place in (root, root / COMMITS):
+        _clear(root, place, ".*.partial", set())
+
+
+def _clear(root: Path, folder: Path, pattern: str, keep: set[str]) -> None:
+    for path in list(folder.glob(pattern)):
+        if path.relative_to(root).as_posix() not in keep and path.is_file():
+            path.unlink()
