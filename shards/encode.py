@@ -132,11 +132,12 @@ def _encoded(
     if needed and not (settings.header_window and ref.window):
         counts.add(values, None if padding is None else ~padding)
     image = _image_chunk(ref, values, image_codec(settings.profile, series.first.dtype))
-    chunks = image, _label_chunk(label)
+    label_chunk, histogram = _label_facts(label, settings.classes)
+    chunks = image, label_chunk
     found = Encoded(
         number=number,
         sizes=[len(chunk) for chunk in chunks],
-        histogram=_histogram(label, settings.classes),
+        histogram=histogram,
         labelled=labelled,
         padding=0.0 if padding is None else float(np.count_nonzero(padding) / padding.size),
         crc32c=google_crc32c.value(values),
@@ -216,28 +217,30 @@ def _last_volume(masks: _Masks) -> LabelVolume:
     return tasks.read_labels(series.mask_kind, series.masks, grid, settings.labels, options)
 
 
-def _histogram(label: NDArray[np.uint8], classes: int) -> list[int]:
-    if classes > FEW_CLASSES:
-        counts = np.bincount(label.ravel(), minlength=256)
-        return [int(n) for n in (*counts[:classes], counts[IGNORE])]
-    return [int(np.count_nonzero(label == value)) for value in (*range(classes), IGNORE)]
-
-
 @lru_cache(maxsize=8)
-def _blank(shape: tuple[int, int]) -> NDArray[np.uint8]:
+def _blank(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     blank = np.full(shape, IGNORE, dtype=np.uint8)
     blank.flags.writeable = False
     return blank
 
 
-def _label_chunk(label: NDArray[np.uint8]) -> bytes:
+def _label_facts(label: NDArray[np.uint8], classes: int) -> tuple[bytes, list[int]]:
+    """Chunk and histogram of a label; most slices of a scan hold no structure, and share both."""
     value = int(label.flat[0])
-    if label.max() == label.min() == value:
-        return _even_chunk(label.shape, value)
-    return LABEL.encode(label)
+    blank = label is _blank(label.shape)
+    if blank or label.max() == label.min() == value:
+        return _even_facts(label.shape, value, classes)
+    return LABEL.encode(label), _histogram(label, classes)
 
 
 @lru_cache(maxsize=64)
-def _even_chunk(shape: tuple[int, ...], value: int) -> bytes:
-    """Most slices of a scan hold no structure: one chunk serves all."""
-    return LABEL.encode(np.full(shape, value, dtype=np.uint8))
+def _even_facts(shape: tuple[int, ...], value: int, classes: int) -> tuple[bytes, list[int]]:
+    label = np.full(shape, value, dtype=np.uint8)
+    return LABEL.encode(label), _histogram(label, classes)
+
+
+def _histogram(label: NDArray[np.uint8], classes: int) -> list[int]:
+    if classes > FEW_CLASSES:
+        counts = np.bincount(label.ravel(), minlength=256)
+        return [int(n) for n in (*counts[:classes], counts[IGNORE])]
+    return [int(np.count_nonzero(label == value)) for value in (*range(classes), IGNORE)]

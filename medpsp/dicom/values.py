@@ -98,6 +98,8 @@ def padding_mask(
     ends: list[float] = sorted((value, value if limit is None else limit))
     if stored.dtype.kind in "iu" and all(float(end).is_integer() for end in ends):
         ends = [int(end) for end in ends]  # a float would make floats of all pixels
+    if stored.size and (ends[1] < stored.min() or ends[0] > stored.max()):
+        return None  # looking at two numbers costs a tenth of a mask
     same = ends[0] == ends[1]
     mask: NDArray[np.bool_] = (
         stored == ends[0] if same else (stored >= ends[0]) & (stored <= ends[1])
