@@ -26,6 +26,10 @@ from shards.settings import WriteSettings
 from shards.shardfile import ShardWriter
 
 CHILD = "shards.encode"
+AT_ONCE = 16
+"""Slices of one answer of a child."""
+
+_REFUSAL = 3  # values of a refused slice: number, code, detail
 
 
 def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
@@ -70,8 +74,8 @@ def _slices(
 ) -> Iterator[tuple[Encoded, tuple[str, ...]]]:
     """Every readable slice of a part with flags of its labels, when its chunks are written.
 
-    A child that dies costs the slice that it was at, and is started again behind it; one that
-    dies over the masks costs the part.
+    A child that dies over some slices gets them one by one, and the one that it dies over then is
+    lost; one that dies over the masks costs the part.
 
     Raises:
         OSError: A file takes no more.
@@ -80,28 +84,34 @@ def _slices(
     series = part.planned.series
     request = {
         "record": record_text(part.planned).decode(),
-        "stop": part.stop,
         "settings": settings.text,
         "files": [str(writer.partial) for writer in writers],
     }
-    number = part.start
+    number = careful = part.start
     while number < part.stop:
+        alone = number < careful
+        span = [number, careful if alone else part.stop]
         flags: tuple[str, ...] | None = None
         for writer in writers:
             writer.trim()
         try:
-            for (kind, found), _ in box.stream("encode", start=number, **request):
+            answers = box.stream("encode", span=span, at_once=1 if alone else AT_ONCE, **request)
+            for (kind, found), _ in answers:
+                if kind == "failed":
+                    raise OSError(found, os.strerror(found))
                 if kind == "labels":
                     flags = tuple(found)
                     continue
-                if kind == "failed":
-                    raise OSError(found, os.strerror(found))
-                if kind == "refused":
-                    refused.append(_refused(series, number, *found[1:]))
-                else:
-                    yield Encoded(*found), flags or ()
-                number += 1
+                for item in found:
+                    if len(item) == _REFUSAL:
+                        refused.append(_refused(series, *item))
+                    else:
+                        yield Encoded(*item), flags or ()
+                    number += 1
         except SourceError as error:
+            if flags is not None and not alone:
+                careful = min(number + AT_ONCE, part.stop)
+                continue
             stop = part.stop if flags is None else number + 1
             lost = range(number, stop)
             refused += [_refused(series, n, error.code, error.detail) for n in lost]

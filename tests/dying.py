@@ -1,4 +1,4 @@
-"""Children of a scan that die at files of some names, and a scan that stops to be killed."""
+"""Children of a scan and of shard tasks that die at some files; a scan that stops to be killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medpsp.dicom import tasks
-from shards import scanner
+from shards import encode, scanner
 
 ALWAYS, ONCE = "KILLS", "KILLONCE"
 
@@ -17,14 +17,15 @@ ALWAYS, ONCE = "KILLS", "KILLONCE"
 def main(seconds: int, memory_mib: int) -> None:
     """As `scanner.main`, but opening some files ends it."""
     sys.addaudithook(_die)
-    tasks.main(seconds, memory_mib, {**tasks.TASKS, "scan": scanner.scan})
+    here = {"scan": scanner.scan, "encode": encode.encode}
+    tasks.main(seconds, memory_mib, {**tasks.TASKS, **here})
 
 
 def _die(event: str, arguments: tuple[Any, ...]) -> None:
     if event != "open" or not isinstance(arguments[0], str):
         return
     name = os.path.basename(arguments[0])
-    if name == ALWAYS:
+    if name.startswith(ALWAYS):
         os.kill(os.getpid(), signal.SIGKILL)
     if name == ONCE and not os.path.exists(arguments[0] + ".met"):
         os.mkdir(arguments[0] + ".met")

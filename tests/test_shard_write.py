@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from shards.reader import ShardReader
 from shards.settings import WriteSettings
 from shards.tables import OBJECTS_SCHEMA, write_rows
 from shards.write import write_shard
+from tests import dying
 
 BUCKET = "48x48_int16"
 
@@ -225,9 +226,9 @@ SETTINGS = WriteSettings(
 )
 
 
-def plan_of(series: Series) -> Any:
+def plan_of(series: Series, shard_slices: int = 4) -> Any:
     item = PlannedSeries(series=series, patient="p", name="s", split="train", order=0.25, stamp="0")
-    (plan,) = plan_shards([item], 4)
+    (plan,) = plan_shards([item], shard_slices)
     return plan
 
 
@@ -258,6 +259,34 @@ def test_an_image_unlike_its_header_is_refused_and_not_cut_to_fit(tmp_path: Path
     commit = write_shard(tmp_path / "shards", plan_of(series), SETTINGS)
     assert [row["slot"] for row in commit.rows] == [0]
     assert [r["code"] for r in commit.refused] == ["PIX_UNLIKE_SERIES"]
+
+
+def test_a_slice_that_kills_its_child_costs_itself_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The third and the twentieth, each within an answer of many slices."""
+    monkeypatch.setattr("shards.write.CHILD", "tests.dying")
+    images = {n: bytes([n]) * 6 for n in range(40)}
+    series = one_series(tmp_path, 40, images)
+    slices = list(series.slices)
+    for number in (2, 19):
+        deadly = tmp_path / f"{dying.ALWAYS}{number}.pgm"
+        Path(slices[number].path).rename(deadly)
+        slices[number] = replace(slices[number], path=str(deadly))
+    plan = plan_of(replace(series, slices=tuple(slices)), 64)
+    settings = replace(SETTINGS, shard_slices=64)
+    create_bucket(tmp_path, plan.bucket, 64, settings)
+    commit = write_shard(tmp_path, plan, settings)
+    assert [(row["file_id"], row["code"]) for row in commit.refused] == [
+        (f"{n:016x}", "DEC_OOM")
+        for n in (2, 19)  # what SIGKILL is taken for
+    ]
+    assert commit.columns["slot"] == [n for n in range(40) if n not in (2, 19)]
+    reader = ShardReader(tmp_path)
+    for slot in commit.columns["slot"]:
+        assert set(reader.read(plan.bucket, slot)[0].ravel()) == {slot}
+    again = write_shard(tmp_path, plan_of(one_series(tmp_path, 1, {0: bytes(6)})), SETTINGS)
+    assert len(again.columns["slot"]) == 1  # the next child is a new one
 
 
 def test_a_commit_counts_only_with_its_plan_and_whole_files(tmp_path: Path):
