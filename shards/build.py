@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +25,14 @@ from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
 from shards.partstore import locked
-from shards.planfile import Plan, ShardEntry, make_plan, open_plan, write_plan
+from shards.planfile import Plan, ShardEntry, make_plan
+from shards.planstate import open_plan, write_plan
+from shards.preflight import no_cluster, require_means, require_places
 from shards.publish import publish, write_crosswalk
 from shards.settings import WriteSettings, write_settings
 from shards.write import write_shard
 
 log = logging.getLogger("medpsp")
-WORKER_MIB = 448
-"""Memory of a shard task besides what its decoder may allocate: a Ray worker (230 MiB measured) and
-the imports of its sandbox (150 MiB)."""
 _RETRIES = 3
 Approve = Callable[[Plan], None]
 
@@ -65,7 +66,8 @@ def plan_shards(config: Config, approve: Approve = lambda plan: None) -> Plan:
         ArchiveError, ConfigError, ShardError: As `build_shards`.
     """
     data, root = config.data, config.shards
-    _require_places(data, root)
+    require_places(data, root)
+    require_means(data)
     key = load_key(data.key_file)
     with locked(data.index):
         return _plan(data, key, root, approve)
@@ -76,8 +78,7 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(gathered, data, key, root)
     approve(plan)
-    for name in (MANIFEST, REPORT):  # neither while shards change below them
-        (root / name).unlink(missing_ok=True)
+    _withdraw(root)
     clear_stale(root, plan.shards)
     for bucket, slots in plan.slots.items():
         create_bucket(root, bucket, slots, write_settings(data))
@@ -85,6 +86,12 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     if data.crosswalk:
         write_crosswalk(data, key)
     return plan
+
+
+def _withdraw(root: Path) -> None:
+    """Neither manifest nor report while shards change below them."""
+    for name in (MANIFEST, REPORT):
+        (root / name).unlink(missing_ok=True)
 
 
 def convert_part(config: Config, part: int, parts: int) -> int:
@@ -101,7 +108,7 @@ def convert_part(config: Config, part: int, parts: int) -> int:
     Raises:
         ShardError: No plan of this configuration, or a shard could not be written.
     """
-    plan = open_plan(config.data, load_key(config.data.key_file))
+    plan = open_plan(config.data, load_key(config.data.key_file), config.shards)
     total = len(plan.shards)
     places = range((part - 1) * total // parts, part * total // parts)
     _convert(config, plan, places)
@@ -116,42 +123,18 @@ def publish_shards(config: Config) -> Manifest:
         ArchiveError: As `build_shards`.
     """
     key = load_key(config.data.key_file)
-    plan = open_plan(config.data, key)
+    root = config.shards
+    plan = open_plan(config.data, key, root)
     text = write_settings(config.data).text
-    missing = [e.name for e in plan.shards if not committed(config.shards, e.name, e.digest(text))]
+    missing = [
+        e.name for e in plan.shards if not committed(root, e.name, e.digest(text), final=True)
+    ]
     if missing:
         raise ShardError(
             f"{len(missing)} of {len(plan.shards)} shards are not written, the first: {missing[0]};"
             " run `medpsp shards` with `--step convert` for every part first"
         )
     return publish(config, key, plan)
-
-
-def _require_places(data: DataConfig, root: Path) -> None:
-    """Nothing of ours into the archive, where it would be scanned; nothing of theirs into ours.
-
-    What lies in the folder of the shards and is in no plan is deleted.
-    """
-    archive, shards = data.archive.resolve(), root.resolve()
-    if data.source == "dicom" and shards.is_relative_to(archive):
-        raise ConfigError(f"out: {root} lies inside data.archive; take a folder outside it")
-    for name in ("archive", "labels", "key_file"):
-        place = getattr(data, name)
-        if place and place.resolve().is_relative_to(shards):
-            raise ConfigError(f"data.{name} {place}: lies inside the shards; move it out of {root}")
-    if root.is_dir() and any(root.iterdir()) and not (root / "zarr.json").is_file():
-        raise ConfigError(
-            f"out: {root} holds something that is no shards of medpsp; take an empty folder"
-        )
-    if data.source == "dicom" and data.labels and not data.labels.is_dir():
-        raise ConfigError(f"data.labels {data.labels}: no such folder")
-    if data.crosswalk and data.crosswalk.is_dir():
-        raise ConfigError(f"data.crosswalk {data.crosswalk}: a folder, expected a file to write")
-    for name in ("crosswalk", "index"):
-        place = getattr(data, name)
-        for where, folder in (("the shards", shards), ("data.archive", archive)):
-            if place and place.resolve().is_relative_to(folder):
-                raise ConfigError(f"data.{name} {place}: lies inside {where}; take a path outside")
 
 
 def _convert(config: Config, plan: Plan, places: range) -> None:
@@ -166,6 +149,7 @@ def _convert(config: Config, plan: Plan, places: range) -> None:
     with Bar("shards", len(places), "shards") as bar:
         bar.resume_at(len(places) - len(missing))
         if missing:
+            _withdraw(root)
             wanted = set(missing)
             queue = (e for place in places if (e := plan.shards[place]).name in wanted)
             with _ray(config.data) as (ray, memory):
@@ -204,13 +188,29 @@ def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
             running[started[0]] = started[1]
         if not running:
             return
-        ready, _ = ray.wait(list(running), num_returns=1)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        if _heard:
+            raise SystemExit(128 + _heard[0])
+        if not ready:
+            continue
         name = running.pop(ready[0])
         try:
             refused += ray.get(ready[0])
         except ray.exceptions.RayError as error:
             raise ShardError(f"shard {name}: {_cause(error)}; mend it and run again") from None
         bar.advance(note=f"{refused} refused" if refused else "")
+
+
+_heard: list[int] = []
+"""Signals that came while Ray was at work."""
+
+
+def _hear_sigterm() -> Any:
+    """Let SIGTERM, by which schedulers end a job, only be noted; what handled it before."""
+    _heard.clear()
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda number, frame: _heard.append(number))
 
 
 @contextmanager
@@ -225,23 +225,14 @@ def _ray(data: DataConfig) -> Iterator[tuple[Any, int]]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    need = data.decode_memory_mib + WORKER_MIB
-    budget = data.memory_mib or data.workers * need
-    if budget < need:
-        raise ConfigError(
-            f"data.memory_mib {budget}: one shard task takes up to {need}, of which "
-            f"data.decode_memory_mib is {data.decode_memory_mib}; raise the first or lower the last"
-        )
+    need, budget = require_means(data)
     started = not ray.is_initialized()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if started and data.ray_address:
         try:
             ray.init(address=data.ray_address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise ConfigError(
-                f"data.ray_address {data.ray_address}: no Ray cluster answers there "
-                f"({type(error).__name__}); start it with `ray start --head`, or leave it out"
-            ) from None
+            raise no_cluster(data, error) from None
     elif started:
         ray.init(
             address="local",
@@ -251,6 +242,7 @@ def _ray(data: DataConfig) -> Iterator[tuple[Any, int]]:
             _memory=budget * 2**20,
             **quiet,
         )
+    before = _hear_sigterm()  # Ray's own handler prints a stack and leaves with 15
     try:
         room = max((n["Resources"].get("memory", 0) for n in ray.nodes() if n["Alive"]), default=0)
         if room < need * 2**20:
@@ -262,6 +254,8 @@ def _ray(data: DataConfig) -> Iterator[tuple[Any, int]]:
     finally:
         if started:
             ray.shutdown()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _cause(error: Exception) -> str:

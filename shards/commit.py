@@ -15,7 +15,7 @@ from shards.index import SliceRow, write_bytes_durably
 from shards.sealed import read_sealed, sealed_bytes
 
 COMMITS = "commits"
-PASSING = frozenset({"DEC_OOM", "DEC_TIMEOUT", "DEC_CRASH", "FILE_UNREADABLE"})
+PASSING = frozenset({"DEC_OOM", "DEC_TIMEOUT", "DEC_CRASH", "FILE_UNREADABLE", "SOURCE_CHANGED"})
 """Codes of failures that may be gone the next time: their shard is written anew."""
 
 Counts = list[tuple[float, int]]
@@ -78,15 +78,22 @@ def read_commit(root: Path, name: str) -> Commit | None:
         return None
 
 
-def committed(root: Path, name: str, digest: str) -> bool:
+def committed(root: Path, name: str, digest: str, *, final: bool = False) -> bool:
     """Whether a shard was written from this plan and its files are there.
 
     Their bytes are left to `check`: a rerun of a large archive would read all of it.
+
+    Args:
+        root: Folder of the shards.
+        name: Of the shard.
+        digest: Of its plan.
+        final: Also with slices that are missing for what may pass: nobody will try again.
     """
     commit = read_commit(root, name)
     if commit is None or commit.digest != digest:
         return False
-    if any({row["code"], row["detail"].split(":")[0]} & PASSING for row in commit.refused):
+    codes = ({row["code"], row["detail"].split(":")[0]} for row in commit.refused)
+    if not final and any(code & PASSING for code in codes):
         return False
     return all(_size(root / path) == size for path, (_, size) in commit.files.items())
 

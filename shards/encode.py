@@ -7,7 +7,7 @@ back are numbers about the chunks, which it appends to files that are given.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -26,9 +26,10 @@ from medpsp.dicom.read import Pixels, read_frame
 from medpsp.dicom.sandbox import Answer
 from medpsp.dicom.values import luma
 from medpsp.dicom.voc import read_image, read_mask
+from medpsp.dicom.walk import file_stamp
 from medpsp.errors import DicomError, SourceError
 from medpsp.intensity import ValueCounts, needs_series_values
-from medpsp.types import IGNORE, Series, SliceRef, Window
+from medpsp.types import IGNORE, Place, Series, SliceRef, Window
 from shards.codec import LABEL, Codec, frame_chunk, image_codec
 from shards.dhash import difference_hash
 from shards.record import read_record
@@ -84,6 +85,9 @@ def encode(
     """
     rules = _settings(settings)
     item = read_record(record)
+    sources = dict(zip(item.source_paths, item.sources, strict=False))
+    if item.series.mask_kind != "png":
+        _require_unchanged(item.series.masks, sources)
     volume, notes = _volume_labels(item.series, rules, item.stamp)
     yield ["labels", list(notes)], []
     with ExitStack() as stack:
@@ -91,6 +95,7 @@ def encode(
         done: list[list[Any]] = []
         for number in range(*span):
             try:
+                _require_unchanged(_places_of(item.series, number), sources)
                 found, chunks = _encoded(item.series, number, volume, rules)
             except SourceError as error:
                 done.append([number, error.code, error.detail])
@@ -105,6 +110,19 @@ def encode(
             if len(done) == at_once or number == span[1] - 1:
                 yield ["slices", done], []
                 done = []
+
+
+def _places_of(series: Series, number: int) -> list[Place]:
+    masks = [series.masks[number]] if series.mask_kind == "png" else []
+    return [series.slices[number].place, *masks]
+
+
+def _require_unchanged(places: Iterable[Place], sources: Mapping[str, tuple[int, ...]]) -> None:
+    """Place, labels and split of a slice were decided for what the file was when it was scanned."""
+    for place in places:
+        known, now = sources.get(place.path), file_stamp(place.path)
+        if known and now and known != now:
+            raise DicomError("SOURCE_CHANGED", "the file changed after the archive was scanned")
 
 
 def main(seconds: int, memory_mib: int) -> None:

@@ -101,7 +101,9 @@ def read_columns(path: Path, classes: int) -> Columns:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path).combine_chunks()
+        derived = {"window", "normal"}
+        wanted = {"window_center", "window_width", "affine", *Columns.__annotations__} - derived
+        table = pq.read_table(path, columns=sorted(wanted)).combine_chunks()
         found: dict[str, Any] = {}
         for name, kind in Columns.__annotations__.items():
             if name in table.column_names and name != "flags":

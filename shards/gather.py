@@ -26,8 +26,9 @@ from shards.components import PartSpool, cut_catalog
 from shards.headers import FRAME, KEYS, LABEL, REFUSED, file_id
 from shards.masks import Aims
 from shards.parts import planned_series
-from shards.planfile import Gathered, new_files, plan_folder
+from shards.planfile import Gathered
 from shards.planner import Planner, Task, planned_parts
+from shards.planstate import new_files, plan_folder
 from shards.seriesfile import SPLITS, SeriesFile, entry_of
 
 log = logging.getLogger("medpsp")

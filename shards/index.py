@@ -243,12 +243,16 @@ def read_manifest(root: Path) -> Manifest:
     except ValueError as error:
         raise SealError(f"shards {root}: {MANIFEST} unreadable ({type(error).__name__})") from None
     found = tree.get("version") if isinstance(tree, dict) else "none"
+    other = (
+        f"shards {root}: manifest format {found}, expected {FORMAT}; "
+        "`medpsp shards` converts them anew"
+    )
     if found != FORMAT and not claims_seal(data):
-        raise ShardError(f"shards {root}: manifest format {found}, expected {FORMAT}")
+        raise ShardError(other)
     if not is_sealed(data):
         raise SealError(f"shards {root}: {MANIFEST} is not what was written; {_REPAIR}")
     if found != FORMAT:
-        raise ShardError(f"shards {root}: manifest format {found}, expected {FORMAT}")
+        raise ShardError(other)
     del tree["sha256"]
     try:
         return Manifest(**{**tree, "classes": tuple(tree["classes"])})

@@ -42,4 +42,8 @@ def surplus_files(root: Path, shards: set[str], known: set[str]) -> Iterator[Pro
             if name.startswith(".") and name.endswith(".partial"):
                 yield Problem(kind="partial", path=path, text="a half-written file")
             elif shard_of_path(path) not in shards:
-                yield Problem(kind="surplus", path=path, text="belongs to no shard")
+                yield Problem(
+                    kind="surplus",
+                    path=path,
+                    text="belongs to no shard; delete it if it is nothing of yours",
+                )

@@ -37,6 +37,8 @@ class PlannedSeries:
         stamp: Keyed hash of all that decides its slices: headers, masks, and size and times of
             every source file, so that a changed file is converted anew.
         study_day: See `SliceRow`.
+        sources: Size and times of the source files, those of slices and then of masks, each file
+            once; empty where nobody looked.
     """
 
     series: Series
@@ -46,6 +48,13 @@ class PlannedSeries:
     order: float
     stamp: str
     study_day: int = -1
+    sources: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def source_paths(self) -> list[str]:
+        """The files of ``sources``."""
+        places = [*(ref.place for ref in self.series.slices), *self.series.masks]
+        return list(dict.fromkeys(place.path for place in places))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.rivals import SamePixels
 from medpsp.dicom.series import group_series
-from medpsp.dicom.walk import Stamp
+from medpsp.dicom.walk import Stamp, file_stamp
 from medpsp.identity import pseudonym, shifted_day, split_of, unit_hash
 from medpsp.types import ScanRow, Series, SliceRef
 from shards.layout import PlannedSeries
@@ -83,30 +82,14 @@ def planned_series(
         stamp="",
         study_day=day,
     )
-    return replace(item, stamp=_stamp(item, key, stamps))
+    sources = tuple(stamps.get(path) or file_stamp(path) or () for path in item.source_paths)
+    return replace(item, stamp=_stamp(item, key, sources), sources=sources)
 
 
-def _stamp(item: PlannedSeries, key: bytes, stamps: Mapping[str, Stamp]) -> str:
+def _stamp(item: PlannedSeries, key: bytes, sources: Sequence[tuple[int, ...]]) -> str:
     """Changes with what headers say, and with a file of slices or masks; not with their paths."""
-    series = item.series
-    sources = [
-        [
-            stamps.get(path) or _file_stamp(path)
-            for path in dict.fromkeys(place.path for place in places)
-        ]
-        for places in ([ref.place for ref in series.slices], series.masks)
-    ]
     body = hashlib.sha256(record_body(item)).hexdigest()
     return pseudonym(key, "stamp", json.dumps([body, sources]))
-
-
-def _file_stamp(path: str) -> tuple[int, ...]:
-    """What changes with a file; nothing for one that is gone, which its reader will say."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _series_parts(first: SliceRef) -> tuple[str, ...]:

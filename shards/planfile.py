@@ -1,14 +1,7 @@
-"""The plan of a conversion: which slices go to which slot. Its series lie in a file, not in memory.
-
-``plan.parquet`` beside the shards says which series has which slots, by pseudonym, so that the
-next run leaves it there. The folder ``plan`` of ``data.index`` is private and holds all that a
-shard task needs, so that another process can open it.
-"""
+"""The plan of a conversion: which slices go to which slot; its series lie in a file."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from medpsp.dataconfig import DataConfig
-from medpsp.errors import ShardError
 from medpsp.identity import fingerprint
 from medpsp.types import PixelDtype
-from shards.index import write_bytes_durably
 from shards.layout import (
     FORMAT,
     Ints,
@@ -32,17 +23,9 @@ from shards.layout import (
     shard_digest,
     shard_of,
 )
-from shards.partstore import private_folder
-from shards.seriesfile import HEAD, SeriesFile
-from shards.slots import PLAN, read_slots, stay, write_slots
-from shards.spool import RowSpool, Span
-
-FOLDER = "plan"
-_STATE, _HEADS, _RECORDS, _ROWS = "plan.json", "heads.npy", "records", "rows"
-_NOT_THE_PLAN = frozenset(
-    {"workers", "memory_mib", "ray_address", "index", "key_file", "crosswalk"}
-    | {"decode_seconds", "decode_memory_mib", "max_reject_fraction"}
-)
+from shards.seriesfile import SeriesFile
+from shards.slots import PLAN, read_slots, stay
+from shards.spool import RowSpool
 
 
 class EntryPart(NamedTuple):
@@ -203,7 +186,7 @@ def make_plan(gathered: Gathered, data: DataConfig, key: bytes, root: Path) -> P
     """
     planned = gathered.planned
     heads = planned.heads
-    last = read_slots(root / PLAN, _meaning(data, key))
+    last = read_slots(root / PLAN, meaning(data, key))
     for number, bucket in enumerate(planned.buckets):
         members = np.flatnonzero(heads["bucket"] == number)
         lengths, names = heads["length"][members].astype(np.int64), heads["name"][members]
@@ -212,87 +195,10 @@ def make_plan(gathered: Gathered, data: DataConfig, key: bytes, root: Path) -> P
     return Plan(gathered, data.shard_slices)
 
 
-def write_plan(plan: Plan, data: DataConfig, key: bytes, root: Path) -> None:
-    """Write ``plan.parquet``, durably, and with ``data.index`` all that `open_plan` needs.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    write_slots(root / PLAN, plan.gathered.planned, _meaning(data, key))
-    if data.index is not None:
-        _write_state(plan, data, key, data.index / FOLDER)
-
-
-def plan_folder(data: DataConfig) -> Path | None:
-    """Folder for the private files of a plan that is being made; none without ``data.index``."""
-    if data.index is None:
-        return None
-    folder = data.index / FOLDER
-    private_folder(folder)
-    (folder / _STATE).unlink(missing_ok=True)
-    return folder
-
-
-def new_files(folder: Path | None) -> tuple[SeriesFile, RowSpool]:
-    """Empty files for `Gathered`; without names where there is no folder."""
-    if folder is None:
-        return SeriesFile(), RowSpool()
-    return SeriesFile(folder / _RECORDS), RowSpool(folder / _ROWS)
-
-
-def open_plan(data: DataConfig, key: bytes) -> Plan:
-    """The plan that another process made with this configuration and key.
-
-    Raises:
-        ShardError: There is none, or it is of another configuration or key, or damaged.
-    """
-    again = "run `medpsp shards` with `--step plan` first"
-    if data.index is None:
-        raise ShardError("data.index: not set, so there is no plan that was made before; set it")
-    folder = data.index / FOLDER
-    try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        if state["identity"] != _identity(data, key):
-            raise ShardError(f"data.index: the plan is of another configuration or key; {again}")
-        heads = np.load(folder / _HEADS, allow_pickle=False)
-        if heads.dtype != HEAD or len(heads) != state["series"]:
-            raise ShardError(f"data.index: the plan is not whole; {again}")
-        planned = SeriesFile.reopen(folder / _RECORDS, heads, tuple(state["buckets"]))
-        rows = RowSpool(folder / _ROWS, [Span(*span) for span in state["rows"]])
-        return Plan(
-            Gathered(planned=planned, rows=rows, objects=state["objects"]), data.shard_slices
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(
-            f"data.index: no plan that can be read ({type(error).__name__}); {again}"
-        ) from None
-
-
-def _write_state(plan: Plan, data: DataConfig, key: bytes, folder: Path) -> None:
-    planned = plan.gathered.planned
-    planned.sync()
-    with (folder / _HEADS).open("wb") as file:
-        np.save(file, planned.heads, allow_pickle=False)
-    state = {
-        "identity": _identity(data, key),
-        "objects": plan.gathered.objects,
-        "series": len(planned),
-        "buckets": planned.buckets,
-        "rows": plan.gathered.rows.spans,
-    }
-    write_bytes_durably(folder / _STATE, json.dumps(state).encode(), mode=0o600)
-
-
-def _meaning(data: DataConfig, key: bytes) -> dict[str, str]:
+def meaning(data: DataConfig, key: bytes) -> dict[str, str]:
     """What must be equal for slots to mean the same."""
     return {
         "format": str(FORMAT),
         "shard_slices": str(data.shard_slices),
         "key_fingerprint": fingerprint(key),
     }
-
-
-def _identity(data: DataConfig, key: bytes) -> str:
-    tree = data.model_dump(mode="json", exclude=set(_NOT_THE_PLAN))
-    text = json.dumps([FORMAT, fingerprint(key), tree], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

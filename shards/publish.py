@@ -54,7 +54,6 @@ def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
     """
     data, root = config.data, config.shards
     fates, seen = Fates(), _Seen(patients=data.source == "voc")
-    tables: dict[str, str] = {}
     for batch in plan.gathered.rows.batches():
         fates.refuse(batch)
     with (
@@ -66,12 +65,7 @@ def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
             index.add(columns)
             fates.keep(columns["file_id"])
             seen.add(columns)
-        if empty := {"train", "val"} - seen.splits:
-            found = ", ".join(f"{n} {code}" for code, n in sorted(fates.codes().items()))
-            raise ArchiveError(
-                f"data.archive: no usable slice for {' and '.join(sorted(empty))}; "
-                f"found {found or 'no image'}"
-            )
+        _require_splits(seen, fates)
     totals, pieces = fates.finish()
     if totals.objects != plan.gathered.objects:
         raise ShardError(
@@ -101,6 +95,15 @@ def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
     )
     write_manifest(root, manifest)
     return manifest
+
+
+def _require_splits(seen: _Seen, fates: Fates) -> None:
+    if empty := {"train", "val"} - seen.splits:
+        found = ", ".join(f"{n} {code}" for code, n in sorted(fates.codes().items()))
+        raise ArchiveError(
+            f"data.archive: no usable slice for {' and '.join(sorted(empty))}; "
+            f"found {found or 'no image'}"
+        )
 
 
 class _Seen:

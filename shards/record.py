@@ -29,7 +29,7 @@ def record_text(item: PlannedSeries) -> bytes:
     places = [ref.place for ref in series.slices]
     return b'{"body":%s,"rest":%s}' % (
         record_body(item),
-        _dumps([places, series.masks, item.stamp]),
+        _dumps([places, series.masks, item.stamp, item.sources]),
     )
 
 
@@ -54,7 +54,7 @@ def record_body(item: PlannedSeries) -> bytes:
 def read_record(text: bytes | str) -> PlannedSeries:
     """What `record_text` was given."""
     tree = json.loads(text)
-    places, masks, stamp = tree["rest"]
+    places, masks, stamp, sources = tree["rest"]
     slices, affine, z_mm, grid, kind, partial, split, flags, names = tree["body"]
     series = Series(
         slices=tuple(_ref(row, place) for row, place in zip(slices, places, strict=True)),
@@ -76,6 +76,7 @@ def read_record(text: bytes | str) -> PlannedSeries:
         order=order,
         stamp=stamp,
         study_day=day,
+        sources=tuple(map(tuple, sources)),
     )
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from medpsp.errors import ShardError
 from medpsp.types import ScanRow
+from shards.codec import checked, with_crc
 
 ROWS_AT_ONCE = 65536
 
@@ -51,10 +52,10 @@ class Spool:
 
     def append(self, data: bytes | pa.Buffer) -> Span:
         """Add a piece."""
-        piece = pa.compress(data, codec="zstd", asbytes=True)
-        head = len(memoryview(data)).to_bytes(8, "little")
-        self._file.write(head + piece)
-        span = Span(self._end, len(head) + len(piece))
+        size = len(memoryview(data)).to_bytes(8, "little")
+        piece = with_crc(size + pa.compress(data, codec="zstd", asbytes=True))
+        self._file.write(piece)
+        span = Span(self._end, len(piece))
         self._end += span.size
         return span
 
@@ -69,8 +70,9 @@ class Spool:
             self._flushed = self._end
         data = os.pread(self._file.fileno(), span.size, span.offset)
         try:
-            size = int.from_bytes(data[:8], "little")
-            found = pa.decompress(data[8:], size, codec="zstd", asbytes=True)
+            whole = checked(data).tobytes()
+            size = int.from_bytes(whole[:8], "little")
+            found = pa.decompress(whole[8:], size, codec="zstd", asbytes=True)
         except (pa.ArrowException, OSError, MemoryError, OverflowError, ValueError) as error:
             raise ShardError(
                 f"plan: a record cannot be read ({type(error).__name__}); plan again"

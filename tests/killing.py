@@ -88,7 +88,7 @@ def workers(pid: int) -> list[psutil.Process]:
             words = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if (words.startswith("ray::") and "IDLE" not in words) or "shards.encode" in words:
+        if words.startswith("ray::_write") or "shards.encode" in words:
             found.append(process)
     return found
 
@@ -97,7 +97,7 @@ def state(root: Path, pattern: str) -> State:
     return {
         path.relative_to(root).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in root.glob(pattern)
-        if not path.name.startswith(".")
+        if path.is_file() and not path.name.startswith(".")
     }
 
 

@@ -20,7 +20,7 @@ WORDS = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 """Most codes; those of one word are found by the calls that take them."""
 
 NOT_CODES = re.compile(
-    r"YBR_\w+|LINEAR_EXACT|CLOSED_PLANAR|CLOSEDPLANAR_XOR|LPS_TO_RAS|RAY_\w+|MEDPSP_\w+|NO_ALB\w+"
+    r"YBR_\w+|ISO_IR|LINEAR_EXACT|CLOSED_PLANAR|CLOSEDPLANAR_XOR|LPS_TO_RAS|RAY_\w+|MEDPSP_\w+|NO_ALB\w+"
     r"|\w+_(NUM_THREADS|WORLD_SIZE)"
 )
 """Values of elements, names of constants, environment variables."""

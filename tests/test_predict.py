@@ -31,12 +31,18 @@ from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import Scan
 from medpsp.errors import ArchiveError, DicomError, ModelFileError
-from medpsp.intensity import CT_WINDOW, overlay, percentile_window, to_unit
-from medpsp.types import ReadPolicy, Series, SliceRef
+from medpsp.intensity import CT_WINDOW, ValueCounts, overlay, percentile_window, to_unit
+from medpsp.types import ReadPolicy, Series, SliceRef, Window
 
 CLASSES = ["background", "organ", "bone"]
 LOW, HIGH = (40.5 + 160) / 400, (160.5 + 160) / 400
 METADATA = {"classes": CLASSES, "modalities": ["CT", "IMAGE8"], "window": None}
+
+
+def window_of(values: np.ndarray) -> Window:
+    counts = ValueCounts()
+    counts.add(values)
+    return percentile_window(counts)
 
 
 class Lines(nn.Module):
@@ -197,7 +203,7 @@ def test_mr_is_shown_by_the_percentiles_of_its_series(
     values = to_mr(draw(phantom, 0)[0], 0)
     write_series(tmp_path / "in", "P", values, replace(phantom, modality="MR"))
     (prediction,), _ = Predictor(path).folder(tmp_path / "in", tmp_path / "out")
-    truth = expected(to_unit(values, percentile_window(values)))
+    truth = expected(to_unit(values, window_of(values)))
     np.testing.assert_array_equal(nib.load(prediction.files[0]).get_fdata(), truth.T)
 
 
@@ -250,7 +256,7 @@ def test_deep_images_are_each_shown_by_their_own_percentiles(model: Path, tmp_pa
         Image.fromarray(image).save(source / f"{number}.png")
     predictions, _ = Predictor(path).folder(source, tmp_path / "out")
     for image, prediction in zip(images, predictions, strict=True):
-        truth = expected(to_unit(image.astype(np.float32), percentile_window(image)))
+        truth = expected(to_unit(image.astype(np.float32), window_of(image)))
         assert prediction.pixels == tuple(np.bincount(truth.ravel()).tolist())
     assert predictions[0].pixels == predictions[1].pixels  # one pattern, two scales
 
@@ -362,7 +368,7 @@ def test_padding_takes_no_part_in_the_percentiles(model: Path, tmp_path: Path, s
     padding[3:] = True
     scanned([series_of((2, 6, 67), "MR")], [Pixels(padded, padding), np.zeros((6, 67), np.int16)])
     (prediction,), _ = Predictor(path).folder(tmp_path / "in", tmp_path / "out")
-    truth = expected(to_unit(padded, percentile_window(ramp)))
+    truth = expected(to_unit(padded, window_of(ramp)))
     np.testing.assert_array_equal(read_mask(prediction.files[0]), truth)
 
 

@@ -32,6 +32,8 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Copy it from its source again."),
     "FILE_UNREADABLE": ("quarantined", "The file cannot be opened or read.",
         "Check permissions and the disk, then run again."),
+    "SOURCE_CHANGED": ("quarantined", "The file changed after the archive was scanned.",
+        "Run again: it is scanned anew."),
     "NOT_REGULAR": ("skipped", "A pipe, socket, device, or link to nowhere.",
         "Nothing."),
     "FOLDER_UNREADABLE": ("quarantined", "The folder cannot be listed; what is in it is not seen.",

@@ -28,6 +28,15 @@ class Stamp(NamedTuple):
 NO_STAMP = Stamp(-1, -1, -1)
 
 
+def file_stamp(path: str) -> Stamp | None:
+    """Of a file, links followed; None for one that cannot be looked at: who reads it says why."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 class Entry(NamedTuple):
     """One name that the walk met.
 

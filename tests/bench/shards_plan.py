@@ -34,7 +34,8 @@ from shards.gather import gather_dicom
 from shards.headers import FILE, STAMP, RowBuffer, RowReader
 from shards.partition import SCHEMA, write_part
 from shards.partstore import FolderStore
-from shards.planfile import Plan, make_plan, plan_folder, write_plan
+from shards.planfile import Plan, make_plan
+from shards.planstate import plan_folder, write_plan
 from shards.publish import publish
 from shards.settings import write_settings
 from shards.write import slice_row
