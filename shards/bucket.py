@@ -139,6 +139,13 @@ def clear_stale(root: Path, plans: Iterable[Named]) -> None:
         _clear(root, place, ".*.partial", set())
 
 
+def clear_partials(root: Path, shard: Named) -> None:
+    """Delete the half-written files of one shard; nobody may be at work on it."""
+    for name in shard_files(shard.bucket, shard.number):
+        path = root / name
+        _clear(root, path.parent, f".{path.name}.*.partial", set())
+
+
 def _clear(root: Path, folder: Path, pattern: str, keep: set[str]) -> None:
     for path in list(folder.glob(pattern)):
         if path.relative_to(root).as_posix() not in keep and path.is_file():

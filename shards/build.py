@@ -20,7 +20,7 @@ from medpsp.dataconfig import DataConfig
 from medpsp.errors import ConfigError, ShardError
 from medpsp.identity import load_key
 from medpsp.progress import Bar
-from shards.bucket import clear_stale, create_bucket
+from shards.bucket import clear_partials, clear_stale, create_bucket
 from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
@@ -152,9 +152,13 @@ def _convert(config: Config, plan: Plan, places: range) -> None:
             _withdraw(root)
             wanted = set(missing)
             queue = (e for place in places if (e := plan.shards[place]).name in wanted)
-            with _ray(config.data) as (ray, memory):
-                task = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_write)
-                _run(ray, task, _Work(plan, queue, root.absolute(), settings), bar)
+            work = _Work(plan, queue, root.absolute(), settings)
+            try:
+                with _ray(config.data) as (ray, memory):
+                    task = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_write)
+                    _run(ray, task, work, bar)
+            finally:
+                work.sweep()
 
 
 class _Work:
@@ -164,13 +168,21 @@ class _Work:
         self, plan: Plan, queue: Iterator[ShardEntry], root: Path, settings: WriteSettings
     ) -> None:
         self._plan, self._queue, self._root, self._settings = plan, queue, root, settings
+        self.running: dict[Any, ShardEntry] = {}
 
-    def start(self, task: Any) -> tuple[Any, str] | None:
-        """Start the next shard; None after the last."""
+    def start(self, task: Any) -> bool:
+        """Start the next shard; False after the last."""
         entry = next(self._queue, None)
         if entry is None:
-            return None
-        return task.remote(self._root, self._plan.load(entry), self._settings), entry.name
+            return False
+        result = task.remote(self._root, self._plan.load(entry), self._settings)
+        self.running[result] = entry
+        return True
+
+    def sweep(self) -> None:
+        """Remove what tasks that were ended have half written: on a full disk it is in the way."""
+        for entry in self.running.values():
+            clear_partials(self._root, entry)
 
 
 def _write(*arguments: Any) -> int:
@@ -180,12 +192,11 @@ def _write(*arguments: Any) -> int:
 
 def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
     """Keep two tasks for each core in flight: records of the others stay on disk."""
-    running: dict[Any, str] = {}
-    refused = 0
+    running, refused = work.running, 0
     while True:
         cores = int(ray.cluster_resources().get("CPU", 1))  # a cluster may grow and shrink
-        while len(running) < 2 * cores and (started := work.start(task)):
-            running[started[0]] = started[1]
+        while len(running) < 2 * cores and work.start(task):
+            pass
         if not running:
             return
         ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
@@ -193,11 +204,12 @@ def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
             raise SystemExit(128 + _heard[0])
         if not ready:
             continue
-        name = running.pop(ready[0])
+        name = running[ready[0]].name
         try:
             refused += ray.get(ready[0])
         except ray.exceptions.RayError as error:
             raise ShardError(f"shard {name}: {_cause(error)}; mend it and run again") from None
+        del running[ready[0]]
         bar.advance(note=f"{refused} refused" if refused else "")
 
 

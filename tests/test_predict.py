@@ -256,7 +256,8 @@ def test_deep_images_are_each_shown_by_their_own_percentiles(model: Path, tmp_pa
         Image.fromarray(image).save(source / f"{number}.png")
     predictions, _ = Predictor(path).folder(source, tmp_path / "out")
     for image, prediction in zip(images, predictions, strict=True):
-        truth = expected(to_unit(image.astype(np.float32), window_of(image)))
+        values = image.astype(np.float32)
+        truth = expected(to_unit(values, window_of(values)))
         assert prediction.pixels == tuple(np.bincount(truth.ravel()).tolist())
     assert predictions[0].pixels == predictions[1].pixels  # one pattern, two scales
 
