@@ -138,11 +138,16 @@ def valid_windows(
     )
 
 
+MANY = 2**17
+"""Whole numbers up to here are counted one by one."""
+
+
 class ValueCounts:
     """How often each modality value occurs; small, whatever the number of slices, and additive.
 
-    Floating point values are rounded to bfloat16 first (0.4 % at most), whole numbers are counted
-    as they are. Zeros, NaN and infinities are left out.
+    Whole numbers are counted as they are, also those of a float image that has no others; other
+    floating point values are rounded to bfloat16 first (0.4 % at most). Zeros, NaN and infinities
+    are left out.
     """
 
     def __init__(self) -> None:
@@ -156,6 +161,10 @@ class ValueCounts:
             valid: Of the same shape.
         """
         flat = values.ravel() if valid is None else values[valid]
+        if flat.dtype.kind == "f":
+            flat = flat[np.isfinite(flat)]
+            if (np.abs(flat) < MANY).all() and (flat == np.rint(flat)).all():
+                flat = flat.astype(np.int64)
         if flat.dtype.kind == "f":
             bits = np.ascontiguousarray(flat, np.float32).view(np.uint32)
             found = np.bincount((bits + np.uint32(0x8000)) >> 16)
