@@ -57,7 +57,8 @@ def headers(session: Session) -> None:
 
 
 def linked_all(files: list[Path], folder: Path) -> Path:
-    """An archive of these files, their folders kept."""
+    """An archive of these files and no others, their folders kept."""
+    shutil.rmtree(folder, ignore_errors=True)
     for parent in {file.parent for file in files}:
         linked([f for f in files if f.parent == parent], folder / parent.name)
     return folder
@@ -75,7 +76,7 @@ def _scan_header(files: list[Path], policy: ReadPolicy) -> Work:
     def run() -> None:
         scan = entry("medpsp.dicom.read", "scan_header")
         for file in files:
-            if scan(str(file), policy) is None:
+            if scan(str(file), "0", policy) is None:
                 raise Missing("scan_header left a file of the bench to the ordinary way")
 
     return run
