@@ -17,6 +17,7 @@ from medpsp.errors import ShardError
 from medpsp.types import Split, VoiFunction, Window
 from shards.layout import FORMAT
 from shards.sealed import SealError, claims_seal, is_sealed, sealed_bytes
+from shards.shardfile import sync_folder
 
 MANIFEST, INDEX, OBJECTS = "manifest.json", "index.parquet", "objects.parquet"
 SHARDS = "shards.parquet"
@@ -162,11 +163,7 @@ def write_bytes_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def file_sha256(path: Path) -> str:

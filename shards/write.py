@@ -29,6 +29,7 @@ CHILD = "shards.encode"
 AT_ONCE = 16
 """Slices of one answer of a child."""
 
+_DEATHS = frozenset({"DEC_CRASH", "DEC_OOM"})
 _REFUSAL = 3  # values of a refused slice: number, code, detail
 
 
@@ -75,7 +76,8 @@ def _slices(
     """Every readable slice of a part with flags of its labels, when its chunks are written.
 
     A child that dies over some slices gets them one by one, and the one that it dies over then is
-    lost; one that dies over the masks costs the part.
+    lost; one that dies over the masks twice costs the part. Whatever kills a child once costs
+    nothing.
 
     Raises:
         OSError: A file takes no more.
@@ -88,6 +90,7 @@ def _slices(
         "files": [str(writer.partial) for writer in writers],
     }
     number = careful = part.start
+    died = False
     while number < part.stop:
         alone = number < careful
         span = [number, careful if alone else part.stop]
@@ -109,6 +112,9 @@ def _slices(
                         yield Encoded(*item), flags or ()
                     number += 1
         except SourceError as error:
+            if flags is None and error.code in _DEATHS and not died:
+                died = True
+                continue
             if flags is not None and not alone:
                 careful = min(number + AT_ONCE, part.stop)
                 continue
