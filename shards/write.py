@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from medpsp.dicom.codes import refusal
-from medpsp.dicom.sandbox import shared_sandbox
+from medpsp.dicom.sandbox import Answer, shared_sandbox
 from medpsp.errors import SourceError
 from medpsp.intensity import ValueCounts, needs_series_values, series_window
 from medpsp.types import ScanRow, Series, Window
@@ -99,9 +99,7 @@ def _slices(
             writer.trim()
         try:
             answers = box.stream("encode", span=span, at_once=1 if alone else AT_ONCE, **request)
-            for (kind, found), _ in answers:
-                if kind == "failed":
-                    raise OSError(found, os.strerror(found))
+            for kind, found in _unfailed(answers):
                 if kind == "labels":
                     flags = tuple(found)
                     continue
@@ -122,6 +120,14 @@ def _slices(
             lost = range(number, stop)
             refused += [_refused(series, n, error.code, error.detail) for n in lost]
             number = stop
+
+
+def _unfailed(answers: Iterable[Answer]) -> Iterator[tuple[str, Any]]:
+    """Kind and content of each; OSError where the child could not write."""
+    for (kind, found), _ in answers:
+        if kind == "failed":
+            raise OSError(found, os.strerror(found))
+        yield kind, found
 
 
 def _refused(series: Series, number: int, code: str, detail: str) -> ScanRow:
