@@ -75,9 +75,9 @@ def _slices(
 ) -> Iterator[tuple[Encoded, tuple[str, ...]]]:
     """Every readable slice of a part with flags of its labels, when its chunks are written.
 
-    A child that dies over some slices gets them one by one, and the one that it dies over then is
-    lost; one that dies over the masks twice costs the part. Whatever kills a child once costs
-    nothing.
+    A child that dies over some slices gets them one by one, and the one that it dies over twice
+    then is lost; one that dies over the masks twice costs the part. So whatever kills children now
+    and then costs nothing.
 
     Raises:
         OSError: A file takes no more.
@@ -90,7 +90,7 @@ def _slices(
         "files": [str(writer.partial) for writer in writers],
     }
     number = careful = part.start
-    died = False
+    blamed = -1  # the slice that a child died over; all of them for the masks
     while number < part.stop:
         alone = number < careful
         span = [number, careful if alone else part.stop]
@@ -110,11 +110,12 @@ def _slices(
                         yield Encoded(*item), flags or ()
                     number += 1
         except SourceError as error:
-            if flags is None and error.code in _DEATHS and not died:
-                died = True
-                continue
             if flags is not None and not alone:
                 careful = min(number + AT_ONCE, part.stop)
+                continue
+            culprit = part.stop if flags is None else number
+            if error.code in _DEATHS and culprit != blamed:
+                blamed = culprit
                 continue
             stop = part.stop if flags is None else number + 1
             lost = range(number, stop)
