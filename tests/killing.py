@@ -17,6 +17,7 @@ import psutil
 import yaml
 
 from medpsp.config import Config
+from shards.commit import PASSING, read_commit
 
 WAIT_S = 120.0
 State = dict[str, tuple[int, int]]
@@ -117,6 +118,8 @@ class Harm:
     Attributes:
         drivers, tasks: Kills so far of the command itself, and of what works for it.
         repeated: Committed shards that were written again.
+        retried: Those of them that lacked slices for a failure that may pass: a child that was
+            killed twice over the same masks or slice. To write them again is what a rerun is for.
         left: Tasks that outlived their driver by more than 30 s. (Ray's own agents may: they wait
             for an answer of a server that is gone, and end then.)
     """
@@ -126,16 +129,25 @@ class Harm:
     drivers: int = 0
     tasks: int = 0
     repeated: int = 0
+    retried: int = 0
     left: int = 0
     _known: State = field(default_factory=dict)
+    _lacking: set[tuple[str, int]] = field(default_factory=set)
 
     def look(self) -> None:
         """Compare what is committed with what was."""
         root = self.config.shards
         commits = state(root, "commits/*.json")
         for name, mark in self._known.items():
-            self.repeated += commits.get(name) != mark
+            if commits.get(name) != mark:
+                again = (name, mark[1]) in self._lacking
+                self.retried += again
+                self.repeated += not again
         self._known = commits
+        for name, (_, when) in commits.items():
+            found = read_commit(root, Path(name).stem)
+            if found and any(row["code"] in PASSING for row in found.refused):
+                self._lacking.add((name, when))
 
     def _begun(self, process: psutil.Popen, commits: int) -> bool:
         """Whether tasks are at work and so many shards committed, or all is over."""

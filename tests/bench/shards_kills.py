@@ -59,7 +59,7 @@ def main() -> None:
         expected = contents(whole.shards)
         shards = len(state(whole.shards, "commits/*.json"))
         print(f"undisturbed: {shards} shards, {time.monotonic() - began:.0f} s", flush=True)
-        drivers = tasks = repeated = left = rounds = same = 0
+        drivers = tasks = repeated = retried = left = rounds = same = 0
         while drivers + tasks < chosen.kills:
             rounds += 1
             config = config_of(data, root / f"out{rounds}", root / f"index{rounds}")
@@ -72,11 +72,12 @@ def main() -> None:
             harm.look()
             drivers, tasks = drivers + harm.drivers, tasks + harm.tasks
             repeated, left = repeated + harm.repeated, left + harm.left
+            retried += harm.retried
             same += contents(config.shards) == expected
             print(
-                f"round {rounds}: {drivers} drivers and {tasks} tasks killed, {repeated} shards "
-                f"repeated, {left} tasks left over, {same} of {rounds} folders identical, "
-                f"{time.monotonic() - began:.0f} s",
+                f"round {rounds}: {drivers} drivers and {tasks} tasks killed; {repeated} whole shards "
+                f"repeated, {retried} with slices lost to kills tried again; {left} tasks left "
+                f"over; {same} of {rounds} folders identical; {time.monotonic() - began:.0f} s",
                 flush=True,
             )
     if repeated or left or same != rounds:
