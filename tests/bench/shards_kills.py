@@ -75,8 +75,8 @@ def main() -> None:
             retried += harm.retried
             same += contents(config.shards) == expected
             print(
-                f"round {rounds}: {drivers} drivers and {tasks} tasks killed; {repeated} whole shards "
-                f"repeated, {retried} with slices lost to kills tried again; {left} tasks left "
+                f"round {rounds}: {drivers} drivers and {tasks} tasks killed; {repeated} whole "
+                f"shards repeated, {retried} with lost slices tried again; {left} tasks left "
                 f"over; {same} of {rounds} folders identical; {time.monotonic() - began:.0f} s",
                 flush=True,
             )

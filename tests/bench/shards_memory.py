@@ -4,7 +4,7 @@ Counted is the proportional set size (PSS: shared pages are shared out) of every
 command started, sampled every 50 ms: what works on shards (`data.memory_mib` bounds it), and all
 else.
 
-    python tests/bench/shards_memory.py [--budget 512] [--times 20] [--dir FOLDER]
+    python tests/bench/shards_memory.py [--budget 704] [--times 20] [--dir FOLDER]
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Watch(threading.Thread):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--budget", type=int, default=704)
     parser.add_argument("--times", type=float, default=20)
     parser.add_argument("--dir", type=Path)
     chosen = parser.parse_args()
@@ -108,7 +108,7 @@ def main() -> None:
             "key_file": root / "key",
             "workers": 2,
             "memory_mib": chosen.budget,
-            "decode_memory_mib": 64,
+            "decode_memory_mib": 256,
         }
         config = Config.model_validate({"out": root / "out", "data": tree})
         began = time.monotonic()
