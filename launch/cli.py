@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from medpsp.errors import ConfigError, LaunchError, MedpspError
+from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, LaunchError, MedpspError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -271,6 +271,8 @@ def main() -> None:
         app()
     except ConfigError as error:
         _fail(error, 2)
+    except Interrupted as stop:
+        _fail(stop, EXIT_AGAIN)
     except (MedpspError, OSError) as error:
         _fail(error, 1)
     except ModuleNotFoundError as error:

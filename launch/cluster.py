@@ -30,3 +30,9 @@ def detect_world() -> World:
     if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise LaunchError("ranks: MASTER_ADDR and MASTER_PORT are not set; start with torchrun")
     return World(rank=rank, size=size, local_rank=local)
+
+
+def end_time() -> float | None:
+    """When the scheduler ends this job, seconds since 1970; None where nothing says so."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdecimal() else None

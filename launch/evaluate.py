@@ -1,25 +1,66 @@
-"""Scores of the held-out patients."""
+"""Scores of the held-out patients, one case after another: JSON, CSV and a page."""
 
 from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from launch.rundir import RunDir
+from launch.stacks import Labels, Network, Stack, grid_of, predict_stack, stacks_of
 from launch.trained import labelled_rows, load_trained, number, shown
 from medpsp.config import Config
 from medpsp.errors import ShardError
-from medpsp.types import World
+from medpsp.types import IGNORE
+
+if TYPE_CHECKING:
+    from launch.scores import Case
+    from medpsp.progress import Bar
+    from medpsp.train.metrics import ConstantMask
+    from medpsp.train.postprocess import Step
+    from shards.index import SliceRow
 
 log = logging.getLogger("medpsp")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blind:
+    """The constant mask in the sizes of the slices, made once each."""
+
+    mask: ConstantMask
+    _made: dict[tuple[int, int], list[NDArray[np.bool_]]] = field(default_factory=dict)
+
+    def count(self, truth: Labels) -> NDArray[np.float64]:
+        """(K, 2): twice the voxels it gets right, and voxels of truth and mask; (N, H, W)."""
+        shape = (truth.shape[1], truth.shape[2])
+        if shape not in self._made:
+            self._made[shape] = [self.mask.predict(k, shape) for k in range(len(self.mask.sums))]
+        result = np.zeros((len(self.mask.sums), 2))
+        for plane in truth:
+            known = plane != IGNORE
+            for index, mask in enumerate(self._made[shape][1:], 1):
+                wanted, found = plane == index, mask & known
+                result[index] += (
+                    2 * np.count_nonzero(wanted & found),
+                    np.count_nonzero(wanted) + np.count_nonzero(found),
+                )
+        return result
+
+
 def evaluate_job(config: Config) -> dict[str, Any]:
-    """Score the held-out patients in 3-D, beside the best mask that never looks at the image."""
+    """Score the held-out patients in 3-D, beside the best mask that never looks at the image.
+
+    Raises:
+        ShardError: No patient is held out.
+        CheckpointError: Not trained yet, or trained with another network.
+    """
     rows = labelled_rows(config)
     split = "test" if any(row.split == "test" for row in rows) else "val"
     held_out = [row for row in rows if row.split == split]
@@ -28,50 +69,127 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     model, step = load_trained(config)
     import torch
 
+    from launch.evalpage import evaluation_page
+    from launch.scores import cases_csv, summarise
     from medpsp.progress import Bar
-    from medpsp.train.loop import predict_batch
-    from medpsp.train.metrics import ConstantMask, confusion, dice_per_class
-    from shards.dataset import stage_rows, whole_slices
+    from shards.index import write_bytes_durably
     from shards.reader import ShardReader
 
-    classes = len(config.data.classes)
-    constant, reader = ConstantMask(classes), ShardReader(config.shards)
-    for row in stage_rows(rows, 1.0):
-        constant.add(reader.read(row.bucket, row.slot)[1])
-    counts: dict[str, Any] = defaultdict(lambda: np.zeros((classes, classes), dtype=np.int64))
-    blind = np.zeros((classes, 2, 2), dtype=np.int64)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = ShardReader(config.shards)
+    net = Network(config=config, model=model.to(device), device=device, reader=reader)
+    choice = choose_steps(net, rows, split)
+    blind = Blind(mask=_constant_mask(net, rows))
     with Bar("evaluate", len(held_out), "slices") as bar:
-        slices = whole_slices(config.shards, held_out, World(), config.model.in_channels)
-        for batch in slices:
-            predicted = predict_batch(model, batch, torch.device("cpu"))
-            for patient, truth, mask in zip(
-                batch.patients, batch.label.numpy(), predicted, strict=True
-            ):
-                counts[patient] += confusion(truth, mask, classes)
-                for index in range(1, classes):
-                    blind[index] += confusion(
-                        np.where(truth == 255, 255, truth == index).astype(np.uint8),
-                        constant.predict(index, truth.shape).astype(np.uint8),
-                        2,
-                    )
-                bar.advance()
-    pooled = dice_per_class(sum(counts.values()))
-    per_patient = np.stack([dice_per_class(c) for c in counts.values()])
+        cases = [score_stack(net, s, blind, choice, bar) for s in stacks_of(held_out)]
     names = config.data.classes
     result: dict[str, Any] = {
         "split": split,
-        "patients": len(counts),
+        "patients": len({case.patient for case in cases}),
         "slices": len(held_out),
         "step": step,
-        "dice": {names[k]: number(pooled[k]) for k in range(1, classes)},
-        "dice_patient_mean": {names[k]: number(mean(per_patient[:, k])) for k in range(1, classes)},
-        "dice_constant_mask": {
-            names[k]: number(dice_per_class(blind[k])[1]) for k in range(1, classes)
-        },
+        **summarise(cases, names, config.evaluate, config.seed),
+        "postprocess": choice,
+        "settings": config.evaluate.model_dump(mode="json"),
     }
-    RunDir(config.out).evaluation.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    place = RunDir(config.out).evaluation
+    texts = {
+        ".csv": cases_csv(cases, names),
+        ".html": evaluation_page(config, result, cases, reader),
+        ".json": json.dumps(result, indent=1),
+    }
+    for suffix, text in texts.items():
+        write_bytes_durably(place.with_suffix(suffix), text.encode())
     _show(result)
+    log.info("page: %s", place.with_suffix(".html"))
     return result
+
+
+def score_stack(
+    net: Network, stack: Stack, blind: Blind, choice: dict[str, Any] | None, bar: Bar
+) -> Case:
+    """Predict, clean and score one case."""
+    from launch.scores import Case
+    from medpsp.train.cases import score_case
+    from medpsp.train.postprocess import apply_steps
+
+    seen, grid, names = predict_stack(net, stack, bar), grid_of(stack), net.config.data.classes
+    mask = seen.classes
+    if choice:
+        steps = {k: choice["chosen"][name] for k, name in enumerate(names) if k}
+        mask = apply_steps(mask, steps, grid is not None)
+    place = _most_wrong(seen.truth, mask)
+    first = stack[0]
+    return Case(
+        patient=first.patient,
+        series=first.series,
+        modality=first.modality,
+        scanner=first.manufacturer,
+        z_step=first.spacing[2],
+        slices=len(stack),
+        scores=score_case(seen.truth, mask, len(names), grid, net.config.evaluate.nsd_mm),
+        blind=blind.count(seen.truth),
+        bins=seen.bins,
+        drawn=stack[place],
+        mask=zlib.compress(mask[place].tobytes()),
+    )
+
+
+def _most_wrong(truth: Labels, mask: Labels) -> int:
+    """The slice where most voxels differ, of equal ones that with the most foreground."""
+    wrong = [np.count_nonzero((t != m) & (t != IGNORE)) for t, m in zip(truth, mask, strict=True)]
+    shown = [np.count_nonzero((t > 0) & (t != IGNORE)) for t in truth]
+    return max(range(len(truth)), key=lambda n: (wrong[n], shown[n]))
+
+
+def choose_steps(net: Network, rows: Sequence[SliceRow], split: str) -> dict[str, Any] | None:
+    """What cleaning makes the validation patients better, class by class.
+
+    Returns:
+        ``chosen`` and ``validation_dice`` by class; None where nothing is to be chosen: unless
+        asked for, and where the validation patients are those that are scored.
+    """
+    val = [row for row in rows if row.split == "val"]
+    if net.config.evaluate.postprocess == "none":
+        return None
+    if split == "val" or not val:
+        log.warning("evaluate.postprocess: nothing chosen; it takes val and test patients")
+        return None
+    from medpsp.progress import Bar
+    from medpsp.train.postprocess import STEPS, choose_step, cleaned
+
+    names = net.config.data.classes
+    found: dict[tuple[int, Step], list[float]] = defaultdict(list)
+    with Bar("choose", len(val), "slices") as bar:
+        for stack in stacks_of(val):
+            seen, volume = predict_stack(net, stack, bar), grid_of(stack) is not None
+            known = seen.truth != IGNORE
+            for index in range(1, len(names)):
+                wanted = seen.truth == index
+                for step in STEPS:
+                    mask = cleaned(seen.classes, index, step, volume) & known
+                    size = np.count_nonzero(wanted) + np.count_nonzero(mask)
+                    if size:  # absent in this case, if not
+                        found[index, step].append(2 * np.count_nonzero(wanted & mask) / size)
+    dice: dict[str, dict[Step, float]] = {
+        name: {s: float(np.mean(found[k, s] or [np.nan])) for s in STEPS}
+        for k, name in enumerate(names)
+        if k
+    }
+    return {
+        "chosen": {name: choose_step(of) for name, of in dice.items()},
+        "validation_dice": {n: {s: number(v) for s, v in of.items()} for n, of in dice.items()},
+    }
+
+
+def _constant_mask(net: Network, rows: Sequence[SliceRow]) -> ConstantMask:
+    from medpsp.train.metrics import ConstantMask
+    from shards.dataset import stage_rows
+
+    constant = ConstantMask(len(net.config.data.classes))
+    for row in stage_rows(rows, 1.0):
+        constant.add(net.reader.read(row.bucket, row.slot)[1])
+    return constant
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -79,18 +197,18 @@ def _show(result: dict[str, Any]) -> None:
         "held-out Dice (%s, %d patients, %d slices):",
         *(result[key] for key in ("split", "patients", "slices")),
     )
-    for name in result["dice"]:
+    for name, of in result["classes"].items():
+        low, high = (shown(of["dice_pooled"][end]) for end in ("low", "high"))
         log.info(
-            "  %-12s %s  (mean of patients %s, constant mask %s)",
+            "  %-12s %s (95 %% %s to %s)  (mean of patients %s, constant mask %s)",
             name,
-            *(
-                shown(result[key][name])
-                for key in ("dice", "dice_patient_mean", "dice_constant_mask")
-            ),
+            shown(of["dice_pooled"]["value"]),
+            low,
+            high,
+            *(shown(result[key][name]) for key in ("dice_patient_mean", "dice_constant_mask")),
         )
-
-
-def mean(values: Any) -> float:
-    """Mean of what is not NaN."""
-    seen = values[~np.isnan(values)]
-    return float(seen.mean()) if seen.size else float("nan")
+        log.info(
+            "  %-12s mean of cases: Dice %s, IoU %s, HD95 %s mm, NSD %s",
+            "",
+            *(shown(of[key]["value"]) for key in ("dice", "iou", "hd95_mm", "nsd")),
+        )

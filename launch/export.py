@@ -49,6 +49,8 @@ def _metadata(config: Config, rows: tuple[SliceRow, ...], step: int) -> dict[str
         "bins": list(config.model.bins),
         "step": step,
         "in_channels": config.model.in_channels,
+        "windows": [window.model_dump() for window in config.model.windows],
+        "context": config.model.context,
         "policy": _device_policy(config.data.policy),
         "key_fingerprint": read_manifest(config.shards).key_fingerprint,
     }
@@ -71,17 +73,18 @@ def export_job(config: Config) -> None:
     from shards.dataset import stage_rows
 
     metadata = _metadata(config, rows, step)
-    channels, limit = config.model.in_channels, config.export.calibration_slices
+    channels, limit = config.model.channels, config.export.calibration_slices
     log.info("export: fp32, opset %d", config.export.opset)
     export_onnx(model, run.fp32, channels, config.export.opset, metadata)
     parity = check_parity(model, run.fp32, channels, config.export.parity_tolerance)
     worst = max(row.max_abs_diff for row in parity)
     log.info("export: largest logit difference %.1e over %d shapes", worst, len(parity))
     train = spread(stage_rows(rows, 1.0), limit)
-    quantize_int8(run.fp32, run.int8, unit_images(config, train), {**metadata, "int8": "QDQ U8S8"})
+    calibration = unit_images(config, rows, train)
+    quantize_int8(run.fp32, run.int8, calibration, {**metadata, "int8": "QDQ U8S8"})
     val = spread([row for row in rows if row.split == "val"], limit)
     agreement = mask_agreement(
-        run.fp32, run.int8, unit_images(config, val), len(config.data.classes)
+        run.fp32, run.int8, unit_images(config, rows, val), len(config.data.classes)
     )
     log.info("export: int8 masks against fp32 masks, Dice %s", shown(number(agreement)))
     report = {
@@ -109,11 +112,10 @@ def spread(rows: list[SliceRow], count: int) -> list[SliceRow]:
     return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
-def unit_images(config: Config, rows: list[SliceRow]) -> Any:
-    """(1, C, H, W) inputs of the network, one after another."""
-    from medpsp.intensity import planes
-    from shards.dataset import read_unit
+def unit_images(config: Config, rows: tuple[SliceRow, ...], chosen: list[SliceRow]) -> Any:
+    """(1, C, H, W) inputs of the network, one after another; neighbours are among ``rows``."""
+    from shards.dataset import Inputs
     from shards.reader import ShardReader
 
-    reader, channels = ShardReader(config.shards), config.model.in_channels
-    return (np.stack([planes(read_unit(reader, row)[0], channels)]) for row in rows)
+    inputs = Inputs(ShardReader(config.shards), config.model, rows)
+    return (inputs.batch([row]).image.numpy() for row in chosen)

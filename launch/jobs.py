@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cluster import detect_world
 from launch.evaluate import evaluate_job
 from launch.export import export_job
-from launch.ranks import start_ranks
 from launch.rundir import RunDir, keep_private, told_path
-from launch.trained import labelled_rows
+from launch.train import train_job
 from medpsp.config import Config
-from medpsp.configio import load_config, without_paths
-from medpsp.errors import ConfigError, MedpspError, ShardError
+from medpsp.configio import load_config
+from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, MedpspError, ShardError
 
 if TYPE_CHECKING:
     from shards.index import Manifest
@@ -45,6 +42,9 @@ def run_command(name: str, config_path: Path) -> tuple[int, str]:
     marker.unlink(missing_ok=True)
     try:
         JOBS[name](config)
+    except Interrupted as stop:
+        log.warning("%s", one_line(stop))
+        return EXIT_AGAIN, one_line(stop)
     except (MedpspError, OSError) as error:
         reason = one_line(error)
         log.error("%s", reason)
@@ -182,66 +182,6 @@ def _problems(config: Config, quick: bool) -> list[Problem]:
     if len(problems) > SHOWN:
         log.error("and %d more, all in logs/check.log", len(problems) - SHOWN)
     return problems
-
-
-def train_job(config: Config) -> None:
-    """Train with ``train.ranks`` ranks: in this process, or as torchrun's children."""
-    world = detect_world()
-    if config.train.batch_size % max(world.size, config.train.ranks):
-        raise ConfigError(
-            f"train.batch_size {config.train.batch_size} cannot be shared by "
-            f"{max(world.size, config.train.ranks)} ranks; take a multiple"
-        )
-    rows = labelled_rows(config)
-    if config.train.ranks > 1 and "WORLD_SIZE" not in os.environ:
-        start_ranks(config)
-        return
-    import torch
-
-    from medpsp.model.loss import class_weights
-    from medpsp.model.psp import build_model
-    from medpsp.train.board import Board
-    from medpsp.train.checkpoint import latest_checkpoint, read_state
-    from medpsp.train.engine import process_group
-    from medpsp.train.loop import Run, fit
-    from shards.dataset import example_batch, stage_rows, train_batches, whole_slices
-    from shards.index import class_pixels, read_manifest
-
-    run, root = RunDir(config.out), config.shards
-    val = [row for row in rows if row.split == "val"]
-    clean = [row for row in val if "PHI_BURNED_IN" not in row.flags]  # event files travel
-    pixels = class_pixels(stage_rows(rows, 1.0), len(config.data.classes))
-    newest = latest_checkpoint(run.checkpoints)
-    first_step = read_state(newest).step if newest else 0
-    with process_group(world, config.train.threads) as device:
-        torch.manual_seed(config.seed)  # the same initial weights on every rank
-        model = build_model(config.model, len(config.data.classes)).to(device)
-        board = Board(run.tensorboard if world.rank == 0 else None, first_step)
-        board.text("config", f"```\n{without_paths(config)}\n```")
-        weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
-        if world.rank == 0:
-            shares = ", ".join(f"{float(w):.2f}" for w in weights)
-            log.info("train: %d ranks on %s, class weights %s", world.size, device.type, shares)
-        state = fit(
-            Run(
-                config=config,
-                world=world,
-                device=device,
-                checkpoints=run.checkpoints,
-                board=board,
-                weights=weights,
-                data_id=read_manifest(root).data_id,
-                examples=example_batch(root, clean, config) if clean else None,
-                batches=lambda stage, first: train_batches(
-                    root, rows, config, world, (stage, first)
-                ),
-                val_batches=lambda: whole_slices(root, val, world, config.model.in_channels),
-            ),
-            model,
-        )
-        board.close()
-    if world.rank == 0:
-        log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
 
 
 JOBS: dict[str, Any] = {

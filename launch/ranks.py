@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.rundir import RunDir
 from medpsp.config import Config
-from medpsp.errors import LaunchError
+from medpsp.errors import EXIT_AGAIN, Interrupted, LaunchError
 
 REASONS = "MEDPSP_RANK_REASONS"
 """Set for ranks started here: the folder where a failing rank leaves its line."""
@@ -23,6 +23,7 @@ def start_ranks(config: Config) -> None:
     torchrun picks a free port and stops all ranks when one fails.
 
     Raises:
+        Interrupted: The ranks were asked to end, and saved.
         LaunchError: A rank failed; with the reason it left, or the signal that killed it.
     """
     if importlib.util.find_spec("torch") is None:
@@ -36,7 +37,12 @@ def start_ranks(config: Config) -> None:
     folder.mkdir(parents=True)
     threads = config.train.threads or max(1, (os.cpu_count() or 1) // ranks)
     os.environ.update(
-        {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR", REASONS: str(folder)}
+        {
+            "OMP_NUM_THREADS": str(threads),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+            REASONS: str(folder),
+        }
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))
@@ -52,9 +58,13 @@ def start_ranks(config: Config) -> None:
     try:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]
     except SignalException as stop:
+        if reason := _left_reason(folder):
+            raise Interrupted(reason) from None
         raise SystemExit(128 + int(stop.sigval)) from None
     except ChildFailedError as error:
         rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
+        if first.exitcode == EXIT_AGAIN:
+            raise Interrupted(_left_reason(folder)) from None
         reason = _left_reason(folder) or _exit_reason(first.exitcode)
         raise LaunchError(f"train: rank {rank} of {ranks}: {reason}") from None
 

@@ -57,7 +57,8 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
 
     from medpsp.model.psp import build_model
     from medpsp.train.checkpoint import load_checkpoint
-    from medpsp.train.loop import identify
+    from medpsp.train.ema import scored_weights
+    from medpsp.train.resume import identify
     from shards.index import read_manifest
 
     tensors, state = load_checkpoint(path, torch.device("cpu"))
@@ -70,7 +71,7 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     model = build_model(
         config.model.model_copy(update={"pretrained": False}), len(config.data.classes)
     )
-    model.load_state_dict(tensors["model"])
+    model.load_state_dict(scored_weights(tensors))
     return model.eval(), state.step
 
 

@@ -13,9 +13,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from medpsp.config import Config
+from medpsp.config import Config, TrainConfig
 from medpsp.dataconfig import Node
 from medpsp.errors import ConfigError
+
+_DECIDES_STAGES = ("train.preset=", "train.steps=")
+"""Overrides that come first: they say which stages another one may change."""
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -36,7 +39,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"config {path}: not YAML{place}; mend the file") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping at the top, got {_kind(tree)}")
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: not text.startswith(_DECIDES_STAGES)):
         _override(tree, text)
     try:
         return Config.model_validate(tree)
@@ -50,6 +53,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ConfigError(f"override '{text}': expected key=value, for example train.batch_size=8")
     node: Any = tree
     default: Any = _defaults(Config)  # so that a list left to its default has items
+    default["train"]["stages"] = _stages(tree)
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1]):
         where = ".".join(parts[: depth + 1])
@@ -90,6 +94,17 @@ def _defaults(node: type[Node]) -> dict[str, Any]:
         elif isinstance(field.default, tuple):
             tree[name] = [v.model_dump() if isinstance(v, Node) else v for v in field.default]
     return tree
+
+
+def _stages(tree: dict[str, Any]) -> list[Any]:
+    """Those of the preset that the tree names; of the default one where it names none there is."""
+    train = tree.get("train")
+    chosen = {k: train[k] for k in ("preset", "steps") if k in train} if train else {}
+    try:
+        stages = TrainConfig.model_validate(chosen).stages
+    except ValidationError:
+        stages = TrainConfig().stages
+    return [stage.model_dump() for stage in stages]
 
 
 def _list_index(node: list[Any], part: str, where: str) -> int:

@@ -5,6 +5,9 @@ against what was expected, and what to do. No message carries a patient's name, 
 objects of an archive are named by their pseudonymous ``file_id``.
 """
 
+EXIT_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: run the same command again."""
+
 
 class MedpspError(Exception):
     """Base of every error a user of medpsp is meant to read."""
@@ -61,6 +64,10 @@ class NonFiniteLossError(TrainError):
 
 class CheckpointError(TrainError):
     """No checkpoint verifies, or it belongs to another model."""
+
+
+class Interrupted(MedpspError, InterruptedError):
+    """Training was asked to end, and saved; the command line exits with `EXIT_AGAIN`."""
 
 
 class ExportError(MedpspError, RuntimeError):

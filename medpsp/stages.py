@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 from medpsp.config import StageConfig, TrainConfig
 
 Part = Literal["backbone", "head"]
 FINAL_LR_RATIO = 0.05
-"""Where the cosine of the last stage ends, relative to that stage's rate."""
+"""Where the last stage ends, relative to its own rate, if it does not say."""
+POLY_POWER = 0.9
+"""Of Zhao et al. 2017, 5.1."""
 
 
 def total_steps(stages: tuple[StageConfig, ...]) -> int:
-    """Optimiser steps of the whole schedule."""
+    """Optimiser steps of the whole schedule; no stage counts in epochs any more."""
     return sum(stage.steps for stage in stages)
+
+
+def in_steps(train: TrainConfig, slices: Callable[[float], int]) -> TrainConfig:
+    """The same schedule with every stage in steps.
+
+    Args:
+        train: Of the configuration.
+        slices: Training slices that take part at a fraction of the patients.
+    """
+    stages = tuple(
+        stage
+        if stage.epochs is None
+        else stage.model_copy(
+            update={
+                "steps": max(1, round(stage.epochs * slices(stage.fraction) / train.batch_size)),
+                "epochs": None,
+            }
+        )
+        for stage in train.stages
+    )
+    return train.model_copy(update={"stages": stages})
 
 
 def stage_at(stages: tuple[StageConfig, ...], step: int) -> tuple[int, int]:
@@ -33,17 +57,23 @@ def stage_at(stages: tuple[StageConfig, ...], step: int) -> tuple[int, int]:
 def lr_at(train: TrainConfig, step: int) -> float:
     """Learning rate of a global step.
 
-    Each stage falls on a cosine from its own rate to the next stage's (the last one to 5 %), so
-    the rate never jumps; the first ``warmup_steps`` rise linearly from 1/warmup_steps.
+    Each stage goes from its own rate to ``lr_end``, by default the next stage's rate, so that it
+    never jumps; the first ``warmup_steps`` rise linearly from 1/warmup_steps.
     """
     index, within = stage_at(train.stages, step)
     stage = train.stages[index]
-    last = index + 1 == len(train.stages)
-    end = stage.lr * FINAL_LR_RATIO if last else train.stages[index + 1].lr
+    end = stage.lr_end
+    if end is None:
+        last = index + 1 == len(train.stages)
+        end = stage.lr * FINAL_LR_RATIO if last else train.stages[index + 1].lr
     share = within / stage.steps
-    rate = end + (stage.lr - end) * 0.5 * (1 + math.cos(math.pi * share))
+    left = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+        "poly": math.pow(1 - share, POLY_POWER),
+        "constant": 1.0,
+    }[stage.shape]
     warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
-    return rate * warm
+    return (end + (stage.lr - end) * left) * warm
 
 
 def trained_parts(stage: StageConfig) -> frozenset[Part]:

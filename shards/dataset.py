@@ -2,102 +2,43 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.errors import ShardError
-from medpsp.intensity import planes, to_unit
-from medpsp.train.augment import augment
-from medpsp.train.batch import Batch, crop_or_pad, crop_parts, padded
-from medpsp.types import Window, World
+from medpsp.channels import channels_first
+from medpsp.intensity import to_unit
+from medpsp.train.augment import AugmentOptions, build_transforms
+from medpsp.train.batch import Batch, crop_or_pad
+from medpsp.types import FloatArray, World
+from shards.crops import Crops, network_channels
 from shards.loader import run_task
 from shards.loadworker import Spec
-from shards.order import (
-    Permutation,
-    batch_positions,
-    epoch_permutation,
-    ordered,
-    remembered,
-    shard_permutation,
-)
+from shards.order import batch_positions
 from shards.reader import ShardReader
+from shards.samples import Sample, Sampler, Stream, Wanted, stage_rows
 
-if TYPE_CHECKING:  # a loader worker needs none of it
+if TYPE_CHECKING:
     from medpsp.config import Config
+    from medpsp.modelconfig import ModelConfig
     from shards.index import SliceRow
 
-log = logging.getLogger("medpsp")
+__all__ = [
+    "Inputs",
+    "Stream",
+    "example_batch",
+    "read_unit",
+    "stage_rows",
+    "train_batches",
+    "whole_slices",
+]
 EVAL_BATCH = 8
-Shard = tuple[str, int]
-"""Bucket and number."""
-
-
-class Sample(NamedTuple):
-    """A training slice, and the key that alone decides its crop and its augmentation."""
-
-    bucket: str
-    slot: int
-    window: Window
-    inverted: bool
-    key: tuple[int, ...]
-
-
-class Wanted(NamedTuple):
-    """Samples of one rank's share of a batch, and shards that will come soon."""
-
-    samples: tuple[Sample, ...]
-    soon: tuple[Shard, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Crops:
-    """The task of the loader: crops of slices, in [0, 1] and augmented.
-
-    Attributes:
-        size: Rows and columns of a crop.
-        channels: ``model.in_channels``; grey slices are repeated to 3.
-        level: Of `augment`.
-    """
-
-    reader: ShardReader
-    size: tuple[int, int]
-    channels: int
-    level: str
-    _space: dict[str, tuple[NDArray[Any], NDArray[np.uint8]]] = field(default_factory=dict)
-
-    def __call__(self, item: Wanted, arrays: Sequence[NDArray[Any]]) -> None:
-        """Fill (N, C, H, W) float32 images and (N, H, W) uint8 labels."""
-        for bucket, shard in item.soon:
-            self.reader.will_need(bucket, [shard])
-        for image, label, sample in zip(*arrays, item.samples, strict=True):
-            unit, mask = self._crop(sample)
-            image[...] = planes(unit, self.channels)
-            label[...] = mask
-
-    def _crop(self, sample: Sample) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        rng = np.random.default_rng(sample.key)
-        image, label = self._read(sample.bucket, sample.slot)
-        source, target = crop_parts(label.shape, self.size, rng)
-        # the window looks at single values, so it may as well come after the cut
-        unit = to_unit(image[source], sample.window, sample.inverted)
-        cut = padded(unit.astype(np.float32, copy=False), label[source], self.size, target)
-        return augment(*cut, self.level, rng)
-
-    def _read(self, bucket: str, slot: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        if bucket not in self._space:  # the same memory for every slice
-            shape, dtype = self.reader.frame(bucket)
-            self._space[bucket] = np.empty(shape, dtype), np.empty(shape[:2], np.uint8)
-        self.reader.read_into(bucket, slot, *self._space[bucket])
-        return self._space[bucket]
+WHOLE = (slice(None), slice(None))
 
 
 def read_unit(reader: ShardReader, row: SliceRow) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -106,25 +47,30 @@ def read_unit(reader: ShardReader, row: SliceRow) -> tuple[NDArray[np.float32], 
     return to_unit(image, row.window, row.inverted).astype(np.float32, copy=False), label
 
 
-def stage_rows(rows: Sequence[SliceRow], fraction: float) -> list[SliceRow]:
-    """Labelled slices of the training patients that take part at ``fraction``.
+class Inputs:
+    """Whole slices as the network takes them.
 
-    A set too small to have a patient below the threshold uses its first one.
-
-    Raises:
-        ShardError: No labelled training slice at all.
+    Args:
+        reader: Of the shards.
+        model: Channels, windows and context of the network.
+        rows: Among which neighbours are looked for.
     """
-    from medpsp.stages import in_stage
 
-    train = [row for row in rows if row.split == "train" and row.labelled]
-    if not train:
-        raise ShardError("shards: no labelled training slice; check data.labels and data.split")
-    chosen = [row for row in train if in_stage(row.order, fraction)]
-    if not chosen:
-        lowest = min(row.order for row in train)
-        log.warning("fraction %g holds no patient; using the one of lowest hash", fraction)
-        chosen = [row for row in train if row.order == lowest]
-    return chosen
+    def __init__(self, reader: ShardReader, model: ModelConfig, rows: Sequence[SliceRow]) -> None:
+        self._reader, self._channels = reader, model.channels
+        self._sampler = Sampler(model, rows)
+
+    def read(self, row: SliceRow) -> tuple[FloatArray, NDArray[np.uint8]]:
+        """(H, W, C) float32 in [0, 1] and label (H, W); grey is (H, W) for a network of one
+        channel, and may be so for one of three, which repeats it."""
+        image, label = self._reader.read(row.bucket, row.slot)
+        sample: Sample = self._sampler.sample(row)
+        return network_channels(self._reader, sample, image, WHOLE), label
+
+    def batch(self, rows: Sequence[SliceRow]) -> Batch:
+        """Slices of one size."""
+        images, labels = zip(*(self.read(row) for row in rows), strict=True)
+        return _collate(images, labels, tuple(row.patient for row in rows), self._channels)
 
 
 def train_batches(
@@ -132,7 +78,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches of one rank from a step of a stage to the stage's end.
 
-    Neither ``train.loader_workers`` nor the ranks change any value.
+    Neither ``train.loader_workers`` nor the ranks change any value. Micro-batches follow one
+    another in a batch.
 
     Args:
         root: Folder of the shards.
@@ -142,16 +89,40 @@ def train_batches(
         place: Stage index and first step within it.
     """
     index, first = place
-    stage = config.train.stages[index]
-    chosen = stage_rows(rows, stage.fraction)
-    reader, size, channels = ShardReader(root), config.train.size, config.model.in_channels
-    stream = Stream(reader, chosen, config, index)
-    share = len(batch_positions(0, config.train.batch_size, world.rank, world.size))
-    steps = range(first, stage.steps)
-    shares = (batch_positions(s, config.train.batch_size, world.rank, world.size) for s in steps)
-    task = Crops(reader=reader, size=size, channels=channels, level=stage.augment)
-    specs = (Spec((share, channels, *size), "<f4"), Spec((share, *size), "|u1"))
-    return _made(task, specs, map(stream.at, shares), config.train.loader_workers)
+    train = config.train
+    stage = train.stages[index]
+    stream = Stream(ShardReader(root), stage_rows(rows, stage.fraction), config, index)
+    micro = train.batch_size // train.accumulate
+    share = len(batch_positions(0, micro, world.rank, world.size)) * train.accumulate
+    task = Crops(
+        reader=ShardReader(root),
+        size=train.size,
+        classes=len(config.data.classes),
+        channels=config.model.channels,
+        level=stage.augment,
+        options=AugmentOptions(
+            flips=train.flips, transforms=build_transforms(train.transforms, train.size)
+        ),
+        jitter=train.window_jitter,
+        draws_only=train.augment_on == "device",
+    )
+    specs = (
+        Spec((share, config.model.channels, *train.size), "<f4"),
+        Spec((share, *train.size), "|u1"),
+    )
+
+    def items() -> Iterator[tuple[Wanted, tuple[str, ...]]]:
+        for step in range(first, stage.steps):
+            numbers = range(step * train.accumulate, (step + 1) * train.accumulate)
+            parts = [
+                stream.at(batch_positions(number, micro, world.rank, world.size))
+                for number in numbers
+            ]
+            samples = tuple(sample for wanted, _ in parts for sample in wanted.samples)
+            soon = tuple(shard for wanted, _ in parts for shard in wanted.soon)
+            yield Wanted(samples, soon), tuple(name for _, names in parts for name in names)
+
+    return _made(task, specs, items(), train.loader_workers)
 
 
 def _made(
@@ -160,90 +131,49 @@ def _made(
     stream: Iterator[tuple[Wanted, tuple[str, ...]]],
     workers: int,
 ) -> Iterator[Batch]:
-    patients: deque[tuple[str, ...]] = deque()
+    import torch  # not in loader workers
+
+    waiting: deque[tuple[Wanted, tuple[str, ...]]] = deque()
 
     def wanted() -> Iterator[Wanted]:
         for item, names in stream:
-            patients.append(names)
+            waiting.append((item, names))
             yield item
 
-    for (image, label), _ in run_task(task, specs, wanted(), workers):
-        yield _batch(image.copy(), label.copy(), patients.popleft())  # theirs is used again
-
-
-class Stream:
-    """The samples of a stage by their position.
-
-    Args:
-        reader: Tells which shard a slice lies in.
-        rows: Of the stage.
-        config: Of the run.
-        stage: Its index.
-    """
-
-    def __init__(
-        self, reader: ShardReader, rows: Sequence[SliceRow], config: Config, stage: int
-    ) -> None:
-        self._rows, self._key = rows, (config.seed, stage)
-        seed = config.seed * 1009 + stage
-        self._ahead = 0
-        self._hinted: deque[Shard] = deque(maxlen=2 * config.train.shuffle_shards)
-        draw: Permutation = partial(epoch_permutation, len(rows), seed)
-        if config.train.shuffle == "shard":
-            slots = {bucket: reader.shard_slots(bucket) for bucket in {r.bucket for r in rows}}
-            self._shards = [(row.bucket, row.slot // slots[row.bucket]) for row in rows]
-            numbers = {shard: n for n, shard in enumerate(sorted(set(self._shards)))}
-            together = config.train.shuffle_shards
-            draw = _by_shard(np.array([numbers[shard] for shard in self._shards]), seed, together)
-            self._ahead = -(-len(rows) * together // len(numbers))  # samples of a group
-        self._permutation = remembered(draw)
-
-    def at(self, positions: range) -> tuple[Wanted, tuple[str, ...]]:
-        """Samples of some positions, and their patients."""
-        samples, names = [], []
-        for epoch, number in ordered(len(self._rows), positions, self._permutation):
-            row = self._rows[number]
-            name = int(row.file_id, 16) + row.frame  # frames of one object share its pseudonym
-            key = (*self._key, epoch, name)
-            samples.append(Sample(row.bucket, row.slot, row.window, row.inverted, key))
-            names.append(row.patient)
-        return Wanted(tuple(samples), self._soon(positions)), tuple(names)
-
-    def _soon(self, positions: range) -> tuple[Shard, ...]:
-        """Shards of the next group that were not named before."""
-        if not self._ahead:
-            return ()
-        later = range(positions.start + self._ahead, positions.stop + self._ahead)
-        found = dict.fromkeys(
-            self._shards[n] for _, n in ordered(len(self._rows), later, self._permutation)
+    for (image, label), draws in run_task(task, specs, wanted(), workers):
+        item, names = waiting.popleft()
+        yield Batch(
+            image=torch.from_numpy(image.copy()),  # theirs is used again
+            label=torch.from_numpy(label.copy()),
+            patients=names,
+            keys=torch.tensor([key_number(sample.key) for sample in item.samples]),
+            samples=tuple(sample.name for sample in item.samples),
+            draws=draws,
         )
-        new = tuple(shard for shard in found if shard not in self._hinted)
-        self._hinted.extend(new)
-        return new
 
 
-def _by_shard(shards: NDArray[np.int64], seed: int, together: int) -> Permutation:
-    return lambda epoch: shard_permutation(shards, seed, epoch, together)
+def key_number(key: tuple[int, ...]) -> int:
+    """63 bits of a key."""
+    (word,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return int(word) >> 1
 
 
 def _collate(
-    items: list[tuple[NDArray[np.float32], NDArray[np.uint8], str]], channels: int
+    images: Sequence[FloatArray],
+    labels: Sequence[NDArray[np.uint8]],
+    patients: tuple[str, ...],
+    channels: int,
 ) -> Batch:
-    images, labels, patients = zip(*items, strict=True)
-    image = np.stack([planes(image, channels) for image in images])
-    return _batch(image, np.stack(labels), tuple(patients))
+    import torch
 
-
-def _batch(
-    image: NDArray[np.float32], label: NDArray[np.uint8], patients: tuple[str, ...]
-) -> Batch:
-    import torch  # not in loader workers
-
-    return Batch(image=torch.from_numpy(image), label=torch.from_numpy(label), patients=patients)
+    stack = np.stack([channels_first(image, channels) for image in images])
+    return Batch(
+        image=torch.from_numpy(stack), label=torch.from_numpy(np.stack(labels)), patients=patients
+    )
 
 
 def whole_slices(
-    root: Path, rows: Sequence[SliceRow], world: World, channels: int = 1
+    root: Path, rows: Sequence[SliceRow], world: World, model: ModelConfig
 ) -> Iterator[Batch]:
     """Whole slices of the rows, one rank's share, batched where sizes agree.
 
@@ -251,16 +181,14 @@ def whole_slices(
         root: Folder of the shards.
         rows: Of the index.
         world: Rank and number of ranks.
-        channels: ``model.in_channels``; grey slices are repeated to 3.
+        model: Channels, windows and context of the network.
     """
-    reader = ShardReader(root)
+    inputs = Inputs(ShardReader(root), model, rows)
     mine = sorted(rows, key=lambda row: (row.bucket, row.slot))[world.rank :: world.size]
     for _, group in groupby(mine, key=lambda row: row.bucket):
         members = list(group)
         for start in range(0, len(members), EVAL_BATCH):
-            part = members[start : start + EVAL_BATCH]
-            items = [(*read_unit(reader, row), row.patient) for row in part]
-            yield _collate(items, channels)
+            yield inputs.batch(members[start : start + EVAL_BATCH])
 
 
 def example_batch(root: Path, rows: Sequence[SliceRow], config: Config, count: int = 4) -> Batch:
@@ -270,15 +198,11 @@ def example_batch(root: Path, rows: Sequence[SliceRow], config: Config, count: i
         if row.patient not in best or _foreground(row) > _foreground(best[row.patient]):
             best[row.patient] = row
     chosen = sorted(best.values(), key=_foreground, reverse=True)[:count]
-    reader = ShardReader(root)
+    inputs = Inputs(ShardReader(root), config.model, rows)
     rng = np.random.default_rng(config.seed)
-    return _collate(
-        [
-            (*crop_or_pad(*read_unit(reader, row), config.train.size, rng), row.patient)
-            for row in chosen
-        ],
-        config.model.in_channels,
-    )
+    cuts = [crop_or_pad(*inputs.read(row), config.train.size, rng) for row in chosen]
+    images, labels = zip(*cuts, strict=True)
+    return _collate(images, labels, tuple(row.patient for row in chosen), config.model.channels)
 
 
 def _foreground(row: SliceRow) -> int:

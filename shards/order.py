@@ -6,6 +6,8 @@ the (p mod n)-th entry of that epoch's permutation, so the state of the stream i
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -109,3 +111,22 @@ def ordered(count: int, positions: range, permutation: Permutation) -> list[tupl
         out += [(epoch, sample) for sample in permutation(epoch)[within:end].tolist()]
         at += end - within
     return out
+
+
+def shares(positions: range, share: float) -> tuple[range, range, list[bool]]:
+    """Stream positions divided between two streams, evenly and without a draw.
+
+    Of the first p positions, floor(p * share) are of the first stream.
+
+    Args:
+        positions: Contiguous.
+        share: Of the first stream, in [0, 1).
+
+    Returns:
+        Positions within the first stream, within the second one, and for each position whether
+        it is of the first.
+    """
+    before = [math.floor(p * share) for p in range(positions.start, positions.stop + 1)]
+    first = range(before[0], before[-1])
+    second = range(positions.start - before[0], positions.stop - before[-1])
+    return first, second, [b > a for a, b in itertools.pairwise(before)]

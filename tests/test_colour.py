@@ -140,14 +140,14 @@ def test_grey_and_colour_train_in_one_batch(
     for batch in train_batches(root, rows, config, World(), (0, 0)):
         assert batch.image.shape == (3, 3, 64, 64)
         assert batch.label.shape == (3, 64, 64)
-        assert 0 <= float(batch.image.min()) < float(batch.image.max()) <= 1
+        assert -0.1 <= float(batch.image.min()) < float(batch.image.max()) <= 1.2  # brightened
         kinds.add(tuple(channels_of(batch)))
     assert any(len(set(kind)) == 2 for kind in kinds)
 
 
 def test_colour_reaches_the_network_as_v_over_255(mixed: tuple[Path, list[SliceRow]]) -> None:
     root, rows = mixed
-    batches = list(whole_slices(root, rows, World(), 3))
+    batches = list(whole_slices(root, rows, World(), config_of(3, "none", (32, 32)).model))
     assert [b.image.shape for b in batches] == [(3, 3, 40, 36), (3, 3, 48, 44)]
     for batch, name in zip(batches, ("40x36_uint8", "48x44_int16"), strict=True):
         channels_of(batch)
@@ -157,7 +157,7 @@ def test_colour_reaches_the_network_as_v_over_255(mixed: tuple[Path, list[SliceR
     examples = example_batch(root, rows, config_of(3, "none", (32, 32)), count=6)
     assert examples.image.shape == (6, 3, 32, 32)
     channels_of(examples)
-    (grey,) = whole_slices(root, rows[3:], World())
+    (grey,) = whole_slices(root, rows[3:], World(), config_of(1, "none", (32, 32)).model)
     assert grey.image.shape == (3, 1, 48, 44)
 
 
@@ -275,7 +275,7 @@ def test_a_folder_of_nothing_but_colour_is_none_for_a_grey_network(
     exported: RunDir, tmp_path: Path
 ) -> None:
     predictor = Predictor(exported.fp32)
-    predictor.channels = 1
+    predictor.colours = predictor.channels = 1
     (tmp_path / "in").mkdir()
     Image.fromarray(discs(20)[0]).save(tmp_path / "in" / "a.png")
     with pytest.raises(ArchiveError, match=r"1 files \(COLOUR_FOR_GREY_MODEL\)"):

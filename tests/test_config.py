@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medpsp.config import BACKBONES, DEFAULT_STAGES, Config
+from medpsp.config import BACKBONES, Config, TrainConfig
 from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError
 
@@ -28,12 +28,15 @@ def reason(folder: Path, text: str, *overrides: str) -> str:
     return message
 
 
+STAGES = TrainConfig().stages
+
+
 def test_defaults_of_a_small_file(tmp_path: Path) -> None:
     config = load(tmp_path, SMALL)
     assert config.data.classes == ("background", "liver")
     assert config.model.bins == (1, 3, 5, 7)
     assert (config.loss.dice, config.loss.focal, config.loss.gamma) == (0.7, 0.3, 2.0)
-    assert config.train.stages == DEFAULT_STAGES
+    assert config.train.stages == STAGES
     assert [s.fraction for s in config.train.stages] == [0.2, 0.6, 1.0]
     assert config.shards == Path("runs/default/shards")
 
@@ -43,7 +46,7 @@ def test_defaults_of_a_small_file(tmp_path: Path) -> None:
     [
         ("trian: {ranks: 2}", "trian: unknown key; did you mean 'train'?"),
         ("train: {batchsize: 2}", "train.batchsize: unknown key; did you mean 'batch_size'?"),
-        ("train: {zzz: 2}", "train.zzz: unknown key; legal: batch_size, clip_norm"),
+        ("train: {zzz: 2}", "train.zzz: unknown key; legal: accumulate, augment_on"),
         ("model: {backbone: resnet81}", "did you mean 'resnet18'?"),
         (
             "train: {stages: [{name: a, steps: 1, lrr: 1}]}",
@@ -147,8 +150,8 @@ def test_overrides(tmp_path: Path) -> None:
         "out=here",
     )
     first, second, third = config.train.stages
-    assert (first.lr, first.steps, first.name) == (3e-4, 1000, "warm")
-    assert second == DEFAULT_STAGES[1]
+    assert (first.lr, first.steps, first.name) == (3e-4, 900, "warm")
+    assert second == STAGES[1]
     assert third.steps == 5
     assert config.train.size == (256, 64)
     assert config.model.bins == (2, 3, 5, 7)
@@ -158,7 +161,60 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.data.label_map == {7: 1}
     assert config.model.pretrained == Path("weights.pth")
     assert config.out == Path("here")
-    assert load(tmp_path, SMALL).train.stages == DEFAULT_STAGES  # nothing sticks to the defaults
+    assert load(tmp_path, SMALL).train.stages == STAGES  # nothing sticks to the defaults
+
+
+@pytest.mark.parametrize(
+    ("preset", "names", "rates", "fractions"),
+    [
+        ("progressive", ["warm", "broad", "full"], [1e-3] * 3, [0.2, 0.6, 1]),
+        ("article", ["backbone", "head", "all"], [1e-4, 5e-5, 1e-5], [0.2, 0.6, 1]),
+        ("onecycle", ["rise", "fall"], [4e-5, 1e-3], [1, 1]),
+    ],
+)
+def test_presets_are_stages(
+    tmp_path: Path, preset: str, names: list[str], rates: list[float], fractions: list[float]
+) -> None:
+    wish = (f"train.preset={preset}", "train.steps=90")
+    stages = load(tmp_path, SMALL, *wish).train.stages
+    assert [stage.name for stage in stages] == names
+    assert [stage.lr for stage in stages] == rates
+    assert [stage.fraction for stage in stages] == fractions
+    assert sum(stage.steps for stage in stages) == 90
+    # an item is changed of these stages, whatever the order on the command line
+    changed = load(tmp_path, SMALL, "train.stages.1.lr=0.5", *wish).train.stages
+    assert [stage.lr for stage in changed] == [rates[0], 0.5, *rates[2:]]
+    text = SMALL + "train: {preset: " + preset + ", stages: [{name: a, steps: 1, lr: 1}]}\n"
+    assert [stage.name for stage in load(tmp_path, text).train.stages] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.stages=[{name: a, lr: 1}]", "steps or epochs: give one of them"),
+        ("train.stages=[{name: a, lr: 1, steps: 1, epochs: 1}]", "steps or epochs: give one"),
+        ("train.preset=best", "train.preset: Input should be 'progressive', 'article' or"),
+        ("train.accumulate=3", "batch_size 16 cannot be shared by 1 ranks with 3 micro-batches"),
+        ("train={engine: zero3, ema: 0.9}", "ema: not with engine zero3"),
+        ("train={augment_on: device, transforms: [{name: x}]}", "albumentations runs on the CPU"),
+        ("train.transforms=[{p: 1}]", "transforms: each needs a name"),
+        ("model={head: shallow, output_stride: 32}", "a shallow backbone ends at 8 or 16"),
+        ("model={in_channels: 2}", "in_channels 2: a slice is grey (1) or RGB (3)"),
+        ("model={in_channels: 3, windows: [{center: 1, width: 2}]}", "windows: they are of grey"),
+    ],
+)
+def test_what_does_not_fit_together(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in reason(tmp_path, SMALL, override)
+
+
+def test_stride_and_channels_follow_from_the_rest(tmp_path: Path) -> None:
+    heads = {"refine": 32, "classic": 8, "shallow": 8}
+    found = {h: load(tmp_path, SMALL, f"model.head={h}").model.output_stride for h in heads}
+    assert found == heads
+    windows = "[{center: 40, width: 400}, {center: 600, width: 2000}]"
+    model = load(tmp_path, SMALL, f"model.windows={windows}", "model.context=2").model
+    assert model.channels == 2 * 5
+    assert load(tmp_path, SMALL, "model.backbone=timm/resnet34").model.backbone == "timm/resnet34"
 
 
 def test_a_later_override_wins_over_file_and_earlier_ones(tmp_path: Path) -> None:

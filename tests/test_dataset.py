@@ -16,7 +16,7 @@ from launch.phantom import draw
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from medpsp.identity import pseudonym
-from medpsp.train.augment import augment
+from medpsp.train.augment import AugmentOptions, augment
 from medpsp.train.batch import Batch, crop_or_pad
 from medpsp.types import World
 from shards.dataset import Stream, example_batch, read_unit, stage_rows, train_batches, whole_slices
@@ -50,6 +50,8 @@ def assert_same(ours: Iterable[Batch], theirs: Iterable[Batch]) -> None:
         assert torch.equal(one.image, other.image)
         assert torch.equal(one.label, other.label)
         assert one.patients == other.patients
+        assert torch.equal(one.keys, other.keys)
+        assert one.samples == other.samples
 
 
 @pytest.mark.parametrize("shuffle", ["full", "shard"])
@@ -67,7 +69,8 @@ def test_batches_do_not_depend_on_the_number_of_loader_workers(
     assert ours[0].image.dtype == torch.float32
     assert ours[0].label.shape == (4, 32, 32)
     assert ours[0].label.dtype == torch.uint8
-    assert 0 <= float(ours[0].image.min()) < float(ours[0].image.max()) <= 1
+    assert -0.1 <= float(ours[0].image.min()) < float(ours[0].image.max()) <= 1.2  # brightened
+    assert len({int(key) for batch in ours for key in batch.keys}) == 20
 
 
 @pytest.mark.parametrize("size", [[32, 32], [64, 40]])
@@ -84,7 +87,8 @@ def test_batches_are_what_the_slow_way_makes(
             row = chosen[number]
             rng = np.random.default_rng([config.seed, 0, epoch, int(row.file_id, 16) + row.frame])
             cut = crop_or_pad(*read_unit(reader, row), config.train.size, rng)
-            image, label = augment(*cut, "high", rng)
+            options = AugmentOptions(spacing=row.spacing[:2])
+            image, label = augment(*cut, "high", rng, options=options)
             np.testing.assert_array_equal(batch.image[at, 0].numpy(), image)
             np.testing.assert_array_equal(batch.label[at].numpy(), label)
             assert batch.patients[at] == row.patient
@@ -114,7 +118,7 @@ def test_a_loader_worker_imports_no_torch():
     """Neither with its task nor with the augmentation, which has a part for torch."""
     code = (
         "import sys, numpy as np, shards.dataset\n"
-        "from medpsp.train.augment import augment\n"
+        "from medpsp.train.augment import AugmentOptions, augment\n"
         "image, label = np.zeros((32, 32), np.float32), np.zeros((32, 32), np.uint8)\n"
         "augment(image, label, 'high', np.random.default_rng(0))\n"
         "print([m for m in ('torch', 'zarr', 'ray', 'pyarrow') if m in sys.modules])\n"
@@ -205,7 +209,7 @@ def test_whole_slices_cover_each_row_once_over_the_ranks(
     expected = Counter(read_unit(reader, row)[0].tobytes() for row in rows)
     found: Counter[bytes] = Counter()
     for rank in range(size):
-        batches = list(whole_slices(made.shards, rows, World(rank=rank, size=size)))
+        batches = list(whole_slices(made.shards, rows, World(rank=rank, size=size), made.model))
         assert all(len(b.label) <= 8 and b.image.shape[2:] == (48, 48) for b in batches)
         found += Counter(image.numpy().tobytes() for b in batches for image in b.image)
     assert sum(found.values()) == 32

@@ -157,3 +157,58 @@ def test_class_weights_by_hand() -> None:
     assert class_weights(pixels, "inverse").tolist() == pytest.approx([*expected, 0.0])
     assert class_weights(pixels, "none").tolist() == [1, 1, 1, 1]
     assert class_weights(torch.zeros(3, dtype=torch.int64), "inverse").tolist() == [1, 1, 1]
+
+
+def test_effective_number_by_hand() -> None:
+    """Mean of 900, 90 and 10 pixels: V = 1000 / 3, so b = 0.997; weights 1 / (1 - b^n)."""
+    raw = [1 / (1 - 0.997**n) for n in (900, 90, 10)]
+    assert raw == pytest.approx([1.0717, 4.2213, 33.786], abs=1e-3)
+    raw[2] = 20 * raw[0]  # 31.5 times the smallest is cut at 20
+    expected = [r / (sum(raw) / 3) for r in raw]
+    found = class_weights(torch.tensor([900, 90, 10, 0]), "effective_number").tolist()
+    assert found == pytest.approx([*expected, 0.0])
+
+
+def test_effective_number_of_many_pixels_depends_on_shares_only() -> None:
+    """As b goes to 1: 1 / (1 - exp(-n / V)); 1 - b^n itself would be rounding for 10^12 pixels."""
+    shares = torch.tensor([16, 3, 2, 3])  # mean 6
+    raw = [1 / (1 - math.exp(-n / 6)) for n in (16, 3, 2, 3)]
+    expected = [4 * r / sum(raw) for r in raw]
+    for scale in (10**6, 10**9, 10**12):
+        found = class_weights(shares * scale, "effective_number").tolist()
+        assert found == pytest.approx(expected, rel=1e-5)
+    equal = class_weights(torch.tensor([7, 7, 7]) * 10**9, "effective_number")
+    assert equal.tolist() == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["none", "inverse", "median_frequency", "effective_number"])
+@pytest.mark.parametrize("pixels", [[10**12, 1], [1, 1], [5, 0, 0], [0, 1, 10**9, 10**5], [0, 0]])
+def test_weights_stay_in_bounds(pixels: list[int], kind: str) -> None:
+    weights = class_weights(torch.tensor(pixels), kind)
+    assert weights.dtype == torch.float32
+    assert torch.isfinite(weights).all()
+    seen = torch.tensor(pixels) > 0
+    if kind == "none" or not seen.any():
+        assert weights.tolist() == [1] * len(pixels)
+        return
+    assert weights[~seen].tolist() == [0] * int((~seen).sum())
+    assert float(weights[seen].mean()) == pytest.approx(1, rel=1e-6)
+    assert float(weights[seen].max() / weights[seen].min()) <= 20 * (1 + 1e-6)
+    order = torch.tensor(pixels)[seen].argsort()
+    assert (weights[seen][order].diff() <= 0).all()  # never more for a class with more pixels
+
+
+def test_float64_is_kept() -> None:
+    logits = logits_of(P1.double()).requires_grad_()
+    loss = segmentation_loss(logits, TRUTH, LossConfig(), torch.tensor([1.0, 3.0]), same)
+    loss.total.backward()
+    assert {x.dtype for x in (loss.total, loss.dice, loss.focal, logits.grad)} == {torch.float64}
+    p = [float(x) for x in P1.double().flatten()]
+    focal = [(1 - q) ** 2 * -math.log(q) for q in (p[0], 1 - p[1], p[2], 1 - p[3])]
+    expected = (3 * focal[0] + focal[1] + 3 * focal[2] + focal[3]) / 8
+    assert float(loss.detach().focal) == pytest.approx(expected, rel=1e-14)
+
+
+def test_half_precision_counts_in_float32() -> None:
+    half = segmentation_loss(logits_of(P1).bfloat16(), TRUTH, LossConfig(), ONES, same)
+    assert half.total.dtype == torch.float32

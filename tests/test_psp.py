@@ -1,21 +1,22 @@
-"""Pooling, heads and backbones: exact values, shapes, gradients, weights from a file, cost."""
+"""Pooling and heads: exact values, shapes, widths, gradients, what a frozen part keeps."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from medpsp.config import BACKBONES, ModelConfig
-from medpsp.errors import ConfigError
-from medpsp.model.backbones import build_backbone
-from medpsp.model.cost import count_macs, model_cost
-from medpsp.model.psp import PSPNet, PyramidModule, PyramidPooling, build_model
+from medpsp.config import BACKBONES, LossConfig, ModelConfig
+from medpsp.model.loss import segmentation_loss
+from medpsp.model.psp import (
+    PSPNet,
+    PyramidModule,
+    PyramidPooling,
+    branch_widths,
+    build_model,
+    spread,
+)
 
 torch.set_num_threads(1)  # small tensors: threads only wait for each other
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13, 32, 33)
@@ -56,37 +57,105 @@ def test_pooling_keeps_float32_under_autocast() -> None:
         assert torch.equal(half, full)
 
 
+def test_spread_by_hand() -> None:
+    """Two cells over four places have their centres between the places."""
+    grid = torch.tensor([[0.0, 4.0], [8.0, 12.0]])[None, None]
+    found = spread(grid, torch.Size((2, 4)))[0, 0]
+    assert found.tolist() == [[0, 1, 3, 4], [8, 9, 11, 12]]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_spread_equals_the_native_operator(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for cells in (1, 2, 3, 5, 6, 7):
+        grid = torch.rand(2, 3, cells, cells, generator=generator, dtype=dtype)
+        for height in SIZES:
+            for width in SIZES:
+                native = F.interpolate(grid, size=(height, width), mode="bilinear")
+                found = spread(grid, native.shape[-2:])
+                assert found.dtype == dtype
+                assert (found - native).abs().max() <= tolerance, (cells, height, width)
+
+
+def test_spread_places_by_float32_even_in_bfloat16() -> None:
+    """bfloat16 has no whole number between 512 and 516."""
+    grid = torch.tensor([[0.0, 1.0]]).expand(2, 2)[None, None].bfloat16()
+    found = spread(grid, torch.Size((1, 1000)))
+    assert found.dtype == torch.bfloat16
+    exact = ((torch.arange(1000) + 0.5) / 500 - 0.5).clamp(0, 1)
+    assert torch.equal(found[0, 0, 0], exact.bfloat16())
+
+
 @pytest.mark.parametrize(
-    ("channels", "bins", "widths"),
+    ("channels", "out", "bins", "widths"),
     [
-        (128, (1, 3, 5, 7), [32, 32, 32, 32]),
-        (130, (1, 3, 5, 7), [33, 33, 32, 32]),
-        (31, (1, 2, 3, 6), [8, 8, 8, 7]),
-        (11, (1, 2, 3, 5, 7), [3, 2, 2, 2, 2]),
-        (9, (4,), [9]),
+        (2048, 512, (1, 3, 5, 7), [128, 128, 128, 128]),
+        (512, 128, (1, 3, 5, 7), [32, 32, 32, 32]),
+        (40, 512, (1, 3, 5, 7), [10, 10, 10, 10]),  # no wider than what is pooled
+        (130, 512, (1, 3, 5, 7), [33, 33, 32, 32]),
+        (64, 31, (1, 2, 3, 6), [8, 8, 8, 7]),
+        (64, 11, (1, 2, 3, 5, 7), [3, 2, 2, 2, 2]),
+        (9, 64, (4,), [9]),
+        (3, 16, (1, 2, 3, 6), [2, 2, 2, 2]),  # one channel alone has no variance
     ],
 )
-def test_branch_widths_add_up(channels: int, bins: tuple[int, ...], widths: list[int]) -> None:
-    module = PyramidModule(6, bins, channels)
+def test_branch_widths_add_up(
+    channels: int, out: int, bins: tuple[int, ...], widths: list[int]
+) -> None:
+    module = PyramidModule(channels, bins, out)
     assert [branch[0].out_channels for branch in module.branches] == widths
-    assert module.fuse[0].in_channels == 6 + channels
-    assert module(torch.rand(2, 6, 4, 3)).shape == (2, channels, 4, 3)
+    assert branch_widths(min(channels, out), len(bins)) == widths
+    assert module.fuse[0].in_channels == channels + sum(widths)
+    assert module(torch.rand(2, channels, 4, 3)).shape == (2, out, 4, 3)
 
 
-@pytest.mark.parametrize("stride", [8, 16, 32])
-@pytest.mark.parametrize("head", ["refine", "classic"])
+def parameters(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module else 0
+
+
+def test_parameters_of_the_heads_by_hand() -> None:
+    """ResNet18 gives 64, 64, 128, 256, 512 channels; branches: weights, and 2 for GroupNorm."""
+    wide = {"backbone": "resnet18", "psp_channels": 512}
+    classic = build_model(ModelConfig(head="classic", **wide), 5)
+    assert parameters(classic.pyramid) == 4 * (512 * 128 + 2 * 128) + 1024 * 512 * 9 + 2 * 512
+    assert parameters(classic.classify) == 512 * 5 + 5
+    assert parameters(classic.aux) == 256 * 512 * 9 + 2 * 512 + 512 * 5 + 5
+    shallow = build_model(ModelConfig(head="shallow", **wide), 5)
+    assert parameters(shallow.pyramid) == 4 * (128 * 32 + 2 * 32) + 256 * 512 + 2 * 512
+    assert parameters(shallow.aux) == 64 * 512 * 9 + 2 * 512 + 512 * 5 + 5
+    assert parameters(shallow.decoder) == parameters(classic.decoder) == 0
+    refine = build_model(ModelConfig(backbone="resnet18"), 5)
+    assert parameters(refine.pyramid) == 4 * (512 * 32 + 2 * 32) + 640 * 128 * 9 + 2 * 128
+    lateral = (256 + 128 + 64 + 64) * 64 + 4 * 64
+    assert parameters(refine.decoder) == 128 * 64 + 64 + lateral + 4 * (64 * 64 * 9 + 2 * 64)
+    assert parameters(refine.classify) == 64 * 5 + 5
+
+
+@pytest.mark.parametrize(
+    ("head", "stride"),
+    [
+        *(("refine", 32), ("refine", 8), ("classic", 8), ("classic", 16), ("classic", 32)),
+        *(("shallow", 8), ("shallow", 16)),
+    ],
+)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_network_runs_and_trains(backbone: str, head: str, stride: int) -> None:
     torch.manual_seed(0)
     model = build_model(small(backbone=backbone, head=head, output_stride=stride), 3)
-    assert model.backbone.feature_info.reduction()[-1] == stride
-    x = torch.rand(2, 1, 33, 47)
-    logits, aux = model(x)
-    assert aux is not None
+    x = torch.rand(2, 1, 33, 47)  # becomes 64 x 64
+    shapes: list[torch.Size] = []
+    hook = model.pyramid.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    logits, aux = model(x, torch.arange(2))
+    hook.remove()
+    assert shapes[0][-2:] == (64 // stride, 64 // stride)
     assert logits.shape == aux.shape == (2, 3, 33, 47)
-    (logits.square().mean() + aux.square().mean()).backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None]
-    assert silent == []  # plain DDP stops at the second step on one of these
+    # plain DDP stops at the second step on a parameter without gradient, so: without the
+    # auxiliary head none but its own is silent, and with it none at all
+    logits.square().mean().backward(retain_graph=True)
+    silent = {n for n, p in model.named_parameters() if p.grad is None}
+    assert silent == {f"aux.{n}" for n, _ in model.aux.named_parameters()}
+    aux.square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
     model.eval()
     with torch.no_grad():
         logits, aux = model(x)
@@ -99,10 +168,34 @@ def test_every_network_runs_and_trains(backbone: str, head: str, stride: int) ->
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_batch_of_one_trains(backbone: str) -> None:
     model = build_model(small(backbone=backbone, aux=False), 2)
-    logits, aux = model(torch.rand(1, 1, 64, 33))
+    logits, aux = model(torch.rand(1, 1, 64, 33), torch.arange(1))
     assert aux is None
     logits.mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "norm", "head"),
+    [
+        ("mobilenetv3_large_100", "group", "refine"),
+        ("efficientnet_b0", "batch", "shallow"),
+        ("resnet18", "group", "classic"),
+        ("resnet18", "batch", "refine"),
+        ("convnext_tiny", "group", "shallow"),
+    ],
+)
+def test_float64_from_end_to_end(backbone: str, norm: str, head: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(small(backbone=backbone, head=head, norm=norm), 2).double()
+    target = torch.randint(2, (2, 40, 33), generator=torch.Generator().manual_seed(1))
+    outputs = model(torch.rand(2, 1, 40, 33, dtype=torch.float64), torch.arange(2))
+    weights = torch.ones(2)
+    total = sum(
+        segmentation_loss(y, target, LossConfig(), weights, lambda z: z).total for y in outputs
+    )
+    total.backward()
+    assert total.dtype == outputs[0].dtype == outputs[1].dtype == torch.float64
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (31, 1), (32, 32), (33, 65)])
@@ -117,14 +210,19 @@ def test_odd_sizes_are_padded_by_the_edge_and_cropped(size: tuple[int, int]) -> 
     assert torch.equal(direct, by_hand[..., : size[0], : size[1]])
 
 
-def test_refine_ends_at_stride_two_and_classic_at_the_backbone() -> None:
+def test_strides_of_the_maps_and_of_the_logits() -> None:
     refine = build_model(small(backbone="resnet18"), 2)
     reductions = refine.backbone.feature_info.reduction()
     assert [reductions[i] for i in refine.skips] == [16, 8, 4, 2]
-    assert build_model(small(backbone="resnet18", head="classic"), 2).decoder is None
+    assert refine.stride == 2
+    assert build_model(small(backbone="convnext_tiny"), 2).stride == 4
     dilated = build_model(small(backbone="mobilenetv3_large_100", output_stride=8), 2)
     assert dilated.backbone.feature_info.reduction() == [2, 4, 8, 8, 8]
     assert dilated.skips == [1, 0]  # never a map as coarse as the deepest
+    for head in ("classic", "shallow"):
+        model = build_model(small(backbone="resnet18", head=head, output_stride=16), 2)
+        assert model.decoder is None
+        assert model.stride == 16
 
 
 def test_parts_share_nothing_and_leave_nothing_out() -> None:
@@ -135,101 +233,32 @@ def test_parts_share_nothing_and_leave_nothing_out() -> None:
     assert not {id(p) for p in backbone} & {id(p) for p in head}
 
 
-def test_a_frozen_backbone_keeps_its_statistics() -> None:
-    model = build_model(small(), 2)
-    for parameter in model.part_parameters("backbone"):
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_large_100"])
+@pytest.mark.parametrize(
+    ("frozen", "moving"), [("backbone", {"pyramid", "decoder", "aux"}), ("head", {"backbone"})]
+)
+def test_a_frozen_part_keeps_its_statistics(backbone: str, frozen: str, moving: set[str]) -> None:
+    model = build_model(small(backbone=backbone), 2)
+    for parameter in model.part_parameters(frozen):
         parameter.requires_grad_(False)
     before = {n: b.clone() for n, b in model.named_buffers()}
     model.train()
-    model(torch.rand(2, 1, 64, 64))
+    model(torch.rand(2, 1, 64, 64), torch.arange(2))
     moved = {n.split(".")[0] for n, b in model.named_buffers() if not torch.equal(b, before[n])}
-    assert moved == {"pyramid", "decoder", "aux"}
+    assert moved == moving
+    assert model.training  # the auxiliary logits are still asked for
+    assert model.dropout.training  # and a frozen head still drops
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    assert model.train().backbone.training
+    model.train()
+    assert all(module.training for module in model.modules())
 
 
-def weights_file(path: Path, backbone: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    torch.manual_seed(5)
-    state = timm.create_model(backbone).state_dict()
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    return path, state
-
-
-@pytest.mark.parametrize(
-    ("backbone", "suffix", "stem", "deep"),
-    [
-        ("mobilenetv3_large_100", ".safetensors", "conv_stem.weight", "blocks.6.0.conv.weight"),
-        ("efficientnet_b0", ".pth", "conv_stem.weight", "blocks.6.0.conv_pwl.weight"),
-        ("resnet18", ".pth", "conv1.weight", "layer4.1.conv2.weight"),
-        ("convnext_tiny", ".safetensors", "stem.0.weight", "stages.3.blocks.2.mlp.fc2.weight"),
-    ],
-)
-def test_weights_from_a_file(
-    tmp_path: Path, backbone: str, suffix: str, stem: str, deep: str
-) -> None:
-    path, state = weights_file(tmp_path / f"w{suffix}", backbone)
-    torch.manual_seed(6)
-    built = build_backbone(small(backbone=backbone, pretrained=path)).state_dict()
-    found = {name.replace("_", "."): tensor for name, tensor in built.items()}
-    summed = state[stem].sum(dim=1, keepdim=True)  # a grey image gives what three equal ones gave
-    torch.testing.assert_close(found[stem.replace("_", ".")], summed)
-    assert torch.equal(found[deep.replace("_", ".")], state[deep])
-
-
-def test_colour_takes_the_stem_as_it_is(tmp_path: Path) -> None:
-    path, state = weights_file(tmp_path / "w.pth", "resnet18")
-    config = small(backbone="resnet18", pretrained=path, in_channels=3)
-    model = build_model(config, 2)
-    assert torch.equal(model.backbone.state_dict()["conv1.weight"], state["conv1.weight"])
-    assert model.eval()(torch.rand(1, 3, 33, 47))[0].shape == (1, 2, 33, 47)
-
-
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
-    other, _ = weights_file(tmp_path / "resnet18.pth", "resnet18")
-    unrelated = tmp_path / "unrelated.safetensors"  # a mobile net would load it and stay random
-    save_file({"layer": torch.zeros(2)}, unrelated)
-    torch.save([1, 2], tmp_path / "list.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    (tmp_path / "empty.pth").touch()
-    (tmp_path / "text.safetensors").write_text("no weights")
-    (tmp_path / "cut.pth").write_bytes(other.read_bytes()[:5000])
-    expected = {
-        "resnet18.pth": "weights of mobilenetv3_large_100 are not there, the first: conv_stem",
-        "unrelated.safetensors": "weights of mobilenetv3_large_100 are not there",
-        "list.pth": "not a file of weights",
-        "text.pth": "not a file of weights",
-        "empty.pth": "not a file of weights",
-        "text.safetensors": "not a file of weights",
-        "cut.pth": "not a file of weights",
-        "none.pth": "no such file",
-    }
-    for name, text in expected.items():
-        config = small(backbone="mobilenetv3_large_100", pretrained=tmp_path / name)
-        with pytest.raises(ConfigError, match=text):
-            build_backbone(config)
-    _, state = weights_file(tmp_path / "right.pth", "mobilenetv3_large_100")
-    torch.save({**state, "conv_stem.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "shape.pth")
-    with pytest.raises(ConfigError, match="no weights for mobilenetv3_large_100"):
-        build_backbone(small(backbone="mobilenetv3_large_100", pretrained=tmp_path / "shape.pth"))
-
-
-def test_multiply_adds_by_hand() -> None:
-    layers = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.Linear(6, 3))
-    # convolution: 4 x 5 x 6 outputs of 9 x 1 products; linear: 4 x 5 x 3 outputs of 6
-    assert count_macs(layers, torch.zeros(1, 2, 5, 6)) == 120 * 9 + 60 * 6
-    assert not any(m._forward_hooks for m in layers.modules())
-
-
-def test_cost_of_a_resnet() -> None:
-    cost = model_cost(small(backbone="resnet18", aux=False), 2, (64, 64))
-    # 11,689,512 as published, without its classifier (513,000) and two of three stem planes
-    assert cost.backbone_params == pytest.approx((11_689_512 - 513_000 - 2 * 64 * 49) / 1e6)
-    model: PSPNet = build_model(small(backbone="resnet18", aux=False), 2)
-    head = sum(p.numel() for p in model.part_parameters("head"))
-    assert cost.params - cost.backbone_params == pytest.approx(head / 1e6)
-    # the stem alone: 32 x 32 outputs of 64 channels, 49 products each
-    assert cost.macs > 64 * 32 * 32 * 49 / 1e9
+def test_neighbouring_slices_and_windows_are_channels() -> None:
+    config = small(
+        backbone="resnet18", context=1, windows=[{"center": 40, "width": 400}] * 2, head="classic"
+    )
+    model: PSPNet = build_model(config, 2).eval()
+    assert config.channels == 6
+    assert model.backbone.conv1.in_channels == 6
+    assert model(torch.rand(1, 6, 33, 47))[0].shape == (1, 2, 33, 47)

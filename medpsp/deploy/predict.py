@@ -14,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
+from medpsp.channels import channels_first, neighbours, stacked, window_channels
 from medpsp.deploy.picture import write_sheet
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.load import Refused, read_series
@@ -28,7 +29,6 @@ from medpsp.intensity import (
     ValueCounts,
     needs_series_values,
     overlay,
-    planes,
     series_window,
     to_unit,
 )
@@ -93,7 +93,10 @@ class Predictor:
             window = meta["window"]
             self.window = Window(**window) if window else None
             self.header_window = bool(meta.get("header_window", False))
-            self.channels = int(meta.get("in_channels", 1))
+            self.colours = int(meta.get("in_channels", 1))
+            self.windows = tuple(Window(**window) for window in meta.get("windows", ()))
+            self.context = int(meta.get("context", 0))
+            self.channels = (len(self.windows) or self.colours) * (2 * self.context + 1)
             self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise ModelFileError(
@@ -107,7 +110,7 @@ class Predictor:
         if self.window and not self.window.width > 0:
             return f"window width {self.window.width}, expected above 0"
         inputs, channels = self.session.get_inputs(), self.channels
-        fits = channels in (1, 3) and inputs[0].shape[1:2] == [channels]
+        fits = self.colours in (1, 3) and inputs[0].shape[1:2] == [channels]
         if [i.name for i in inputs] != ["image"] or not fits:
             return f"the input is not image (N, {channels}, H, W)"
         probe = np.zeros((1, channels, 32, 32), dtype=np.float32)
@@ -115,12 +118,12 @@ class Predictor:
         wanted = (1, len(self.classes), 32, 32)
         return "" if found == wanted else f"output {found}, expected {wanted}"
 
-    def mask(self, show: Show, count: int) -> NDArray[np.uint8]:
-        """(N, H, W) class indices of ``count`` slices; three channels take grey as well."""
+    def mask(self, inputs: Show, count: int) -> NDArray[np.uint8]:
+        """(N, H, W) class indices of ``count`` slices, as `inputs` gives them."""
         parts = []
         for start in range(0, count, BATCH):
             numbers = range(start, min(start + BATCH, count))
-            batch = np.stack([planes(show(number), self.channels) for number in numbers])
+            batch = np.stack([inputs(number) for number in numbers])
             parts.append(self.session.run(None, {"image": batch})[0].argmax(1).astype(np.uint8))
         return np.concatenate(parts)
 
@@ -140,7 +143,7 @@ class Predictor:
         """
         values = pixels.values
         channels = values.shape[3] if values.ndim == 4 else 1
-        if channels > self.channels:
+        if channels > self.colours:
             raise DicomError("COLOUR_FOR_GREY_MODEL", "trained with model.in_channels 1")
         valid = None if pixels.padding is None else ~pixels.padding
         counts = ValueCounts()
@@ -150,6 +153,37 @@ class Predictor:
         own = headers if self.header_window and channels == 1 else ()
         windows = [header or window for header in own] or [window] * len(values)
         return lambda number: to_unit(values[number], windows[number], inverted)
+
+    def inputs(
+        self,
+        show: Show,
+        values: NDArray[Any],
+        inverted: bool = False,
+        grid: Sequence[int] | None = None,
+    ) -> Show:
+        """Number of a slice to (C, H, W), as training had it.
+
+        Args:
+            show: Of the same slices.
+            values: (N, H, W) modality values or (N, H, W, 3) RGB.
+            inverted: True for MONOCHROME1.
+            grid: Place of each slice on the grid of its series; None for one after another.
+        """
+        places = {place: number for number, place in enumerate(grid or range(len(values)))}
+        of = list(places)
+        grey = values.ndim == 3
+        repeats = self.colours if grey and self.context else 1
+
+        def one(number: int) -> FloatArray:
+            units: list[FloatArray] = []
+            for near in neighbours(places, of[number], self.context):
+                if self.windows and grey:
+                    units += window_channels(values[near], self.windows, inverted)
+                else:
+                    units += [show(near)] * repeats
+            return channels_first(stacked(units), self.channels)
+
+        return one
 
     def folder(
         self, source: Path, out: Path, advance: Callable[[str], None] = lambda name: None
@@ -199,7 +233,8 @@ class Predictor:
     def _series(self, pixels: Pixels, series: Series, out: Path, name: str) -> Prediction:
         first, headers = series.first, [ref.window for ref in series.slices]
         show = self.show(pixels, first.modality, first.photometric == "MONOCHROME1", headers)
-        mask = self.mask(show, len(series.slices))
+        inverted, places = first.photometric == "MONOCHROME1", series.grid_index
+        mask = self.mask(self.inputs(show, pixels.values, inverted, places), len(series.slices))
         folder, grid, files = out / name, series.grid_index, []
         folder.mkdir(parents=True)
         if series.affine is not None:
@@ -239,7 +274,7 @@ class Predictor:
             except SourceError as error:
                 rows.append(refusal(path.name, error.code, error.detail))
                 continue
-            mask = self.mask(show, 1)
+            mask = self.mask(self.inputs(show, values), 1)
             out.mkdir(parents=True, exist_ok=True)
             files = [out / f"{path.name}.mask.png", out / f"{path.name}.overlay.png"]
             Image.fromarray(mask[0]).save(files[0])

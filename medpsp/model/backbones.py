@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,40 +13,115 @@ from safetensors import SafetensorError
 
 from medpsp.config import ModelConfig
 from medpsp.errors import ConfigError
+from medpsp.modelconfig import BACKBONES, OTHER
+
+UNFIT = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError)
+"""What timm's models raise where they know no feature maps, no stride or no such image size."""
 
 
 def build_backbone(config: ModelConfig) -> Any:
     """A backbone that returns its maps from fine to coarse.
 
     Weights: random for ``pretrained: false``, timm's download for ``true``, a local file of the
-    whole timm model (.safetensors or .pth) for a path. Stems are summed to ``in_channels``.
+    whole timm model (.safetensors or .pth) for a path. A stem of 3 colours becomes one of 1 channel
+    by its sum, one of n channels by repeating the colours, times 3 / n.
 
     Returns:
-        A timm ``FeatureListNet`` or alike with ``feature_info``.
+        A timm ``FeatureListNet`` or alike with ``feature_info``. Every parameter takes part in the
+        last map: what timm builds behind it is dropped.
 
     Raises:
-        ConfigError: The weights cannot be had or do not fit.
+        ConfigError: The weights cannot be had or do not fit, or another timm model gives no maps
+            of the strides that are asked for.
     """
-    extra: dict[str, Any] = {}
+    name = timm_name(config.backbone)
+    extra: dict[str, Any] = {"in_chans": config.channels, **_strides(config, name)}
     if isinstance(config.pretrained, Path):
-        _check_weights(config.pretrained, config.backbone)
+        _check_weights(config.pretrained, name)
         extra["pretrained_cfg_overlay"] = {"file": str(config.pretrained)}
     try:
-        return timm.create_model(
-            config.backbone,
-            pretrained=bool(config.pretrained),
-            features_only=True,
-            output_stride=config.output_stride,
-            in_chans=config.in_channels,
-            **extra,
+        backbone = timm.create_model(
+            name, pretrained=bool(config.pretrained), features_only=True, **extra
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, *UNFIT) as error:
         if not config.pretrained:
-            raise
+            raise _unfit(config, type(error).__name__) from error
         raise ConfigError(
-            f"model.pretrained {config.pretrained}: no weights for {config.backbone} "
+            f"model.pretrained {config.pretrained}: no weights for {name} "
             f"({type(error).__name__}); give a local file, or false for random weights"
         ) from None
+    _cut(backbone)
+    if config.backbone not in BACKBONES:
+        _check_maps(backbone, config)
+    return backbone
+
+
+def timm_name(backbone: str) -> str:
+    """The name that timm knows, without our ``timm/``.
+
+    Raises:
+        ConfigError: It knows none.
+    """
+    name = backbone.removeprefix(OTHER)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean '{OTHER}{near[0]}'?" if near else ""
+        raise ConfigError(f"model.backbone {backbone}: timm {timm.__version__} has none{hint}")
+    return name
+
+
+def _strides(config: ModelConfig, name: str) -> dict[str, Any]:
+    """Arguments of timm for the output stride: dilation, or for ``shallow`` fewer maps."""
+    stride = config.output_stride
+    if config.head != "shallow":
+        return {"output_stride": stride} if stride < 32 else {}  # not all models know of strides
+    try:
+        with torch.device("meta"):
+            info = timm.create_model(name, features_only=True).feature_info
+    except UNFIT as error:
+        raise _unfit(config, type(error).__name__) from None
+    return {"out_indices": tuple(range(sum(s <= stride for s in info.reduction())))}
+
+
+def _cut(backbone: Any) -> None:
+    """Drop what lies behind the last map; timm itself does, except in its mobile nets."""
+    last = backbone.feature_info.get_dicts()[-1]
+    if "stage" in last:
+        backbone.blocks = backbone.blocks[: last["stage"]]
+
+
+def _check_maps(backbone: Any, config: ModelConfig) -> None:
+    """Whether the maps of a model that no test knows have the size that its description says.
+
+    Raises:
+        ConfigError: They have not, or a parameter takes part in none, which would stop DDP.
+    """
+    info, size = backbone.feature_info, 64
+    training = backbone.training
+    backbone.eval()  # keeps BatchNorm statistics as they are
+    try:
+        maps = backbone(torch.zeros(1, config.channels, size, size))
+        maps[-1].sum().backward()
+    except UNFIT as error:
+        raise _unfit(config, f"{type(error).__name__} at {size} x {size} pixels") from None
+    unused = [n for n, p in backbone.named_parameters() if p.grad is None]
+    backbone.zero_grad(set_to_none=True)
+    backbone.train(training)
+    found = [tuple(m.shape[1:]) for m in maps]
+    said = [
+        (c, size // s, size // s) for c, s in zip(info.channels(), info.reduction(), strict=True)
+    ]
+    if found != said or len(found) < 2 or info.reduction()[-1] != config.output_stride:
+        raise _unfit(config, f"strides {info.reduction()}, maps {found} of {size} x {size}")
+    if unused:
+        raise _unfit(config, f"{len(unused)} parameters are in no map, the first: {unused[0]}")
+
+
+def _unfit(config: ModelConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model.backbone {config.backbone}: no maps up to stride {config.output_stride} for head "
+        f"{config.head} ({reason}); take another output_stride, head or model"
+    )
 
 
 def _check_weights(path: Path, backbone: str) -> None:

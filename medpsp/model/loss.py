@@ -15,6 +15,9 @@ from medpsp.types import IGNORE
 EPS = 1.0
 """Pixels added to both sides of Dice: a class of a handful of pixels does not swing the loss."""
 
+SPREAD = 20.0
+"""Most that one class weight may be over another."""
+
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -52,18 +55,18 @@ def segmentation_loss(
     classes = logits.shape[1]
     valid = target != IGNORE
     safe = torch.where(valid, target, 0).long()
-    log_p = F.log_softmax(logits.float(), dim=1)
+    log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     truth = F.one_hot(safe, classes).permute(0, 3, 1, 2) * valid[:, None]  # (N, K, H, W)
     p = log_p.exp() * valid[:, None]
     log_pt = log_p.gather(1, safe[:, None])[:, 0]  # p_t from the unweighted softmax
-    pixel_weight = weights[safe] * valid
+    pixel_weight = weights.to(log_p.dtype)[safe] * valid
     focal_sum = -(focal_factor(log_pt, config.gamma) * log_pt * pixel_weight).sum()
     sums = torch.cat(
         [
             (p * truth).sum((0, 2, 3)),
             p.sum((0, 2, 3)),
             truth.sum((0, 2, 3)).to(p.dtype),
-            torch.stack([focal_sum, pixel_weight.sum().to(p.dtype)]),
+            torch.stack([focal_sum, pixel_weight.sum()]),
         ]
     )
     sums = reduce(sums)
@@ -93,22 +96,44 @@ def class_weights(pixels: Tensor, kind: str) -> Tensor:
 
     ``inverse``: 1 / frequency. ``median_frequency``: median frequency / frequency (Eigen &
     Fergus 2015), its square root here: the full ratio, 100 and more for a lesion, makes focal
-    loss flood the mask. Weights are capped at 20 times the smallest.
+    loss flood the mask. ``effective_number``: (1 - b) / (1 - b^n) for n pixels (Cui et al. 2019).
+    b is (V - 1) / V for a volume of V samples in a class: here the mean pixels of the classes that
+    occur. Their 0.9999, for thousands of images, would give millions of pixels all one weight.
+
+    Floors: a weight is at least 1/20 of the largest; a class that does not occur has weight 0,
+    and with no pixels at all every weight is 1.
 
     Args:
         pixels: (K,) counts.
-        kind: ``none``, ``inverse`` or ``median_frequency``.
+        kind: ``none``, ``inverse``, ``median_frequency`` or ``effective_number``.
     """
-    if kind == "none":
-        return torch.ones(len(pixels))
     seen = pixels > 0
-    frequency = pixels.double() / pixels.sum().clamp_min(1)
-    if kind == "inverse":
-        raw = 1 / frequency.clamp_min(1e-12)
-    else:
-        raw = (frequency[seen].median() / frequency.clamp_min(1e-12)).sqrt()
-    raw = torch.where(seen, raw, 0.0)
-    if not bool(seen.any()):
+    if kind == "none" or not bool(seen.any()):
         return torch.ones(len(pixels))
-    raw = raw.clamp_max(20 * float(raw[seen].min()))
+    raw = torch.where(seen, RAW_WEIGHTS[kind](pixels.double().where(seen, torch.nan)), 0.0)
+    raw = raw.clamp_max(SPREAD * float(raw[seen].min()))
     return (raw / raw[seen].mean()).float()
+
+
+def _inverse(pixels: Tensor) -> Tensor:
+    return 1 / pixels
+
+
+def _median_frequency(pixels: Tensor) -> Tensor:
+    return (pixels.nanmedian() / pixels).sqrt()
+
+
+def _effective_number(pixels: Tensor) -> Tensor:
+    volume = pixels.nanmean()
+    if volume <= 1:
+        return torch.ones_like(pixels)  # b = 0: each class is one sample
+    log_b = torch.log1p(-1 / volume)  # b^n by logarithms: b is within 1e-9 of 1
+    return 1 / (-torch.expm1(pixels * log_b) * volume)
+
+
+RAW_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "inverse": _inverse,
+    "median_frequency": _median_frequency,
+    "effective_number": _effective_number,
+}
+"""(K,) pixels, NaN where a class does not occur, to weights up to a factor."""

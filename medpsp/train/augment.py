@@ -1,72 +1,48 @@
 """Augmentation behind one function: `augment(image, label, level, rng)`.
 
-albumentations 2.0.8 is kept inside: its own seeding repeats across loader workers, so every
-sample is seeded by us, and its brightness transform clips to [0, 1], so it runs after windowing.
+`warp` draws, `warpcv` applies it here, and `warptorch` to batches where the network runs.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from functools import lru_cache
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.types import IGNORE
+from medpsp.train.augmentextra import build_transforms
+from medpsp.train.warp import AugmentOptions, Draw, draw
+from medpsp.train.warpcv import apply_draw
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network on import
+__all__ = ["AugmentOptions", "Draw", "apply_draw", "augment", "build_transforms", "draw"]
+
+_USUAL = AugmentOptions()
 
 
 def augment(
-    image: NDArray[np.float32], label: NDArray[np.uint8], level: str, rng: np.random.Generator
+    image: NDArray[np.float32],
+    label: NDArray[np.uint8],
+    level: str,
+    rng: np.random.Generator,
+    *,
+    options: AugmentOptions = _USUAL,
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Deform and brighten one sample.
+    """Deform and brighten one sample; what is given is left as it is.
 
     Args:
-        image: (H, W) or (H, W, 3) in [0, 1]; brightness moves all channels alike.
+        image: (H, W) or (H, W, C), any range and number of channels; all are treated alike.
         label: (H, W) class indices; what is turned in from outside becomes 255.
         level: ``none``, ``low`` (rotation, brightness), ``mid`` (and grid distortion) or
-            ``high`` (and elastic deformation of some pixels).
+            ``high`` (and elastic deformation).
         rng: Keyed on (seed, epoch, sample), so that no worker count changes the result.
+        options: Flips, spacing, fill, and transforms of albumentations.
+
+    Returns:
+        What was given, where nothing was drawn.
     """
     if level == "none":
         return image, label
-    pipeline = _pipeline(level)
-    pipeline.set_random_seed(int(rng.integers(2**31)))
-    out = pipeline(image=image if image.ndim == 3 else image[..., None], mask=label)
-    changed = out["image"].reshape(image.shape)
-    return np.ascontiguousarray(changed), np.ascontiguousarray(out["mask"])
-
-
-def _albumentations() -> Any:
-    """albumentations without its torch part: a loader worker starts in a third of the time."""
-    absent = "torch" not in sys.modules
-    if absent:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module("albumentations")
-    finally:
-        if absent:
-            del sys.modules["torch"]
-
-
-@lru_cache
-def _pipeline(level: str) -> Any:
-    import cv2
-
-    A = _albumentations()
-    cv2.setNumThreads(0)  # ranks share cores
-    border = {"border_mode": cv2.BORDER_CONSTANT, "fill": 0.0, "fill_mask": IGNORE}
-    steps = [
-        A.Rotate(limit=15, p=0.7, **border),
-        A.RandomBrightnessContrast(brightness_limit=0.1, contrast_limit=0.1, p=0.5),
-    ]
-    if level in ("mid", "high"):
-        steps.insert(1, A.GridDistortion(num_steps=5, distort_limit=0.2, p=0.3, **border))
-    if level == "high":
-        # alpha 1 and sigma 50, the usual quote, move pixels by 0.003 px: this moves them by 2.5
-        steps.insert(1, A.ElasticTransform(alpha=300, sigma=10, approximate=True, p=0.3, **border))
-    return A.Compose(steps)
+    rows, columns = label.shape
+    drawn = draw(level, rng, (rows, columns), options)
+    image, label = apply_draw(image, label, drawn, options.fill)
+    if options.transforms is None:
+        return image, label
+    return options.transforms(image, label, rng)

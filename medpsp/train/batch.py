@@ -13,6 +13,8 @@ from medpsp.types import IGNORE
 if TYPE_CHECKING:  # loader workers cut crops without it
     from torch import Tensor
 
+    from medpsp.train.warp import Draw
+
 Part = tuple[slice, slice]
 
 
@@ -21,14 +23,39 @@ class Batch:
     """Images and labels of one rank's share of a step.
 
     Attributes:
-        image: (N, C, H, W) float32 in [0, 1].
+        image: (N, C, H, W) float32 in [0, 1]; brightened ones go a little beyond.
         label: (N, H, W) uint8 class indices, 255 ignored.
         patients: (N) pseudonyms.
+        keys: (N,) int64 of seed, stage, epoch and sample: what is random about a sample in the
+            network follows from them. Absent outside training.
+        samples: (N) what names them in a message.
+        draws: (N) augmentation that is still to be applied, or none.
     """
 
     image: Tensor
     label: Tensor
     patients: tuple[str, ...]
+    keys: Tensor | None = None
+    samples: tuple[str, ...] = ()
+    draws: tuple[Draw, ...] = ()
+
+    def micro(self, count: int) -> tuple[Batch, ...]:
+        """The micro-batches of a step, one after another in ``image``."""
+        if count == 1:
+            return (self,)
+        size = len(self.image) // count
+        parts = [slice(n * size, (n + 1) * size) for n in range(count)]
+        return tuple(
+            Batch(
+                image=self.image[part],
+                label=self.label[part],
+                patients=self.patients[part],
+                keys=None if self.keys is None else self.keys[part],
+                samples=self.samples[part],
+                draws=self.draws[part],
+            )
+            for part in parts
+        )
 
 
 def crop_or_pad(

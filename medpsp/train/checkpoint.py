@@ -24,13 +24,26 @@ KEEP_LAST = 2
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where training stands. ``step`` counts finished optimiser steps of the whole schedule."""
+    """Where training stands.
+
+    Attributes:
+        step: Finished optimiser steps of the whole schedule.
+        stage: Name of the stage that the last of them was in.
+        best: Highest validation Dice so far.
+        score: The last one.
+        model: What the weights belong to.
+        scored: Whether ``score`` is of this very step.
+        bad: Steps without a finite gradient before this one, in a row.
+        schedule: What gives a step number its meaning.
+    """
 
     step: int
     stage: str
     best: float
     score: float
     model: dict[str, Any]
+    scored: bool = True
+    bad: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,7 +97,9 @@ def prune(folder: Path) -> None:
     best = (folder / BEST).resolve()
     for path in sorted(folder.glob("step-*"))[:-KEEP_LAST]:
         if path.resolve() != best:
-            shutil.rmtree(path, ignore_errors=True)
+            partial = folder / f".{path.name}.partial"  # whole under its name, or not there
+            path.rename(partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

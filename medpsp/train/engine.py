@@ -1,99 +1,147 @@
-"""Ranks: start, wrap, sum, stop. Plain processes and DDP look the same from the loop."""
+"""One stage of training on one rank: forward, backward, step. DDP here, DeepSpeed in `zero`."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any
+import contextlib
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from medpsp.config import TrainConfig
+from medpsp.model.psp import PSPNet
+from medpsp.train.guard import Statistics
+from medpsp.train.optimizer import (
+    Moments,
+    build_adamw,
+    load_moments,
+    moments_of,
+    set_rate,
+)
 from medpsp.types import World
 
-log = logging.getLogger("medpsp")
+Logits = tuple[Tensor, Tensor | None]
 
 
-@contextmanager
-def process_group(world: World, threads: int) -> Iterator[torch.device]:
-    """Join the ranks (nccl with a GPU each, else gloo) and yield this rank's device."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # torchrun's ranks on this machine
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cuda = gpus >= here  # nccl refuses two ranks on one GPU
-    if gpus and not cuda and world.rank == 0:
-        log.warning("train: %d ranks on %d GPU, so all use the CPU (train.ranks)", here, gpus)
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world.size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
-    try:
-        yield device
-    finally:
-        if world.size > 1:
-            dist.destroy_process_group()
+class Engine(Protocol):
+    """Built anew for each stage, because what trains changes."""
+
+    def forward(self, image: Tensor, keys: Tensor | None, last: bool) -> Logits:
+        """Logits (N, K, H, W) of a micro-batch, and those of the auxiliary head.
+
+        Args:
+            image: (N, C, H, W).
+            keys: (N,) of the samples.
+            last: Whether gradients are summed over the ranks after it.
+        """
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add to the gradient."""
+
+    def step(self, rate: float) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer; returns the norm of the gradient, and 1.0 if it was left out.
+
+        Args:
+            rate: Of the schedule.
+        """
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters and buffers, whole; every rank must call it, and has them."""
+
+    def moments(self) -> Moments:
+        """State of the optimizer, whole; every rank must call it, and has it."""
+
+    def close(self) -> None:
+        """Let go of the network."""
 
 
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """The network as the loop calls it; wrapped anew when a stage changes what trains."""
-    if world.size == 1:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+class DdpEngine:
+    """One process, or DistributedDataParallel.
 
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduce of the gradients.
-
-    Every rank then holds the loss of the global batch, each parameter's gradient on a rank is
-    ``size`` times that rank's share, and DDP's mean over ranks makes it the gradient of the sum.
+    Args:
+        model: Its ``requires_grad`` says what trains in this stage.
+        train: Of the configuration.
+        world: Ranks.
+        moments: Of the stages before.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = x.detach().clone()
-        dist.all_reduce(out)
-        return out
+    def __init__(self, model: PSPNet, train: TrainConfig, world: World, moments: Moments) -> None:
+        self._model, self._train, self._before = model, train, moments
+        self._statistics = Statistics(model)
+        self._optimizer: Any = build_adamw(model, train)
+        load_moments(self._optimizer, model.named_parameters(), moments)
+        self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        net: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
+        self._ddp: DistributedDataParallel | None = None
+        if world.size > 1:
+            self._ddp = DistributedDataParallel(
+                net,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # rank 0's are given out when they are needed
+                static_graph=train.accumulate == 1,
+            )
+        self._net = self._ddp or net
+        self._fresh = True
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        dist.all_reduce(grad)
-        return grad
+    def forward(self, image: Tensor, keys: Tensor | None, last: bool) -> Logits:
+        """See `Engine`."""
+        if self._fresh:
+            self._optimizer.zero_grad()
+            self._statistics.keep()
+            self._fresh = False
+        with self._alone(last), autocast(self._train, image.device):
+            return self._net(image, keys)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Engine`."""
+        with self._alone(last):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _alone(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients stay on this rank until the last micro-batch."""
+        if self._ddp is None or last:
+            return contextlib.nullcontext()
+        return self._ddp.no_sync()
+
+    def step(self, rate: float) -> tuple[Tensor, Tensor]:
+        """See `Engine`.
+
+        The fused optimizer divides gradients by ``grad_scale`` and does nothing where
+        ``found_inf`` is 1: what GradScaler uses these for fits clipping and bad steps as well.
+        """
+        set_rate(self._optimizer, rate)
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self._trained if p.grad is not None)
+        bad = (~torch.isfinite(norm)).to(torch.float32)
+        self._optimizer.grad_scale = (norm / self._train.clip_norm).clamp_min(1.0).float()
+        self._optimizer.found_inf = bad
+        self._optimizer.step()
+        self._statistics.take_back(bad)
+        self._fresh = True
+        return norm, bad
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return self._model.state_dict()
+
+    def moments(self) -> Moments:
+        """See `Engine`."""
+        return moments_of(self._optimizer, self._model.named_parameters(), self._before)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._optimizer.zero_grad()
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks, with gradient; the tensor itself for one rank."""
-    if not dist.is_initialized():
-        return x
-    return _SumOverRanks.apply(x)  # type: ignore[no-any-return]
+def autocast(train: TrainConfig, device: torch.device) -> torch.autocast:
+    """bf16 where it is asked for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
 
 
-def sum_counts(counts: NDArray[np.int64], device: torch.device) -> NDArray[np.int64]:
-    """Sum of integer counts over all ranks."""
-    if not dist.is_initialized():
-        return counts
-    tensor = torch.from_numpy(counts).to(device)
-    dist.all_reduce(tensor)
-    summed: NDArray[np.int64] = tensor.cpu().numpy()
-    return summed
+def build_engine(model: PSPNet, train: TrainConfig, world: World, moments: Moments) -> Engine:
+    """The engine that ``train.engine`` names."""
+    if train.engine == "ddp":
+        return DdpEngine(model, train, world, moments)
+    from medpsp.train.zero import ZeroEngine  # DeepSpeed takes seconds to import
 
-
-def share_buffers(model: nn.Module) -> None:
-    """Give every rank the BatchNorm statistics of rank 0, the ones that are saved."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
+    return ZeroEngine(model, train, world, moments)

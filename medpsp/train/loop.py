@@ -1,40 +1,40 @@
 """The training loop. Open this file first.
 
-`fit` walks the steps of the schedule; `train_step` is one of them; `evaluate` scores a split.
-The loop takes any iterable of batches and knows neither disk nor cluster.
+`fit` walks the steps of the schedule; `train_step` is one of them. The loop takes any iterable of
+batches and knows neither disk nor cluster.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from medpsp.config import Config, StageConfig
-from medpsp.errors import CheckpointError, NonFiniteLossError, TrainError
+from medpsp.errors import TrainError
 from medpsp.model.loss import Loss, segmentation_loss
 from medpsp.model.psp import PSPNet
 from medpsp.progress import Bar
 from medpsp.stages import lr_at, stage_at, total_steps, trained_parts
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board
-from medpsp.train.checkpoint import (
-    TrainState,
-    latest_checkpoint,
-    load_checkpoint,
-    mark_best,
-    prune,
-    save_checkpoint,
-)
-from medpsp.train.engine import barrier, share_buffers, sum_counts, sum_over_ranks, wrap
-from medpsp.train.metrics import Counts, confusion, dice_per_class, mean_foreground
+from medpsp.train.checkpoint import TrainState, mark_best, prune, save_checkpoint
+from medpsp.train.ema import Average
+from medpsp.train.engine import Engine, build_engine
+from medpsp.train.guard import Guard
+from medpsp.train.optimizer import Moments
+from medpsp.train.ranks import Agreement, barrier, share_buffers, sum_over_ranks
+from medpsp.train.resume import identify, restore, schedule_of
+from medpsp.train.stop import StopRequest, interrupted
+from medpsp.train.timing import Clock
+from medpsp.train.validate import validate
+from medpsp.train.warptorch import apply_batch
+from medpsp.train.watch import Watch
 from medpsp.types import World
 
 
@@ -48,6 +48,8 @@ class Run:
         examples: A few validation slices to draw; None where all may show a name.
         weights: (K,) class weights.
         data_id: Of the shards; a checkpoint goes on only with the data it was made from.
+        stop: Asked at every step boundary.
+        watch: Told at every step; None for none.
     """
 
     config: Config
@@ -60,220 +62,215 @@ class Run:
     examples: Batch | None
     weights: Tensor
     data_id: str = ""
+    stop: StopRequest = field(default_factory=StopRequest)
+    watch: Watch | None = None
 
     @property
     def leads(self) -> bool:
         """True on the rank that writes."""
         return self.world.rank == 0
 
+    def at(self, step: int, phase: str, first: bool = False) -> None:
+        """Tell the watch."""
+        if self.watch:
+            self.watch.at(step, phase, first)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What changes while `fit` runs: network, optimizer, counters.
+
+    Attributes:
+        state: Of the last checkpoint or evaluation.
+        moments: Of the optimizer, of the stages before.
+    """
+
+    model: PSPNet
+    average: Average
+    state: TrainState
+    moments: Moments
+    guard: Guard
+    clock: Clock
+
 
 def fit(run: Run, model: PSPNet) -> TrainState:
     """Train to the end of the schedule, from the newest checkpoint if there is one.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another network.
-        NonFiniteLossError: The loss became NaN or infinite.
+        CheckpointError: The checkpoint belongs to another network, or ``train.resume`` forbids it.
+        NonFiniteLossError: Too many steps in a row had no finite gradient.
+        Interrupted: A signal came or the time is over; everything is saved.
         TrainError: A stage has fewer batches than steps.
     """
     train = run.config.train
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=train.weight_decay)
-    state = resume(run, model, optimizer)
-    total = total_steps(train.stages)
+    restored = restore(run.config, run.checkpoints, run.data_id, model, leads=run.leads)
+    progress = Progress(
+        model=model,
+        average=Average(model, train, restored.ema),
+        state=restored.state,
+        moments=restored.moments,
+        guard=Guard(run.device, train.most_bad_steps, restored.state.bad),
+        clock=Clock(run.config, model, run.device, run.world),
+    )
+    total, agreement = total_steps(train.stages), Agreement()
     with Bar("train", total, "steps", show=run.leads) as bar:
-        bar.resume_at(state.step)
-        while state.step < total:
-            index, within = stage_at(train.stages, state.step)
-            stage = train.stages[index]
-            net = enter_stage(model, stage, run.world)
-            end = state.step + stage.steps - within
-            for step, batch in zip(
-                range(state.step, end), run.batches(index, within), strict=False
-            ):
-                loss = train_step(run, net, optimizer, batch, step)
-                bar.advance(
-                    note=f"{stage.name} loss {float(loss.total):.3f} dice {state.score:.3f}"
-                )
-                report_step(run, loss, optimizer, step, index)
-                if step + 1 == end or (step + 1) % train.eval_every == 0:
-                    state = evaluate_and_save(run, model, optimizer, state, step + 1)
-            if state.step != end:
-                raise TrainError(f"stage {stage.name}: the batches ended before step {end}")
-    return state
+        bar.resume_at(progress.state.step)
+        while progress.state.step < total:
+            run_stage(run, progress, agreement, bar)
+    agreement.close()
+    return progress.state
 
 
-def enter_stage(model: PSPNet, stage: StageConfig, world: World) -> nn.Module:
-    """Set which parts train and wrap for the ranks."""
+def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> None:
+    """Train to the end of the stage that the state lies in."""
+    train, state = run.config.train, progress.state
+    index, within = stage_at(train.stages, state.step)
+    stage = train.stages[index]
+    run.at(state.step, "data", first=True)
+    engine = enter_stage(progress.model, stage, run, progress.moments)
+    end, step = state.step + stage.steps - within, state.step
+    batches = iter(run.batches(index, within))
+    while step < end:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            raise TrainError(f"stage {stage.name}: the batches ended before step {end}")
+        waited = time.perf_counter() - began
+        run.at(step, "step", first=step == state.step)
+        loss, norm = train_step(run, engine, progress, batch, step)
+        step += 1
+        progress.clock.add(len(batch.label), waited, time.perf_counter() - began)
+        if step % train.log_every == 0 or step == end:
+            progress.guard.look()
+            report_step(run, progress, loss, norm, step - 1)
+            bar.note = f"{stage.name} loss {float(loss.total):.3f} dice {progress.state.score:.3f}"
+        bar.advance()
+        asked = agreement.say(run.stop.code)
+        scores = step == end or step % train.eval_every == 0
+        if scores or asked or step % train.save_every == 0:
+            save(run, engine, progress, step, scores=scores)
+        if asked and step < total_steps(train.stages):
+            agreement.close()
+            raise interrupted(asked, step)
+    progress.moments = engine.moments()
+    engine.close()
+
+
+def enter_stage(model: PSPNet, stage: StageConfig, run: Run, moments: Moments) -> Engine:
+    """Set which parts train, and wrap the network for the ranks."""
     parts = trained_parts(stage)
     for part in ("backbone", "head"):
         for parameter in model.part_parameters(part):
             parameter.requires_grad_(part in parts)
-    return wrap(model, world)
+    model.train()
+    share_buffers(model)  # a frozen norm uses its statistics: the same ones on every rank
+    return build_engine(model, run.config.train, run.world, moments)
 
 
 def train_step(
-    run: Run, net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, step: int
-) -> Loss:
-    """Forward, loss of the global batch, backward, one optimiser step.
+    run: Run, engine: Engine, progress: Progress, batch: Batch, step: int
+) -> tuple[Loss, Tensor]:
+    """Forward, loss of the global batch, backward, one step of the optimizer.
 
-    Raises:
-        NonFiniteLossError: On all ranks alike, since all hold the same loss and gradient.
+    Returns:
+        The mean loss of the micro-batches, and the norm of the gradient; both on the device.
     """
-    config = run.config
-    torch.manual_seed(config.seed * 1_000_003 + step * 4099 + run.world.rank)  # dropout
-    net.train()
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(config.train, step)
-    image, label = batch.image.to(run.device), batch.label.to(run.device)
-    logits, aux = net(image)
-    loss = segmentation_loss(logits, label, config.loss, run.weights, sum_over_ranks)
-    total = loss.total
-    if aux is not None:
-        extra = segmentation_loss(aux, label, config.loss, run.weights, sum_over_ranks)
-        total = total + config.loss.aux * extra.total
-    _require_finite(step, "loss", total)
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
-    norm = torch.nn.utils.clip_grad_norm_(
-        [p for p in net.parameters() if p.grad is not None], config.train.clip_norm
+    config, parts = run.config, []
+    count = config.train.accumulate
+    for number, micro in enumerate(batch.micro(count)):
+        last = number + 1 == count
+        image, label, keys = to_device(micro, run)
+        logits, aux = engine.forward(image, keys, last)
+        loss = segmentation_loss(logits, label, config.loss, run.weights, sum_over_ranks)
+        total = loss.total
+        if aux is not None:
+            extra = segmentation_loss(aux, label, config.loss, run.weights, sum_over_ranks)
+            total = total + config.loss.aux * extra.total
+        engine.backward(total / count if count > 1 else total, last)
+        parts.append(loss.detach())
+    norm, bad = engine.step(lr_at(config.train, step))
+    progress.guard.count(step, bad, batch.samples)
+    progress.average.update()
+    return mean_loss(parts), norm
+
+
+def to_device(batch: Batch, run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Image in the layout and precision of the network, label, and keys."""
+    train, device = run.config.train, run.device
+    dtype = torch.float64 if train.precision == "fp64" else torch.float32
+    layout = torch.channels_last if train.channels_last else torch.contiguous_format
+    image = batch.image.to(device, dtype, non_blocking=True)
+    label = batch.label.to(device, non_blocking=True)
+    if batch.draws:
+        image, label = apply_batch(image, label, batch.draws)
+    keys = None if batch.keys is None else batch.keys.to(device, non_blocking=True)
+    return image.contiguous(memory_format=layout), label, keys
+
+
+def mean_loss(parts: list[Loss]) -> Loss:
+    """Of the micro-batches."""
+    if len(parts) == 1:
+        return parts[0]
+    return Loss(
+        *(
+            torch.stack([getattr(part, name) for part in parts]).mean()
+            for name in ("total", "dice", "focal")
+        )
     )
-    _require_finite(step, "gradient", norm)  # so that no checkpoint ever holds NaN
-    optimizer.step()
-    return loss.detach()
 
 
-def _require_finite(step: int, name: str, number: Tensor) -> None:
-    value = float(number.detach())
-    if not math.isfinite(value):
-        raise NonFiniteLossError(
-            f"step {step}: {name} is {value}; lower train.stages lr, or check the windows "
-            "of the shards"
-        )
+def report_step(run: Run, progress: Progress, loss: Loss, norm: Tensor, step: int) -> None:
+    """Scalars of a step, every ``log_every``; all ranks take part."""
+    index, _ = stage_at(run.config.train.stages, step)
+    rate = lr_at(run.config.train, step)
+    measured = progress.clock.read()
+    run.board.scalars(
+        step,
+        {
+            "train/loss": float(loss.total),
+            "train/dice_loss": float(loss.dice),
+            "train/focal_loss": float(loss.focal),
+            "train/grad_norm": float(norm),
+            "train/bad_steps": float(progress.guard.total),
+            "train/lr/backbone": rate,
+            "train/lr/head": rate * run.config.train.head_lr,
+            "stage/index": float(index),
+            **measured,
+        },
+    )
 
 
-def report_step(
-    run: Run, loss: Loss, optimizer: torch.optim.Optimizer, step: int, stage: int
-) -> None:
-    """Scalars of one step, every ``log_every``."""
-    if step % run.config.train.log_every == 0:
-        run.board.scalars(
-            step,
-            {
-                "train/loss": float(loss.total),
-                "train/dice_loss": float(loss.dice),
-                "train/focal_loss": float(loss.focal),
-                "train/lr": optimizer.param_groups[0]["lr"],
-                "stage/index": float(stage),
-            },
-        )
-
-
-def evaluate_and_save(
-    run: Run, model: PSPNet, optimizer: torch.optim.Optimizer, state: TrainState, step: int
-) -> TrainState:
-    """Score the validation split, draw, and write checkpoints."""
-    config = run.config
-    classes = len(config.data.classes)
-    share_buffers(model)
-    counts = sum_counts(evaluate(model, run.val_batches(), classes, run.device), run.device)
-    dice = dice_per_class(counts)
-    score = mean_foreground(dice)
-    score = 0.0 if math.isnan(score) else score
+def save(run: Run, engine: Engine, progress: Progress, step: int, *, scores: bool) -> None:
+    """Write a checkpoint, after scoring the validation split where ``scores`` is set."""
+    config, before = run.config, progress.state
+    share_buffers(progress.model)
     index, _ = stage_at(config.train.stages, step - 1)
     stage = config.train.stages[index]
-    new = TrainState(
+    state = replace(
+        before,
         step=step,
         stage=stage.name,
-        score=score,
-        best=max(score, state.best),
+        scored=scores,
+        bad=progress.guard.in_a_row,
         model=identify(config, run.data_id),
         schedule=schedule_of(config),
     )
+    weights = engine.weights()
+    if scores:
+        run.at(step, "evaluate", first=True)
+        score = validate(run, progress.average.scored(weights), step)
+        state = replace(state, score=score, best=max(score, before.best))
+        progress.model.train()
+    run.at(step, "save", first=True)
+    tensors: dict[str, Any] = {"model": weights, "optimizer": engine.moments()}
+    tensors |= progress.average.tensors(weights)
     if run.leads:
-        names = config.data.classes[1:]
-        run.board.scalars(
-            step,
-            {
-                "val/dice_mean": score,
-                **{f"val/dice/{n}": float(d) for n, d in zip(names, dice[1:], strict=True)},
-            },
-        )
-        if drawn := run.examples:
-            predicted = predict_batch(model, drawn, run.device)
-            run.board.overlays(step, drawn.image.numpy(), drawn.label.numpy(), predicted)
-        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        last = step == sum(s.steps for s in config.train.stages[: index + 1])
-        if last:
-            save_checkpoint(run.checkpoints, f"stage-{index}-{stage.name}", tensors, new)
-        path = save_checkpoint(run.checkpoints, f"step-{step:08d}", tensors, new)
-        if score >= state.best:  # of two equal ones the later saw more
+        if step == total_steps(config.train.stages[: index + 1]):
+            save_checkpoint(run.checkpoints, f"stage-{index}-{stage.name}", tensors, state)
+        path = save_checkpoint(run.checkpoints, f"step-{step:08d}", tensors, state)
+        if scores and state.score >= before.best:  # of two equal ones the later saw more
             mark_best(path)
         prune(run.checkpoints)
     barrier()
-    return new
-
-
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], classes: int, device: torch.device
-) -> Counts:
-    """(K, K) confusion counts over the batches, truth in rows."""
-    counts = np.zeros((classes, classes), dtype=np.int64)
-    for batch in batches:
-        counts += confusion(batch.label.numpy(), predict_batch(model, batch, device), classes)
-    return counts
-
-
-@torch.no_grad()
-def predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> NDArray[np.uint8]:
-    """(N, H, W) class indices."""
-    model.eval()
-    logits, _ = model(batch.image.to(device))
-    mask: NDArray[np.uint8] = logits.argmax(1).to(torch.uint8).cpu().numpy()
-    return mask
-
-
-def identify(config: Config, data_id: str = "") -> dict[str, Any]:
-    """What must be equal for weights to be used: network, classes, labels, windows, splits."""
-    tree = config.model.model_dump(mode="json", exclude={"pretrained", "dropout"})
-    return {**tree, "classes": list(config.data.classes), "data (labels, window, split)": data_id}
-
-
-def schedule_of(config: Config) -> dict[str, Any]:
-    """What gives a step number its meaning."""
-    stages = [[stage.name, stage.steps] for stage in config.train.stages]
-    return {"batch_size": config.train.batch_size, "stages": stages}
-
-
-def same_so_far(state: TrainState, config: Config) -> bool:
-    """Whether the steps done are the same in this schedule; later ones may differ."""
-    now, stages = schedule_of(config), config.train.stages
-    if state.step > total_steps(stages) or state.schedule.get("batch_size") != now["batch_size"]:
-        return False
-    index, _ = stage_at(stages, state.step - 1)
-    done: list[Any] = state.schedule["stages"]
-    return done[:index] == now["stages"][:index] and state.stage == stages[index].name
-
-
-def resume(run: Run, model: PSPNet, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load the newest checkpoint, or start at step 0.
-
-    Raises:
-        CheckpointError: It was made with another network, other data or another schedule.
-    """
-    path = latest_checkpoint(run.checkpoints)
-    if path is None:
-        return TrainState(step=0, stage="", best=-1.0, score=0.0, model={})
-    tensors, state = load_checkpoint(path, run.device)
-    wanted = identify(run.config, run.data_id)
-    changed = [k for k, v in wanted.items() if state.model.get(k) != v]
-    if not same_so_far(state, run.config):
-        changed.append("train.stages or train.batch_size")
-    if changed:
-        raise CheckpointError(
-            f"checkpoint {path}: made with other {', '.join(changed)}; use another out folder, "
-            "or delete its checkpoints"
-        )
-    model.load_state_dict(tensors["model"])
-    optimizer.load_state_dict(tensors["optimizer"])
-    if run.leads and state.score == state.best:  # killed between saving and marking
-        mark_best(path)
-    return state
+    progress.state = state
+    progress.clock.restart()

@@ -24,6 +24,14 @@ def dice_per_class(counts: Counts) -> NDArray[np.float64]:
         return np.where(size > 0, 2 * np.diag(counts) / np.maximum(size, 1), np.nan)
 
 
+def iou_per_class(counts: Counts) -> NDArray[np.float64]:
+    """(K,) TP / (truth or predicted); NaN where a class is in neither."""
+    both = np.diag(counts)
+    size = counts.sum(0) + counts.sum(1) - both
+    with np.errstate(invalid="ignore"):
+        return np.where(size > 0, both / np.maximum(size, 1), np.nan)
+
+
 def mean_foreground(values: NDArray[np.float64]) -> float:
     """Mean over classes 1.. that are not NaN; NaN if all are."""
     foreground = values[1:]

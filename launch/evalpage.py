@@ -1,0 +1,290 @@
+"""One page about the scores of the held-out patients, for those who read images.
+
+Shown are pseudonyms, numbers, words of closed vocabularies, and pictures of what may be shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.evalfigures import confusion_table, estimate, reliability
+from launch.evalpictures import BOTH, PREDICTED, TRUTH, Rgb, draw_case
+from launch.scores import Case
+from launch.trained import shown
+from medpsp.config import Config
+from medpsp.errors import ShardError
+from shards.figures import read_columns
+from shards.index import INDEX
+from shards.page import Html, join, page, pairs, picture, table, tag
+from shards.sections import section
+from shards.thumbs import class_colour, withheld
+
+if TYPE_CHECKING:
+    from shards.reader import ShardReader
+
+FEW_PATIENTS = 10
+"""Below, a percentile interval is known to be too narrow."""
+
+WIDE, TALL = "width:345px;max-width:100%", "height:345px"
+"""Of a picture: 150 CSS pixels of the archive report, by `evalpictures.LARGER`."""
+
+CONVENTIONS = (
+    ("case", "One series of a patient, in 3-D. Each counts once in a mean of cases."),
+    ("Dice, IoU", "2 TP / (truth + predicted) and TP / (truth or predicted), of voxels."),
+    ("pooled", "Of the voxels of all cases together: large organs and long series weigh more."),
+    (
+        "HD95",
+        "Greater of the two directed 95th percentiles of distances between boundary voxels, mm.",
+    ),
+    (
+        "NSD",
+        "Share of the boundary voxels of both masks that lie within the tolerance of the other "
+        "(Nikolov et al. 2018; voxels unweighted, as in Metrics Reloaded, Maier-Hein et al. 2024).",
+    ),
+    (
+        "absent, missed, invented",
+        "A class in neither truth nor prediction counts in no mean. One that is in truth or in "
+        "prediction alone has Dice, IoU and NSD 0 and no HD95: look at their number beside HD95.",
+    ),
+    (
+        "not known",
+        "Voxels without a label and slices that are missing in a series are taken out of truth and "
+        "prediction; a mask has no surface on them.",
+    ),
+    (
+        "no distances",
+        "HD95 and NSD are left out where a series does not tell the distance between its slices.",
+    ),
+    (
+        "intervals",
+        "95 %, percentiles of a bootstrap over patients, whose cases stay together. None of one "
+        "patient.",
+    ),
+    ("ECE", "Expected calibration error of the highest probability, 15 bins of equal width."),
+    (
+        "constant mask",
+        "The best mask that never looks at the image: the mean label of the training slices, cut "
+        "at the frequency of the best Dice. A score is worth what it is above it.",
+    ),
+)
+
+
+def evaluation_page(
+    config: Config, result: dict[str, Any], cases: Sequence[Case], reader: ShardReader
+) -> str:
+    """The page of `evaluation.html`: no script, nothing from a network.
+
+    Args:
+        config: Of the run.
+        result: What goes into `evaluation.json`.
+        cases: All of them.
+        reader: Of the shards, for the pictures.
+    """
+    names = config.data.classes
+    parts = (
+        _title(result),
+        _doubts(result, cases),
+        section("scores", "Scores", *_scores(result)),
+        *(
+            section(f"by-{n}", f"By {by}", _stratum(groups, by))
+            for n, (by, groups) in enumerate(result["strata"].items())
+        ),
+        section("calibration", "Calibration", *reliability(result["calibration"])),
+        section("confusion", "Confusion", *confusion_table(result["confusion"], names)),
+        section("cases", "Worst, median and best case", *_drawn(config, cases, reader)),
+        section("how", "How it was measured", pairs(CONVENTIONS), _settings(result)),
+    )
+    return page("Evaluation", (part for part in parts if part))
+
+
+def _title(result: dict[str, Any]) -> Html:
+    lead = (
+        result["patients"], " held-out patients (", result["split"], "), ", result["cases"],
+        " cases, ", result["slices"], " slices; network of step ", result["step"], ".",
+    )  # fmt: skip
+    links = (
+        ("scores", "Scores"), *((f"by-{n}", f"By {by}") for n, by in enumerate(result["strata"])),
+        ("calibration", "Calibration"), ("confusion", "Confusion"), ("cases", "Cases"),
+        ("how", "How it was measured"),
+    )  # fmt: skip
+    nav = tag("nav", *(tag("a", text, href=f"#{name}") for name, text in links))
+    return tag("header", tag("h1", "Evaluation"), tag("p", *lead, css="lead"), nav)
+
+
+def _doubts(result: dict[str, Any], cases: Sequence[Case]) -> Html:
+    """What a reader should know first; empty where there is nothing."""
+    lines: list[object] = []
+    if result["split"] == "val":
+        lines.append(
+            "No patient is in test: these are the validation patients, and training chose its "
+            "best step by them. The scores are too good."
+        )
+    if result["patients"] < FEW_PATIENTS:
+        lines.append("Few patients: the intervals are narrower than what is not known.")
+    for name, of in result["classes"].items():
+        lines += _doubts_of_class(name, of)
+    flat = sum(not np.isfinite(case.z_step) for case in cases)
+    if flat:
+        lines.append(join([flat, " cases have no known distance between slices: no HD95, no NSD."]))
+    if choice := result["postprocess"]:
+        used = [f"{n}: {s}" for n, s in choice["chosen"].items() if s != "none"]
+        lines.append(
+            f"Predictions were cleaned as the validation patients chose ({', '.join(used)}); the "
+            "exported file does not do so."
+            if used
+            else "No cleaning made the validation patients better: none was used."
+        )
+    if not lines:
+        return Html()
+    return section("doubts", "Worth a look", tag("ul", *(tag("li", x) for x in lines)), css="look")
+
+
+def _doubts_of_class(name: str, of: dict[str, Any]) -> Iterator[Html]:
+    low, blind = of["dice_pooled"]["low"], of["dice_constant_mask"]["value"]
+    if low is not None and blind is not None and low <= blind:
+        yield join([tag("strong", name), " may be no better than the constant mask."])
+    if of["missed"]:
+        yield join([tag("strong", name), " was missed altogether in ", of["missed"], " cases."])
+    if of["invented"]:
+        yield join([tag("strong", name), " was invented in ", of["invented"], " cases."])
+    if of["dice"]["value"] is None:
+        yield join([tag("strong", name), " is in no held-out case."])
+
+
+def _scores(result: dict[str, Any]) -> Iterator[Html]:
+    yield tag(
+        "p", "With 95 % intervals over patients; the constant mask is the floor.", css="quiet"
+    )
+    head = (
+        "class", "Dice, mean of cases", "Dice, pooled", "constant mask", "IoU, mean",
+        "HD95, mm", f"NSD at {result['settings']['nsd_mm']:g} mm", "present", "missed", "invented",
+        "absent",
+    )  # fmt: skip
+    estimates = ("dice", "dice_pooled", "dice_constant_mask", "iou", "hd95_mm", "nsd")
+    states = ("present", "missed", "invented", "absent")
+    rows = (
+        (_swatch(class_colour(index), name), *(estimate(of[k]) for k in estimates),
+         *(of[k] for k in states))
+        for index, (name, of) in enumerate(result["classes"].items(), 1)
+    )  # fmt: skip
+    yield table(head, rows, range(1, len(head)))
+
+
+def _stratum(groups: dict[str, Any], by: str) -> Html:
+    head = (
+        by,
+        "patients",
+        "cases",
+        "class",
+        "Dice",
+        "IoU",
+        "HD95, mm",
+        "NSD",
+        "missed",
+        "invented",
+    )
+    rows = [
+        (
+            *((name, of["patients"], of["cases"]) if first else ("", "", "")),
+            label,
+            *(estimate(scores[k]) for k in ("dice", "iou", "hd95_mm", "nsd")),
+            scores["missed"],
+            scores["invented"],
+        )
+        for name, of in groups.items()
+        for first, (label, scores) in zip(
+            [True] + [False] * len(of["classes"]), of["classes"].items(), strict=False
+        )
+    ]
+    return table(head, rows, (1, 2, *range(4, len(head))))
+
+
+def _drawn(config: Config, cases: Sequence[Case], reader: ShardReader) -> Iterator[Html]:
+    columns = read_columns(config.shards / INDEX, len(config.data.classes))
+    reasons = {
+        str(columns.series[row]): why
+        for row, why in withheld(columns, config.data.burned_in).items()
+    }
+    yield tag(
+        "p",
+        "By the mean Dice over the classes. Each shows the slice with the most wrong voxels: left "
+        "the true classes, right the contours. Point at a case to see it without them.",
+        css="quiet",
+    )
+    lines = ((TRUTH, "truth"), (PREDICTED, "prediction"), (BOTH, "where both agree"))
+    classes = ((class_colour(k), name) for k, name in enumerate(config.data.classes) if k)
+    for what, each in (("left", classes), ("right", lines)):
+        items = (tag("li", _swatch(colour, name)) for colour, name in each)
+        yield tag("ul", tag("li", tag("em", what)), *items, css="legend")
+    drawn = (
+        _case(rank, case, reader, reasons.get(case.series, ""), config.data.classes)
+        for rank, case in ranked(cases)
+    )
+    yield tag("div", *drawn, css="cases")
+
+
+def ranked(cases: Sequence[Case]) -> list[tuple[str, Case]]:
+    """The worst, median and best case by mean Dice; of many the three worst."""
+    scored = sorted(
+        (case for case in cases if np.isfinite(case.mean_dice)),
+        key=lambda case: (case.mean_dice, case.patient, case.series),
+    )
+    last = len(scored) - 1
+    places = {(last + 1) // 2: "median", 0: "worst", last: "best"}
+    if last == 0:
+        places = {0: "the only one"}
+    elif last >= 7:
+        places |= {1: "second worst", 2: "third worst"}
+    return [(places[n], case) for n, case in enumerate(scored) if n in places]
+
+
+def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequence[str]) -> Html:
+    dice = ", ".join(
+        f"{name} {shown(None if np.isnan(d) else d)}"
+        for name, d in zip(names[1:], case.dice[1:], strict=True)
+    )
+    about = f"{case.modality}, {case.scanner or 'scanner unknown'}, {case.slices} slices"
+    header = tag(
+        "header",
+        tag("strong", rank),
+        tag("span", "patient ", tag("code", case.patient)),
+        tag("span", "series ", tag("code", case.series)),
+        tag("em", f"{about}; Dice {dice}"),
+    )
+    place = f"slice {case.drawn.slice_index}"
+    frames = _frames(case, reader, place) if not hidden else [[tag("span", f"not shown: {hidden}")]]
+    figures = (
+        tag("figure", tag("div", *f, css="frame", style=TALL), tag("figcaption", place), style=WIDE)
+        for f in frames
+    )
+    pics = tag("div", *figures, css="pics", style="flex-wrap:wrap")
+    return tag("article", header, pics, css="case", style="width:732px")
+
+
+def _frames(case: Case, reader: ShardReader, place: str) -> list[list[Html]]:
+    try:
+        drawn = draw_case(reader, case)
+    except ShardError:
+        return [[tag("span", "cannot be drawn")]]
+    return [
+        [picture(drawn.image, place), picture(over, f"{place}, {what}", "over")]
+        for over, what in ((drawn.truth, "true classes"), (drawn.contours, "contours"))
+    ]
+
+
+def _swatch(colour: Rgb, name: str) -> Html:
+    style = "background:rgb({},{},{})".format(*colour)
+    return join([tag("span", css="swatch", style=style), name])
+
+
+def _settings(result: dict[str, Any]) -> Html:
+    shown_as = {True: "yes", False: "no", None: "none"}
+    lines = (
+        (tag("code", f"evaluate.{key}"), shown_as.get(value, value) if not isinstance(value, list)
+         else " x ".join(map(str, value)))
+        for key, value in result["settings"].items()
+    )  # fmt: skip
+    return join([tag("h3", "Settings", style="margin-top:18px"), pairs(lines)])

@@ -1,0 +1,132 @@
+"""The training job: here the loop meets the shards."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from launch.cluster import detect_world, end_time
+from launch.ranks import start_ranks
+from launch.rundir import RunDir
+from launch.trained import labelled_rows
+from medpsp.config import Config
+from medpsp.configio import without_paths
+from medpsp.errors import ConfigError
+from medpsp.types import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from medpsp.train.loop import Run
+    from medpsp.train.stop import StopRequest
+    from medpsp.train.watch import Watch
+    from shards.index import SliceRow
+
+log = logging.getLogger("medpsp")
+
+
+def train_job(config: Config) -> None:
+    """Train with ``train.ranks`` ranks: in this process, or as torchrun's children."""
+    world = detect_world()
+    if config.train.batch_size % (world.size * config.train.accumulate):
+        raise ConfigError(
+            f"train.batch_size {config.train.batch_size} cannot be shared by {world.size} ranks "
+            f"with {config.train.accumulate} micro-batches each; take a multiple of both"
+        )
+    rows = labelled_rows(config)
+    if config.train.ranks > 1 and "WORLD_SIZE" not in os.environ:
+        start_ranks(config)
+        return
+    from medpsp.train.stop import StopRequest
+
+    with StopRequest(end_time()).listening() as stop:
+        _train(config, world, rows, stop)
+
+
+def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopRequest) -> None:
+    import torch
+
+    from medpsp.model.norm import check_device
+    from medpsp.model.psp import build_model
+    from medpsp.stages import in_steps
+    from medpsp.train.loop import fit
+    from medpsp.train.memory import memory_note
+    from medpsp.train.ranks import process_group
+    from medpsp.train.watch import Watch
+    from shards.dataset import stage_rows
+
+    run, train = RunDir(config.out), config.train
+    train = in_steps(train, lambda fraction: len(stage_rows(rows, fraction)))
+    config = config.model_copy(update={"train": train})
+    limits = train.first_step_seconds, train.step_seconds
+    zero = train.engine != "ddp"
+    with process_group(world, train.threads, max(limits) + 60, alone=zero) as device:
+        check_device(config.model, device)
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        model = build_model(config.model, len(config.data.classes))
+        if train.precision == "fp64":
+            model.double()
+        layout = torch.channels_last if train.channels_last else torch.contiguous_format
+        model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        if world.rank == 0:
+            log.info("train: %d ranks on %s, engine %s", world.size, device.type, train.engine)
+            log.info("train: %s", memory_note(model, train, world))
+        watch = Watch(run.logs / "ranks", world, limits)
+        try:
+            parts = _run_of(config, world, rows, device, watch, stop)
+            state = fit(parts, model)
+            parts.board.close()
+        finally:
+            watch.close()
+    if world.rank == 0:
+        log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
+
+
+def _run_of(
+    config: Config,
+    world: World,
+    rows: tuple[SliceRow, ...],
+    device: torch.device,
+    watch: Watch,
+    stop: StopRequest,
+) -> Run:
+    import torch
+
+    from medpsp.model.loss import class_weights
+    from medpsp.train.board import Board
+    from medpsp.train.checkpoint import latest_checkpoint, read_state
+    from medpsp.train.loop import Run
+    from shards.dataset import example_batch, stage_rows, train_batches, whole_slices
+    from shards.index import class_pixels, read_manifest
+
+    run, root = RunDir(config.out), config.shards
+    val = [row for row in rows if row.split == "val"]
+    clean = [row for row in val if "PHI_BURNED_IN" not in row.flags]  # event files travel
+    pixels = class_pixels(stage_rows(rows, 1.0), len(config.data.classes))
+    weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
+    newest = latest_checkpoint(run.checkpoints)
+    first_step = read_state(newest).step if newest else 0
+    board = Board(run.tensorboard if world.rank == 0 else None, first_step)
+    board.text("config", f"```\n{without_paths(config)}\n```")
+    if world.rank == 0:
+        shares = ", ".join(f"{float(w):.2f}" for w in weights)
+        log.info("train: class weights %s", shares)
+
+    def batches(stage: int, first: int) -> Any:
+        return train_batches(root, rows, config, world, (stage, first))
+
+    return Run(
+        config=config,
+        world=world,
+        device=device,
+        checkpoints=run.checkpoints,
+        board=board,
+        weights=weights.double() if config.train.precision == "fp64" else weights,
+        data_id=read_manifest(root).data_id,
+        examples=example_batch(root, clean, config) if clean else None,
+        batches=batches,
+        val_batches=lambda: whole_slices(root, val, world, config.model),
+        stop=stop,
+        watch=watch,
+    )

@@ -1,0 +1,97 @@
+"""The part of the configuration that says which network."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from medpsp.dataconfig import Fraction, Node, WindowConfig
+
+BACKBONES = ("mobilenetv3_large_100", "efficientnet_b0", "resnet18", "convnext_tiny")
+OTHER = "timm/"
+"""In front of the name of any other timm model that gives feature maps."""
+STRIDE_OF_HEAD = {"refine": 32, "classic": 8, "shallow": 8}
+"""Where ``model.output_stride`` is not given."""
+
+
+class ModelConfig(Node):
+    """PSPNet: a timm backbone, the pyramid, a head."""
+
+    backbone: str = Field(
+        default="resnet18",
+        description=f"{', '.join(BACKBONES)}, or {OTHER}NAME for any other timm model.",
+    )
+    head: Literal["refine", "classic", "shallow"] = Field(
+        default="refine",
+        description="classic: dilated backbone and direct upsampling; shallow: the backbone ends "
+        "at the output stride; refine: a light decoder from the pyramid to the finest map of "
+        "stride >= 2.",
+    )
+    output_stride: Literal[8, 16, 32] = Field(
+        default=32, description="Of the map that is pooled; not given: 32 for refine, else 8."
+    )
+    bins: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = Field(
+        default=(1, 3, 5, 7), description="(1, 2, 3, 6) are those of Zhao et al. 2017."
+    )
+    psp_channels: Annotated[int, Field(ge=8)] = 128
+    decoder_channels: Annotated[int, Field(ge=8)] = 64
+    norm: Literal["batch", "group", "sync"] = Field(
+        default="batch",
+        description="group: GroupNorm, the same for any batch and any number of ranks; sync: "
+        "BatchNorm over all ranks, on CUDA only.",
+    )
+    dropout: Fraction = 0.2
+    aux: bool = True
+    pretrained: bool | Path = False
+    in_channels: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=1, description="Of one slice. 3: RGB; grey slices are repeated."
+    )
+    windows: tuple[WindowConfig, ...] = Field(
+        default=(),
+        description="A channel each, in place of the one window of the series; grey only.",
+    )
+    context: Annotated[int, Field(ge=0, le=8)] = Field(
+        default=0, description="Neighbouring slices on either side as channels (2.5-D)."
+    )
+
+    @property
+    def channels(self) -> int:
+        """Input channels of the network: of all slices and windows together."""
+        return (len(self.windows) or self.in_channels) * (2 * self.context + 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stride_of_head(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and "output_stride" not in tree:
+            stride = STRIDE_OF_HEAD.get(str(tree.get("head")))
+            return {**tree, "output_stride": stride} if stride else tree
+        return tree
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        least = 2 * len(self.bins)  # one channel of a 1 x 1 bin has no variance to normalise by
+        if self.psp_channels < least:
+            raise ValueError(
+                f"psp_channels {self.psp_channels}: {len(self.bins)} bins need {least}"
+            )
+        if self.head == "shallow" and self.output_stride == 32:
+            raise ValueError("output_stride 32: a shallow backbone ends at 8 or 16")
+        if self.in_channels == 2:
+            raise ValueError("in_channels 2: a slice is grey (1) or RGB (3); see model.windows")
+        if self.windows and self.in_channels != 1:
+            raise ValueError("windows: they are of grey slices, in_channels must be 1")
+        return self
+
+    @model_validator(mode="after")
+    def _known_backbone(self) -> ModelConfig:
+        if self.backbone not in BACKBONES and not self.backbone.startswith(OTHER):
+            near = difflib.get_close_matches(self.backbone, BACKBONES, n=1, cutoff=0.3)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(
+                f"unknown backbone '{self.backbone}'{hint} (known: {', '.join(BACKBONES)}, "
+                f"others as {OTHER}NAME)"
+            )
+        return self

@@ -1,0 +1,62 @@
+"""Why training should end early: a signal, or the time that the scheduler grants.
+
+A handler does nothing but set a number; the loop asks at its step boundaries, where all ranks
+agree, save and leave together. A second Ctrl-C ends the process at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from medpsp.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+OUT_OF_TIME = 128
+"""In place of the number of a signal."""
+
+
+class StopRequest:
+    """What asks this rank to end.
+
+    Args:
+        deadline: Seconds since 1970 by which the process is to be gone; None for never.
+        margin: Seconds before it at which to save.
+    """
+
+    def __init__(self, deadline: float | None = None, margin: float = 120.0) -> None:
+        self._at = None if deadline is None else deadline - margin
+        self._signal = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle the signals for as long as this lasts; in the main thread only."""
+        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    @property
+    def code(self) -> int:
+        """0 for none, the number of a signal, or `OUT_OF_TIME` near the end of the time."""
+        if self._signal == 0 and self._at is not None and time.time() >= self._at:
+            return OUT_OF_TIME
+        return self._signal
+
+
+def interrupted(code: int, step: int) -> Interrupted:
+    """The error that ends a run which was asked to stop and has saved."""
+    why = "the end of its time" if code == OUT_OF_TIME else signal.Signals(code).name
+    return Interrupted(
+        f"train: stopped by {why} after step {step}, which is saved; the same command goes on there"
+    )

@@ -1,0 +1,104 @@
+"""A draw on one sample, with OpenCV: one remap of the image and one of the label."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medpsp.train.warp import Draw
+from medpsp.types import IGNORE
+
+Floats = NDArray[np.float32]
+_CHANNELS = 4  # most that a remap takes
+
+
+class _Space(threading.local):
+    """Memory for the maps, kept: to ask for 4 MB and give it back takes as long as the rest."""
+
+    maps: Floats = np.empty((0, 0, 0), np.float32)
+
+    def of(self, shape: tuple[int, int]) -> Floats:
+        """Four planes of a shape; what was there before is overwritten."""
+        if self.maps.shape[1:] != shape:
+            self.maps = np.empty((4, *shape), np.float32)
+        return self.maps
+
+
+_space = _Space()
+
+
+def apply_draw(
+    image: Floats, label: NDArray[np.uint8], drawn: Draw, fill: float = 0.0
+) -> tuple[Floats, NDArray[np.uint8]]:
+    """Deform and brighten one sample.
+
+    Args:
+        image: (H, W) or (H, W, C), any range, any number of channels.
+        label: (H, W); what comes in from outside becomes 255.
+        drawn: Of that shape.
+        fill: Value of the image outside.
+
+    Returns:
+        New arrays, or those given where nothing was drawn.
+    """
+    if drawn.brightens:  # first, so that the fill stays what it is
+        image = image * np.float32(drawn.gain)
+        image += np.float32(drawn.offset)
+    if not drawn.moves:
+        return image, label
+    cv2 = _cv2()
+    x, y = _sources(drawn)
+    border = {"borderMode": cv2.BORDER_CONSTANT}
+    mask = cv2.remap(
+        np.ascontiguousarray(label), x, y, cv2.INTER_NEAREST, borderValue=IGNORE, **border
+    )
+    return _sampled(image, x, y, fill), mask
+
+
+def _sampled(image: Floats, x: Floats, y: Floats, fill: float) -> Floats:
+    if image.ndim == 2 or image.shape[2] <= _CHANNELS:
+        return _remapped(image, x, y, fill)
+    starts = range(0, image.shape[2], _CHANNELS)
+    parts = [image[..., start : start + _CHANNELS] for start in starts]
+    return np.concatenate([_remapped(part, x, y, fill) for part in parts], axis=2)
+
+
+def _remapped(image: Floats, x: Floats, y: Floats, fill: float) -> Floats:
+    cv2 = _cv2()
+    warped: Floats = cv2.remap(
+        np.ascontiguousarray(image),
+        x,
+        y,
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(fill,) * _CHANNELS,  # a single number would fill the first channel alone
+    )
+    return warped.reshape(image.shape)  # a last axis of 1 was dropped
+
+
+def _sources(drawn: Draw) -> tuple[Floats, Floats]:
+    """Column and row in the source of every output pixel, (H, W) each, until the next call."""
+    columns, rows = (part.astype(np.float32) for part in drawn.axes())
+    space = _space.of(drawn.shape)
+    x, y = (np.add(rows[n][:, None], columns[n], out=space[n]) for n in (0, 1))
+    bend = drawn.bend()
+    if bend is None:
+        return x, y
+    (along, down), right = bend[0].astype(np.float32), bend[1].astype(np.float32)
+    # not by numpy's @: its BLAS may take threads, of which loader workers have one, and other bits
+    gemm = _cv2().gemm
+    gemm(along, right, 1, x, 1, space[2])
+    gemm(down, right, 1, y, 1, space[3])
+    return space[2], space[3]
+
+
+@lru_cache
+def _cv2() -> Any:
+    import cv2
+
+    cv2.setNumThreads(0)  # ranks share cores
+    return cv2
