@@ -5,7 +5,7 @@ PEERS := .venv-bench
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-shards clean
+.PHONY: demo test lint bench bench-shards bench-train bench-accuracy clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -21,11 +21,28 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@for file in $(filter-out tests/bench/shards%,$(wildcard tests/bench/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out tests/bench/shards% tests/bench/accuracy.py,$(wildcard tests/bench/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # Some minutes; SECTIONS="convert headers" runs those alone, BENCH="--dir /scratch" keeps the data.
 bench-shards: $(READY) $(PEERS)/.ready
 	$(BIN)/python tests/bench/shards.py $(SECTIONS) $(BENCH)
+
+# Steps, augmentation, loader and ranks, against other networks and loops.
+bench-train: $(READY) $(PEERS)/smp $(PEERS)/train
+	@for name in step train augment feed ranks; do echo "== $$name"; $(BIN)/python tests/bench/$$name.py || exit 1; done
+
+# Hours; goes on where it stopped. MEDPSP_DATA is the folder of real scans.
+bench-accuracy: $(READY) $(PEERS)/smp
+	$(BIN)/python tests/bench/accuracy.py run $(BENCH)
+	$(BIN)/python tests/bench/accuracy.py table
+
+# Beside our torch and timm, so that both run in one process.
+$(PEERS)/smp: | $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ segmentation_models_pytorch==0.6.0
+
+$(PEERS)/train: | $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ \
+	  lightning-fabric==2.6.6 lightning-utilities==0.15.2 accelerate==1.15.0
 
 # One by one: a peer that cannot be installed costs its own rows only.
 $(PEERS)/.ready: tests/bench/peers.txt | $(READY)

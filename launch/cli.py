@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, LaunchError, MedpspError
+from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, MedpspError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,12 +87,12 @@ def check(
 def _job(name: str) -> Callable[[str, list[str] | None], None]:
     def command(config: ConfigArg, overrides: Overrides = None) -> None:
         from launch.jobs import JOBS, setup_logging
+        from launch.ranks import log_job
         from launch.rundir import open_run
 
         setup_logging()
         resolved, run = open_run(config, tuple(overrides or ()))
-        if os.environ.get("RANK", "0") == "0":
-            run.log_to(name)
+        log_job(run, name)
         JOBS[name](resolved)
 
     return command
@@ -269,28 +268,27 @@ def main() -> None:
     """Entry point: one clear line and a code for every error a user can cause."""
     try:
         app()
-    except ConfigError as error:
-        _fail(error, 2)
-    except Interrupted as stop:
-        _fail(stop, EXIT_AGAIN)
-    except (MedpspError, OSError) as error:
-        _fail(error, 1)
-    except ModuleNotFoundError as error:
-        _fail(LaunchError(f"{error.name} is not installed; pip install 'medpsp[all]'"), 1)
+    except (MedpspError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        _fail(error)
+        raise
     except SystemExit as end:
         if end.code in (130, 143):  # Ctrl-C, as typer leaves, and SIGTERM
             sys.stderr.write("medpsp: interrupted; run the same command again to go on\n")
         raise
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception) -> None:
+    """End with the line of an error, where it has one."""
+    from launch.diagnose import diagnosis, lost_peer
     from launch.jobs import one_line
-    from launch.ranks import leave_reason
+    from launch.ranks import say_last
 
-    line = one_line(error)
-    if not leave_reason(line):
-        sys.stderr.write(f"medpsp: {line}\n")
-    sys.exit(code)
+    line = diagnosis(error)
+    if line is None and not isinstance(error, (MedpspError, OSError)):
+        return
+    say_last(line or one_line(error), echo=lost_peer(error))
+    codes = {ConfigError: 2, Interrupted: EXIT_AGAIN}
+    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Who am I among the ranks: torchrun's variables to a `World`."""
+"""Who am I among the ranks, and what may I have: torchrun's, SLURM's and the kernel's word."""
 
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
+from pathlib import Path
 
 from medpsp.errors import LaunchError
 from medpsp.types import World
@@ -36,3 +39,49 @@ def end_time() -> float | None:
     """When the scheduler ends this job, seconds since 1970; None where nothing says so."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdecimal() else None
+
+
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """Processes of this control group that the kernel killed for memory; None where it is silent.
+
+    Args:
+        root: Above ``proc`` and ``sys``.
+    """
+    for file, key in (("memory.events", "oom_kill"), ("memory.oom_control", "oom_kill")):
+        for line in _group_file(root, file).splitlines():
+            name, _, count = line.partition(" ")
+            if name == key and count.isdecimal():
+                return int(count)
+    return None
+
+
+def memory_limit() -> str:
+    """What bounds the memory of this process, in words."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        return f"ulimit -v allows {soft / 2**30:.1f} GiB"
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        text = _group_file(Path("/"), name).strip()
+        if text.isdecimal() and int(text) < pages:
+            return f"this job may have {int(text) / 2**30:.1f} GiB"
+    return f"this machine has {pages / 2**30:.1f} GiB"
+
+
+def _group_file(root: Path, name: str) -> str:
+    """A file of our control group for memory, of version 2 or 1; empty where it cannot be read."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    top = root / "sys/fs/cgroup"
+    for line in groups:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        # in a container the path may be the one outside, and ours is at the top
+        for base in (top / "memory", top) if kinds else (top, top / "unified"):
+            for folder in (base / path.lstrip("/"), base):
+                with suppress(OSError):
+                    return (folder / name).read_text(encoding="utf-8")
+    return ""

@@ -1,4 +1,8 @@
-"""Several ranks on this machine by torchrun, and their errors as one line."""
+"""Several ranks on this machine by torchrun, and their errors as one line.
+
+Rank 0 shows what it does; the others write to ``logs/ranks/rank-N.log``. A rank that fails leaves
+its line for the process that started it, in a folder off the run's disk, which may be full.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,22 @@ import logging
 import os
 import shutil
 import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+from launch.cluster import memory_limit, oom_kills
+from launch.diagnose import keep_place
 from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.errors import EXIT_AGAIN, Interrupted, LaunchError
 
+log = logging.getLogger("medpsp")
 REASONS = "MEDPSP_RANK_REASONS"
 """Set for ranks started here: the folder where a failing rank leaves its line."""
 
@@ -32,61 +46,172 @@ def start_ranks(config: Config) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    ranks, folder = config.train.ranks, RunDir(config.out).logs / "ranks"
+    run_dir, ranks = RunDir(config.out), config.train.ranks
+    folder = run_dir.logs / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    threads = config.train.threads or max(1, (os.cpu_count() or 1) // ranks)
-    os.environ.update(
-        {
-            "OMP_NUM_THREADS": str(threads),
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
-            REASONS: str(folder),
-        }
-    )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    quiet = ",".join(f"{rank}:3" for rank in range(1, ranks))
     arguments = [
         "--standalone",
         f"--nproc-per-node={ranks}",
-        *([f"--redirects={quiet}", f"--log-dir={folder}"] if quiet else []),
+        f"--redirects={','.join(f'{rank}:3' for rank in range(1, ranks))}",
+        f"--log-dir={folder}",
         "-m",
         "launch.cli",
         "train",
-        str(RunDir(config.out).config),
+        str(run_dir.config),
     ]
-    try:
-        run(parse_args(arguments))  # type: ignore[no-untyped-call]
-    except SignalException as stop:
-        if reason := _left_reason(folder):
-            raise Interrupted(reason) from None
-        raise SystemExit(128 + int(stop.sigval)) from None
-    except ChildFailedError as error:
-        rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
-        if first.exitcode == EXIT_AGAIN:
-            raise Interrupted(_left_reason(folder)) from None
-        reason = _left_reason(folder) or _exit_reason(first.exitcode)
-        raise LaunchError(f"train: rank {rank} of {ranks}: {reason}") from None
+    killed = oom_kills()
+    with tempfile.TemporaryDirectory(prefix="medpsp-", ignore_cleanup_errors=True) as left:
+        os.environ.update(_environment(config, left))
+        try:
+            run(parse_args(arguments))  # type: ignore[no-untyped-call]
+        except SignalException as stop:
+            if reason := _reason(Path(left)):
+                raise Interrupted(reason[1]) from None
+            raise SystemExit(128 + int(stop.sigval)) from None
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            if EXIT_AGAIN in codes.values() and (reason := _reason(Path(left))):
+                raise Interrupted(reason[1]) from None
+            out_of_memory = killed is not None and (oom_kills() or 0) > killed
+            rank, line = _first(codes, Path(left), folder, out_of_memory)
+            named = line.startswith("train: rank ")  # by its watch
+            raise LaunchError(line if named else f"train: rank {rank} of {ranks}: {line}") from None
 
 
-def leave_reason(line: str) -> bool:
-    """In a rank started here, leave the line for the parent; False elsewhere."""
+def _environment(config: Config, left: str) -> dict[str, str]:
+    threads = config.train.threads or max(1, (os.cpu_count() or 1) // config.train.ranks)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+        REASONS: left,
+    }
+
+
+def log_job(run: RunDir, name: str) -> None:
+    """Log to ``logs/NAME.log``; a rank other than 0 to its own file, which gets a plain name.
+
+    From here on the traceback of a bug goes there, too.
+    """
+    sys.excepthook = log_bug
+    logging.raiseExceptions = False  # or each line for a log on a full disk is a traceback
+    keep_place(run.root)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        run.log_to(name)
+        return
+    for handler in log.handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank}: %(message)s"))
+    file, link = log_file(), run.logs / "ranks" / f"rank-{rank}.log"
+    if file is not None:
+        with suppress(OSError):  # the log itself is there
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(file, link.parent))
+    world, node = os.environ.get("WORLD_SIZE", "?"), os.uname().nodename
+    log.info("one of %s ranks, process %d on %s", world, os.getpid(), node)
+
+
+def log_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For ``sys.excepthook``: the traceback into the log, and one line that names it."""
+    file = log_file()
+    if file is None or not issubclass(kind, Exception):
+        sys.__excepthook__(kind, error, trace)
+        return
+    with file.open("a", encoding="utf-8") as lines:
+        lines.writelines(traceback.format_exception(kind, error, trace))
+    say_last(f"{kind.__name__}, a bug in medpsp: its traceback is at the end of {file}")
+
+
+def log_file() -> Path | None:
+    """The file that this process logs to, if there is one."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            return Path(handler.baseFilename)
+    with suppress(OSError):
+        file = Path("/proc/self/fd/2").readlink()
+        if file.is_file():
+            return file
+    return None
+
+
+def leave_reason(line: str, echo: bool = False) -> bool:
+    """In a rank started here, leave the line for the parent; False elsewhere.
+
+    Args:
+        line: Why it ends.
+        echo: It ends because another one did.
+    """
     folder = os.environ.get(REASONS)
     if folder is None or "RANK" not in os.environ:
         return False
-    (Path(folder) / f"{os.environ['RANK']}.failed").write_text(line + "\n", encoding="utf-8")
+    path = Path(folder) / f"{os.environ['RANK']}.{'echo' if echo else 'failed'}"
+    try:
+        path.write_text(line + "\n", encoding="utf-8")
+    except OSError:
+        return False
     return True
 
 
-def _left_reason(folder: Path) -> str:
-    for path in sorted(folder.glob("*.failed")):
-        return path.read_text(encoding="utf-8").strip()
-    return ""
+def say_last(line: str, echo: bool = False) -> None:
+    """Why this process ends: to the one that started this rank, else to the terminal; and logged.
+
+    Args:
+        line: Without the name of the program.
+        echo: As for `leave_reason`.
+    """
+    if leave_reason(line, echo):
+        if os.environ["RANK"] != "0":  # rank 0 shares the terminal with the parent
+            log.error("%s", line)
+        return
+    who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    sys.stderr.write(f"medpsp: {who}{line}\n")
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, line, (), None)
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
-def _exit_reason(code: int) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (out of memory? lower train.batch_size)" if name == "SIGKILL" else ""
-        return f"killed by {name}{hint}"
-    return f"ended with code {code}; its output stands above or in the run's logs/ranks"
+def _first(
+    codes: Mapping[int, int], left: Path, folder: Path, out_of_memory: bool
+) -> tuple[Any, str]:
+    """The rank that failed first, and why: others fail because it did."""
+    if reason := _reason(left):
+        return reason
+    # torchrun kills those that do not end after the first one, so this comes second
+    killed = [rank for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
+    if killed:
+        return killed[0], _killed(-codes[killed[0]], out_of_memory)
+    echoes = {int(path.stem) for path in left.glob("*.echo")}
+    if silent := [rank for rank in codes if rank not in echoes]:
+        return silent[0], f"ended with code {codes[silent[0]]}; {_place(folder, silent[0])}"
+    return _reason(left, "echo") or (min(codes), "failed")
+
+
+def _reason(left: Path, kind: str = "failed") -> tuple[int, str] | None:
+    """The first line that was left, and who left it."""
+    for path in sorted(left.glob(f"*.{kind}"), key=lambda path: path.stat().st_mtime_ns):
+        if line := path.read_text(encoding="utf-8").strip():
+            return int(path.stem), line
+    return None
+
+
+def _killed(number: int, out_of_memory: bool) -> str:
+    name, advice = signal.Signals(number).name, "lower train.batch_size or raise train.accumulate"
+    if number == signal.SIGKILL and out_of_memory:
+        return f"killed by the kernel, out of memory ({memory_limit()}); {advice}"
+    if number == signal.SIGKILL:
+        return f"killed by SIGKILL (out of memory? {memory_limit()}; {advice})"
+    if number == signal.SIGBUS:
+        return "killed by SIGBUS (disk or /dev/shm full? `df -h` shows it)"
+    return f"killed by {name}; its log is in logs/ranks"
+
+
+def _place(folder: Path, rank: int) -> str:
+    link = folder / f"rank-{rank}.log"
+    if rank == 0:
+        return "its output stands above"
+    found = [link] if link.exists() else sorted(folder.glob(f"*/attempt_*/{rank}/stderr.log"))
+    return f"its output is in {found[-1]}" if found else f"its output is in {folder}"

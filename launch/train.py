@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import detect_world, end_time
-from launch.ranks import start_ranks
+from launch.ranks import say_last, start_ranks
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
@@ -61,7 +61,12 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     config = config.model_copy(update={"train": train})
     limits = train.first_step_seconds, train.step_seconds
     zero = train.engine != "ddp"
-    with process_group(world, train.threads, max(limits) + 60, alone=zero) as device:
+    folder = run.logs / "ranks"
+    with (
+        Watch(folder, world, limits, say_last) as watch,
+        process_group(world, train.threads, max(limits) + 60, alone=zero, records=folder) as device,
+    ):
+        watch.at(0, "model", first=True)
         check_device(config.model, device)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = build_model(config.model, len(config.data.classes))
@@ -72,13 +77,9 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
         if world.rank == 0:
             log.info("train: %d ranks on %s, engine %s", world.size, device.type, train.engine)
             log.info("train: %s", memory_note(model, train, world))
-        watch = Watch(run.logs / "ranks", world, limits)
-        try:
-            parts = _run_of(config, world, rows, device, watch, stop)
-            state = fit(parts, model)
-            parts.board.close()
-        finally:
-            watch.close()
+        parts = _run_of(config, world, rows, device, watch, stop)
+        state = fit(parts, model)
+        parts.board.close()
     if world.rank == 0:
         log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from launch import jobs
+from launch import train as jobs
 from medpsp.config import Config
 from medpsp.dicom.deidentify import (
     BODY_PARTS,

@@ -29,10 +29,14 @@ TOLERANCE = 1e-4
 METADATA = {"classes": ["background", "liver", "lésion"], "step": 7, "window": None}
 NETS = {
     "mobile": ModelConfig(
-        backbone="mobilenetv3_large_100", head="refine", psp_channels=16, decoder_channels=16
+        backbone="mobilenetv3_large_100",
+        head="refine",
+        psp_channels=16,
+        decoder_channels=16,
+        dropout=0,
     ),
     "classic": ModelConfig(
-        backbone="resnet18", head="classic", output_stride=8, psp_channels=16, aux=False
+        backbone="resnet18", head="classic", output_stride=8, psp_channels=16, aux=False, dropout=0
     ),
 }
 torch.set_num_threads(1)
@@ -167,8 +171,9 @@ def test_int8_takes_convolutions_and_leaves_depthwise_and_pooling(exported: Expo
         assert np.abs(values.astype(int)).max() <= 64  # seven bits: no saturation without VNNI
         assert scale.shape == (values.shape[0],)  # one for each output channel
     pooling = [node for node in nodes if node.op_type == "MatMul"]
-    assert len(pooling) == 2
-    wide, both = pooling
+    assert len(pooling) == 2 + 4  # and one for each bin, to spread it again
+    wide, both, *spreading = pooling
+    assert all(made_by[node.input[1]].op_type == "Reshape" for node in spreading)
     assert made_by[wide.input[1]].op_type == "Transpose"  # of weights made from the runtime shape,
     assert made_by[both.input[0]].op_type == "Div"  # so there is nothing constant to quantize
     assert both.input[1] == wide.output[0]

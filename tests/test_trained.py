@@ -17,7 +17,7 @@ from medpsp.configio import load_config, without_paths
 from medpsp.dicom.placement import LPS_TO_RAS, place_mask
 from medpsp.errors import LabelError, ShardError
 from medpsp.train.checkpoint import TrainState
-from medpsp.train.loop import same_so_far, schedule_of
+from medpsp.train.resume import same_so_far, schedule_of
 from shards.layout import data_id, data_settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,9 @@ from medpsp.train.optimizer import (
 from medpsp.types import World
 
 Logits = tuple[Tensor, Tensor | None]
+_KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
+NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
+"""The newer torch warns of the older name."""
 
 
 class Engine(Protocol):
@@ -78,8 +82,8 @@ class DdpEngine:
             self._ddp = DistributedDataParallel(
                 net,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # rank 0's are given out when they are needed
                 static_graph=train.accumulate == 1,
+                **{NO_BUFFERS: False},  # rank 0's are given out when they are needed
             )
         self._net = self._ddp or net
         self._fresh = True

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ Work = Any
 """torch.distributed.Work: of a collective that runs beside us."""
 
 
+RECORD = "TORCH_FR_DUMP_TEMP_FILE"
+"""torch appends the rank to it."""
+
+
 class Flags:
     """Small numbers that all ranks agree on, by a group of its own on the CPU."""
 
@@ -31,7 +36,12 @@ class Flags:
 
 @contextmanager
 def process_group(
-    world: World, threads: int, seconds: int = 600, *, alone: bool = False
+    world: World,
+    threads: int,
+    seconds: float = 600,
+    *,
+    alone: bool = False,
+    records: Path | None = None,
 ) -> Iterator[torch.device]:
     """Join the ranks (nccl with a GPU each, else gloo) and yield this rank's device.
 
@@ -40,17 +50,14 @@ def process_group(
         threads: Of torch; 0: cores divided by the ranks of this machine.
         seconds: A collective that takes longer is an error.
         alone: Whether one process needs a group, too, as for DeepSpeed.
+        records: Folder for what nccl remembers of its last collectives, where one fails.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # torchrun's ranks on this machine
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cuda = gpus >= here  # nccl refuses two ranks on one GPU
-    if gpus and not cuda and world.rank == 0:
-        log.warning("train: %d ranks on %d GPU, so all use the CPU (train.ranks)", here, gpus)
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    limit, backend = timedelta(seconds=seconds), "nccl" if cuda else "gloo"
+    device = _device(world, here)
+    limit, backend = timedelta(seconds=seconds), "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and records:
+        keep_record(records)
     if world.size == 1 and alone:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if world.size > 1:
@@ -63,6 +70,39 @@ def process_group(
         if dist.is_initialized():
             Flags.group = None
             dist.destroy_process_group()
+
+
+def _device(world: World, here: int) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus < here:  # nccl refuses two ranks on one GPU
+        if gpus and world.rank == 0:
+            log.warning("train: %d ranks on %d GPU, so all use the CPU (train.ranks)", here, gpus)
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def keep_record(folder: Path) -> None:
+    """Let nccl remember its last collectives: ``record-RANK`` in a folder, read by torchfrtrace.
+
+    To be called before the process group is made. What the environment says already, stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault(RECORD, str(folder.resolve() / "record-"))
+
+
+def write_record() -> None:
+    """Write that file now: a watch ends the process before nccl's own time is over."""
+    place = os.environ.get(RECORD)
+    if place is None or not dist.is_initialized() or dist.get_backend() != "nccl":
+        return
+    from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
+
+    with suppress(OSError):
+        Path(f"{place}{dist.get_rank()}").write_bytes(_dump_nccl_trace())
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -10,12 +10,16 @@ import faulthandler
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NamedTuple
 
+from medpsp.train.ranks import write_record
 from medpsp.types import World
 
 log = logging.getLogger("medpsp")
@@ -23,16 +27,45 @@ EXIT_HANGS = 76
 """Ends a rank that hangs."""
 PERIOD = 5.0
 """Seconds between two notes on disk."""
+JOIN_SECONDS = 300.0
+"""For all ranks to find each other, unless a first step has less."""
+GRACE = 60.0
+"""Seconds after which the process ends without a line, where even the watch is held up."""
+
+_PHASES = ("start", "data", "step", "evaluate", "save")
+_OURS = ("/medpsp/", "/shards/", "/launch/")
+_COLLECTIVE = "/torch/distributed/"
+
+
+class Note(NamedTuple):
+    """What a rank is at.
+
+    Attributes:
+        step: That it is at.
+        phase: start, model, data, step, evaluate or save.
+        seconds: Since it went on last.
+        place: Innermost line of this program, as file:line.
+        waits: Whether it waits for the others there.
+    """
+
+    step: int
+    phase: str
+    seconds: float
+    place: str = ""
+    waits: bool = False
 
 
 class Watch:
     """Notes of one rank, and the thread that reads them.
 
+    It starts before the ranks meet, and ends after they part.
+
     Args:
         folder: For ``heartbeat-RANK.json`` and ``stack-RANK.txt`` of all ranks.
         world: Who we are.
         limits: Seconds for the first step of a stage, and for any other.
-        end: Called with the line that says what hangs; it must end the process.
+        tell: Called with the line that says what hangs.
+        leave: Ends the process.
     """
 
     def __init__(
@@ -40,23 +73,38 @@ class Watch:
         folder: Path,
         world: World,
         limits: tuple[float, float],
-        end: Callable[[str], None] | None = None,
+        tell: Callable[[str], None] | None = None,
+        leave: Callable[[], None] | None = None,
     ) -> None:
         self._folder, self._world, self._limits = folder, world, limits
-        self._end = end or _leave
+        self._tell, self._leave = tell or log.critical, leave or _leave
         self._now = (time.monotonic(), 0, "start", True)
+        self._main = threading.get_ident()
+        self._before: dict[int, Note] = {}
         self._stop = threading.Event()
         self._period = min(PERIOD, min(limits) / 4)
         folder.mkdir(parents=True, exist_ok=True)
+        self._write(self._note())  # over one of an earlier run
         self._thread = threading.Thread(target=self._run, name="medpsp-watch", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def at(self, step: int, phase: str, first: bool = False) -> None:
         """This rank goes on.
 
         Args:
             step: That it is at.
-            phase: data, step, evaluate or save.
+            phase: model, data, step, evaluate or save.
             first: Whether the longer limit counts.
         """
         self._now = (time.monotonic(), step, phase, first)
@@ -65,41 +113,114 @@ class Watch:
         """End the thread."""
         self._stop.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
         while not self._stop.wait(self._period):
-            since, step, phase, first = self._now
-            waited, limit = time.monotonic() - since, self._limits[0 if first else 1]
-            self._note(step, phase, waited)
-            if waited > limit:
-                self._end(self._diagnosis(step, phase, waited))
+            limit = self._limit()
+            # a thread without the interpreter's lock: some hold it for ever
+            faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=2)
+            note = self._note()
+            self._write(note)
+            if note.seconds > limit / 2 and not self._before:
+                self._before = self._heard()
+            elif note.seconds <= limit / 2:
+                self._before = {}
+            if note.seconds > limit:
+                faulthandler.dump_traceback_later(GRACE, exit=True, file=2)
+                self._tell(self._diagnosis(note))
+                write_record()  # the last thing: it may wait for a GPU that hangs
+                faulthandler.cancel_dump_traceback_later()
+                self._leave()
                 return
 
-    def _note(self, step: int, phase: str, waited: float) -> None:
+    def _limit(self) -> float:
+        _, _, phase, first = self._now
+        if phase == "start":
+            return min(JOIN_SECONDS, self._limits[0])
+        return self._limits[0 if first else 1]
+
+    def _note(self) -> Note:
+        since, step, phase, _ = self._now
+        place, waits = _where(sys._current_frames().get(self._main))
+        return Note(step, phase, round(time.monotonic() - since, 1), place, waits)
+
+    def _write(self, note: Note) -> None:
         with suppress(OSError):  # a full disk is told where something is lost by it
             path = self._folder / f"heartbeat-{self._world.rank}.json"
             partial = path.with_name(f".{path.name}")
-            note = {"step": step, "phase": phase, "seconds": round(waited, 1), "time": time.time()}
-            partial.write_text(json.dumps(note), encoding="utf-8")
+            seen = {**note._asdict(), "process": os.getpid(), "time": time.time()}
+            partial.write_text(json.dumps(seen), encoding="utf-8")
             partial.replace(path)
 
-    def _diagnosis(self, step: int, phase: str, waited: float) -> str:
-        with suppress(OSError), (self._folder / f"stack-{self._world.rank}.txt").open("w") as file:
-            faulthandler.dump_traceback(file)
-        others = {}
+    def _heard(self) -> dict[int, Note]:
+        notes = {}
         for rank in range(self._world.size):
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, KeyError):
                 path = self._folder / f"heartbeat-{rank}.json"
-                others[rank] = json.loads(path.read_text(encoding="utf-8"))
-        behind = min(others, key=lambda rank: (others[rank]["step"], rank), default=None)
-        text = f"train: rank {self._world.rank} hangs at step {step} ({phase}) for {waited:.0f} s"
-        if behind is not None and self._world.size > 1:
-            note = others[behind]
-            text += f"; furthest behind is rank {behind}, at step {note['step']} ({note['phase']})"
-        return f"{text}; stacks are in {self._folder.name}/, the limits are train.step_seconds"
+                seen = json.loads(path.read_text(encoding="utf-8"))
+                notes[rank] = Note(*(seen[name] for name in Note._fields))
+        return notes
+
+    def _diagnosis(self, note: Note) -> str:
+        rank, size = self._world.rank, self._world.size
+        with suppress(OSError), (self._folder / f"stack-{rank}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        text = f"train: rank {rank} hangs at step {_told(note)} for {note.seconds:.0f} s"
+        if size > 1:
+            text += f"; {behind(size, self._before, self._heard(), rank)}"
+        limit = {"start": "first_step_seconds"}.get(note.phase, "step_seconds")
+        return f"{text}; stacks are in {self._folder.name}/, the limits are train.{limit}"
 
 
-def _leave(line: str) -> None:
+def behind(size: int, before: dict[int, Note], now: dict[int, Note], teller: int) -> str:
+    """Which rank holds the others up.
+
+    A rank whose note did not change is dead or stopped. Else it is the one of the lowest step,
+    and of those in the same step one that waits for nobody.
+
+    Args:
+        size: Number of ranks.
+        before: Rank to its note, some periods ago.
+        now: The same now.
+        teller: The rank that looks; it is alive.
+    """
+    silent = [
+        rank
+        for rank in range(size)
+        if rank != teller and (rank not in now or now[rank] == before.get(rank))
+    ]
+    if silent:
+        rank = silent[0]
+        last = f", the last time at step {_told(now[rank])}" if rank in now else ""
+        return f"rank {rank} gives no sign of life{last}: stopped, killed, or never started"
+
+    def place(rank: int) -> tuple[int, bool, int, float]:
+        note = now[rank]
+        phase = _PHASES.index(note.phase) if note.phase in _PHASES else 0
+        return note.step, note.waits, phase, -note.seconds
+
+    rank = min(now, key=place)
+    return f"furthest behind is rank {rank}, at step {_told(now[rank])}"
+
+
+def _told(note: Note) -> str:
+    return f"{note.step} ({note.phase}{', ' + note.place if note.place else ''})"
+
+
+def _where(frame: FrameType | None) -> tuple[str, bool]:
+    """Innermost line of ours, and whether the call goes on into torch.distributed."""
+    waits = False
+    while frame is not None:
+        name = frame.f_code.co_filename
+        waits = waits or _COLLECTIVE in name
+        if any(folder in name for folder in _OURS) and "site-packages/torch" not in name:
+            path = Path(name)
+            return f"{path.parent.name}/{path.name}:{frame.f_lineno}", waits
+        frame = frame.f_back
+    return "", waits
+
+
+def _leave() -> None:
     """End a process whose main thread will not come back."""
-    log.critical("%s", line)
     os._exit(EXIT_HANGS)

@@ -53,6 +53,7 @@ class ZeroEngine:
         self._names = [
             (name, p, group_of[id(p)]) for name, p in model.named_parameters() if p.requires_grad
         ]
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists on it
         deepspeed = _deepspeed(self._device)
         with quiet():
             self._engine, self._optimizer, *_ = deepspeed.initialize(

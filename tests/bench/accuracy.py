@@ -1,0 +1,340 @@
+"""Dice at equal CPU seconds: our networks against segmentation_models.pytorch's, on real scans.
+
+    MEDPSP_DATA=... python tests/bench/accuracy.py run [--budget 120] [--only sunnybrook] [--jobs 2]
+    MEDPSP_DATA=... python tests/bench/accuracy.py table [--test]
+
+Every run is one line of a file (--results), so that the bench may be stopped and goes on. All
+networks start from random weights and see the same crops, augmentation, loss and AdamW; rates
+follow the share of the budget that is used, so that each finishes its schedule. CPU time of the
+process counts, loading included; one thread. The rate of each network is chosen on validation
+patients; test patients are scored by `table --test` alone, at the end.
+
+smp is looked for in .venv-bench/smp (see the Makefile).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / ".venv-bench" / "smp"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from medpsp.config import Config
+from medpsp.identity import create_key
+from medpsp.model.loss import class_weights, segmentation_loss
+from medpsp.model.psp import build_model
+from medpsp.train.metrics import ConstantMask, confusion, dice_per_class, mean_foreground
+from medpsp.types import World
+from shards.build import build_shards
+from shards.dataset import stage_rows, train_batches, whole_slices
+from shards.index import class_pixels, read_index
+from shards.reader import ShardReader
+
+SEEDS = (0, 1, 2)
+RATES = (1e-3, 3e-3)
+BATCH, LONG = 8, 100_000
+ENCODERS = {"resnet18": "resnet18", "mobilenetv3_large_100": "tu-mobilenetv3_large_100"}
+SETS: dict[str, dict[str, Any]] = {
+    "sunnybrook": {
+        "size": [96, 96],
+        "data": {
+            "source": "voc",
+            "archive": "seg2d/sunnybrook_cardiac_mr",
+            "voc": {
+                "images": "images",
+                "masks": "labels",
+                "lists": "none",  # theirs have no test patients
+                "patient_pattern": "^(SC-.+?)-IM-",
+            },
+            "classes": ["background", "ventricle"],
+            "label_map": {0: 0, 255: 1},
+        },
+    },
+    "hippocampus": {
+        "size": [64, 64],
+        "data": {
+            "source": "voc",
+            "archive": "",  # made of the volumes, see `hippocampus_slices`
+            "voc": {"patient_pattern": "^(.+)_[0-9]+$"},
+            "classes": ["background", "anterior", "posterior"],
+        },
+    },
+    "sarcoma": {
+        "size": [160, 160],
+        "data": {
+            "archive": "seg3d/sts_dicom_rtstruct",
+            "labels": "seg3d/sts_dicom_rtstruct",
+            "modalities": ["CT"],
+            "label_pattern": "{PatientID}/CT/mask.nii.gz",
+            "classes": ["background", "tumour"],
+            "split": {"val": 0.25, "test": 0.25},
+        },
+    },
+}
+
+
+def config_of(name: str, folder: Path, level: str = "mid") -> Config:
+    """The data of a set, and how crops are made of it."""
+    chosen, root = SETS[name], Path(os.environ["MEDPSP_DATA"])
+    data = {**chosen["data"], "key_file": folder / "key"}
+    for key in ("archive", "labels"):
+        if key in data:
+            data[key] = root / data[key] if data[key] else folder / f"{name}-slices"
+    stages = [{"name": "a", "steps": LONG, "lr": 1e-3, "augment": level}]
+    train = {"size": chosen["size"], "batch_size": BATCH, "stages": stages}
+    return Config.model_validate({"out": folder / name, "data": data, "train": train})
+
+
+def prepared(name: str, folder: Path) -> Config:
+    """With shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "key").exists():
+        create_key(folder / "key", "public key of a public data set")
+    config = config_of(name, folder)
+    if name == "hippocampus" and not config.data.archive.exists():
+        hippocampus_slices(config.data.archive)
+    if not (config.shards / "manifest.json").exists():
+        build_shards(config)
+    return config
+
+
+def hippocampus_slices(folder: Path) -> None:
+    """The volumes as pictures: 8 bits between the percentiles 0.5 and 99.5 of each."""
+    root = Path(os.environ["MEDPSP_DATA"]) / "seg3d" / "hippocampus_mr_nifti"
+    partial = folder.with_name(f".{folder.name}.partial")
+    images, masks = partial / "JPEGImages", partial / "SegmentationClass"
+    images.mkdir(parents=True, exist_ok=True)
+    masks.mkdir(exist_ok=True)
+    for path in sorted((root / "images").glob("*.nii*")):
+        values = np.asarray(nib.load(path).dataobj, dtype=np.float32)
+        label = np.asarray(nib.load(root / "labels" / path.name).dataobj).astype(np.uint8)
+        low, high = np.percentile(values, (0.5, 99.5))
+        grey = (255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
+        stem = path.name.split(".")[0]
+        for number in range(values.shape[2]):
+            name = f"{stem}_{number:03d}.png"
+            Image.fromarray(grey[:, :, number]).save(images / name)
+            Image.fromarray(label[:, :, number]).save(masks / name)
+    partial.rename(folder)
+
+
+def ours(head: str) -> Callable[[str, int], nn.Module]:
+    """One of our heads."""
+
+    def make(encoder: str, classes: int) -> nn.Module:
+        from medpsp.config import ModelConfig
+
+        return build_model(ModelConfig.model_validate({"backbone": encoder, "head": head}), classes)
+
+    return make
+
+
+def smp(kind: str) -> Callable[[str, int], nn.Module]:
+    """A peer, with random weights and one channel."""
+
+    def make(encoder: str, classes: int) -> nn.Module:
+        import segmentation_models_pytorch as peers
+
+        return getattr(peers, kind)(  # type: ignore[no-any-return]
+            ENCODERS[encoder], encoder_weights=None, in_channels=1, classes=classes
+        )
+
+    return make
+
+
+NETWORKS: dict[str, Callable[[str, int], nn.Module]] = {
+    "ours refine": ours("refine"),
+    "ours shallow": ours("shallow"),
+    "smp.PSPNet": smp("PSPNet"),
+    "smp.Unet": smp("Unet"),
+}
+
+
+def one_cycle(peak: float, share: float) -> float:
+    """Rate at a share of the budget: up in 30 %, down to nothing (Smith & Topin 2019)."""
+    if share < 0.3:
+        return peak * (0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * share / 0.3)))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (share - 0.3) / 0.7)))
+
+
+def train(job: dict[str, Any], config: Config) -> dict[str, Any]:
+    """One run: until the CPU seconds are used; scores of validation and test patients."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job["seed"])
+    rows, classes = read_index(config.shards), len(config.data.classes)
+    model = NETWORKS[job["network"]](job["encoder"], classes).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2)
+    pixels = class_pixels(stage_rows(rows, 1.0), classes)
+    weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights)
+    seeded = config.model_copy(update={"seed": job["seed"]})
+    began, steps = time.process_time(), 0
+    for batch in train_batches(config.shards, rows, seeded, World(), (0, 0)):
+        share = (time.process_time() - began) / job["budget"]
+        if share >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(job["rate"], share)
+        found = (
+            model(batch.image, batch.keys)
+            if job["network"].startswith("ours")
+            else model(batch.image)
+        )
+        logits, aux = found if isinstance(found, tuple) else (found, None)
+        loss = segmentation_loss(logits, batch.label, config.loss, weights, lambda x: x).total
+        if aux is not None:
+            extra = segmentation_loss(aux, batch.label, config.loss, weights, lambda x: x)
+            loss = loss + config.loss.aux * extra.total
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        steps += 1
+    scored = {split: score(model.eval(), config, split) for split in ("val", "test")}
+    return {**job, "steps": steps, **scored}
+
+
+@torch.no_grad()
+def score(model: nn.Module, config: Config, split: str) -> float | None:
+    """Mean pooled Dice of the foreground classes; None without such patients."""
+    rows = [row for row in read_index(config.shards) if row.split == split and row.labelled]
+    classes = len(config.data.classes)
+    counts = np.zeros((classes, classes), np.int64)
+    for batch in whole_slices(config.shards, rows, World(), config.model):
+        image = batch.image
+        pad = [-n % 32 for n in image.shape[-2:]]
+        image = nn.functional.pad(image, (0, pad[1], 0, pad[0]), mode="replicate")
+        found = model(image)
+        logits = found[0] if isinstance(found, tuple) else found
+        height, width = batch.label.shape[-2:]
+        mask = logits.argmax(1)[:, :height, :width].to(torch.uint8).numpy()
+        counts += confusion(batch.label.numpy(), mask, classes)
+    return mean_foreground(dice_per_class(counts)) if rows else None
+
+
+def constant(config: Config, split: str) -> float:
+    """The mask that looks at no image, on the same patients."""
+    rows, classes = read_index(config.shards), len(config.data.classes)
+    mask, reader = ConstantMask(classes), ShardReader(config.shards)
+    for row in stage_rows(rows, 1.0):
+        mask.add(reader.read(row.bucket, row.slot)[1])
+    scores = []
+    for index in range(1, classes):
+        counts = np.zeros((2, 2), np.int64)
+        for row in rows:
+            if row.split == split and row.labelled:
+                truth = reader.read(row.bucket, row.slot)[1]
+                wanted = np.where(truth == 255, 255, truth == index).astype(np.uint8)
+                counts += confusion(wanted, mask.predict(index, truth.shape).astype(np.uint8), 2)
+        scores.append(dice_per_class(counts)[1])
+    return float(np.mean(scores))
+
+
+def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Everything that is to be run, and is not in the results."""
+    done = {key_of(line) for line in results(args)}
+    every = itertools.product(
+        args.only or SETS, NETWORKS, ENCODERS, args.rates or RATES, SEEDS[: args.seeds]
+    )
+    jobs = [
+        {"set": s, "network": n, "encoder": e, "rate": r, "seed": seed, "budget": args.budget}
+        for s, n, e, r, seed in every
+    ]
+    return [job for job in jobs if key_of(job) not in done]
+
+
+def key_of(job: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(job[key] for key in ("set", "network", "encoder", "rate", "seed", "budget"))
+
+
+def results(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if not args.results.exists():
+        return []
+    return [json.loads(line) for line in args.results.read_text().splitlines()]
+
+
+def run(args: argparse.Namespace) -> None:
+    """All jobs, some at a time, each in a process of its own."""
+    for name in args.only or SETS:
+        prepared(name, args.folder)
+    waiting, running = jobs_of(args), []
+    print(f"{len(waiting)} runs of {args.budget} CPU seconds, {args.jobs} at a time", flush=True)
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            job = json.dumps(waiting.pop(0))
+            command = [sys.executable, __file__, "one", "--folder", str(args.folder), "--job", job]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        time.sleep(1)
+        for process in [p for p in running if p.poll() is not None]:
+            running.remove(process)
+            line = process.communicate()[0].strip().splitlines()[-1:]
+            if process.returncode == 0 and line:
+                args.results.parent.mkdir(parents=True, exist_ok=True)
+                with args.results.open("a") as file:
+                    file.write(line[0] + "\n")
+                print(line[0], flush=True)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Mean and spread over the seeds, at the rate that is best on validation patients."""
+    split = "test" if args.test else "val"
+    groups: dict[Any, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in results(args):
+        place = line["set"], line["encoder"], line["budget"], line["network"]
+        groups[place][line["rate"]].append(line)
+    for name in dict.fromkeys(place[0] for place in groups):
+        config = prepared(name, args.folder)
+        has_test = any(row.split == "test" for row in read_index(config.shards))
+        chosen = split if has_test else "val"
+        print(f"{name}, {chosen} patients; constant mask {constant(config, chosen):.3f}")
+        for place in sorted(p for p in groups if p[0] == name):
+            rates = groups[place]
+            best = max(rates, key=lambda rate: statistics.mean(r["val"] for r in rates[rate]))
+            found = [r[chosen] for r in rates[best]]
+            spread = statistics.stdev(found) if len(found) > 1 else float("nan")
+            steps = statistics.median(r["steps"] for r in rates[best])
+            print(
+                f"  {place[1]:22s} {place[2]:4d} s  {place[3]:14s} {statistics.mean(found):.3f} "
+                f"+- {spread:.3f} ({len(found)} seeds, rate {best:g}, {steps:.0f} steps)"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["run", "one", "table"])
+    parser.add_argument("--budget", type=int, default=120)
+    parser.add_argument("--only", nargs="*", choices=list(SETS))
+    parser.add_argument("--rates", nargs="*", type=float)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench/accuracy"))
+    parser.add_argument("--results", type=Path, default=Path("runs/bench/accuracy.jsonl"))
+    parser.add_argument("--job")
+    parser.add_argument("--test", action="store_true")
+    args = parser.parse_args()
+    if args.what == "one":
+        job = json.loads(args.job)
+        print(json.dumps(train(job, config_of(job["set"], args.folder))))
+    else:
+        {"run": run, "table": table}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Ranks and engines against one process: wall time of a step, on one machine.
+
+    python tests/bench/ranks.py [--steps 12] [--rounds 3] [--head refine]
+
+ResNet18, 128 x 128, global batch 8. One process has two threads, each of two ranks one. Rounds in
+turn, medians; only the ranks of a row run at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+ROWS = {
+    "1 process x 2 threads": (1, "ddp"),
+    "2 ranks, DDP": (2, "ddp"),
+    "2 ranks, ZeRO-1": (2, "zero1"),
+    "2 ranks, ZeRO-2": (2, "zero2"),
+    "2 ranks, ZeRO-3": (2, "zero3"),
+}
+SIDE, BATCH = 128, 8
+
+
+def rank(engine: str, steps: int, head: str) -> None:
+    """One rank: seconds of each step, peak memory, and where the time went, as JSON."""
+    import resource
+
+    import torch
+
+    from medpsp.model.psp import build_model
+    from medpsp.train.ema import Average
+    from medpsp.train.guard import Guard
+    from medpsp.train.loop import Progress, Run, enter_stage, train_step
+    from medpsp.train.optimizer import no_moments
+    from medpsp.train.ranks import process_group
+    from medpsp.train.timing import Clock
+    from medpsp.types import World
+    from tests.bench.train import batch_of, config_of
+
+    size = int(os.environ["WORLD_SIZE"])
+    world = World(rank=int(os.environ["RANK"]), size=size)
+    config = config_of(SIDE, BATCH, 0.0)
+    config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"engine": engine}),
+            "model": config.model.model_copy(update={"head": head}),
+        }
+    )
+    with process_group(world, 2 // size, alone=True) as device:
+        torch.manual_seed(0)
+        model = build_model(config.model, 2)
+        empty: Any = None
+        run = Run(
+            config=config,
+            world=world,
+            device=device,
+            checkpoints=Path(),
+            board=empty,
+            batches=empty,
+            val_batches=empty,
+            examples=None,
+            weights=torch.ones(2),
+        )
+        progress = Progress(
+            model=model,
+            average=Average(model, config.train),
+            state=empty,
+            moments=no_moments(),
+            guard=Guard(device, 5),
+            clock=Clock(config, model, device, world),
+        )
+        engine_of = enter_stage(model, config.train.stages[0], run, no_moments())
+        batch = batch_of(SIDE, BATCH // size)
+        times = []
+        for step in range(steps + 3):
+            began = time.perf_counter()
+            train_step(run, engine_of, progress, batch, step)
+            times.append(time.perf_counter() - began)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        cpu = time.process_time()
+        print(json.dumps({"step": statistics.median(times[3:]), "gib": peak, "cpu": cpu}))
+
+
+def measure(size: int, engine: str, args: argparse.Namespace) -> dict[str, float]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(2 // size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--rank", engine, str(args.steps), args.head],
+            env={**common, "RANK": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for number in range(size)
+    ]
+    said = [json.loads(child.communicate()[0].strip().splitlines()[-1]) for child in ranks]
+    return max(said, key=lambda found: found["step"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--head", default="refine")
+    args = parser.parse_args()
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    with tempfile.TemporaryDirectory():
+        for _ in range(args.rounds):
+            for name, (size, engine) in ROWS.items():
+                found[name].append(measure(size, engine, args))
+    alone, ddp = (
+        [r["step"] for r in found[name]] for name in ("1 process x 2 threads", "2 ranks, DDP")
+    )
+    print(f"ResNet18, {args.head}, {SIDE} x {SIDE}, global batch {BATCH}, {args.rounds} rounds")
+    for name, rounds in found.items():
+        steps = [r["step"] for r in rounds]
+        ratios = [
+            statistics.median(a / b for a, b in zip(steps, o, strict=True)) for o in (alone, ddp)
+        ]
+        one, ddp_ratio = ratios
+        peak = max(r["gib"] for r in rounds)
+        print(
+            f"  {name:22s} {statistics.median(steps) * 1e3:7.0f} ms a step, "
+            f"{one:5.2f} of one process, {ddp_ratio:5.2f} of DDP, {peak:.2f} GiB a rank"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        rank(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        main()

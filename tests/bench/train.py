@@ -1,0 +1,261 @@
+"""What our loop adds to a step: against a bare loop and the peers' loops, in one process.
+
+    python tests/bench/train.py [--rounds 7] [--steps 100]
+
+Every loop does the same: forward, our loss, backward, clipping at 1, AdamW, and a scalar for
+TensorBoard each 20 steps; ours and the bare one also keep an average of the weights where the row
+says so. CPU time of the process, one thread, rounds in turn, medians. Peers are looked for in
+.venv-bench/train (see the Makefile); a missing one loses its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / ".venv-bench" / "train"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from medpsp.config import Config
+from medpsp.model.loss import segmentation_loss
+from medpsp.model.psp import build_model
+from medpsp.stages import lr_at
+from medpsp.train.batch import Batch
+from medpsp.train.board import Board
+from medpsp.train.checkpoint import TrainState
+from medpsp.train.ema import Average
+from medpsp.train.guard import Guard
+from medpsp.train.loop import Progress, Run, enter_stage, report_step, train_step
+from medpsp.train.optimizer import no_moments
+from medpsp.train.ranks import Agreement
+from medpsp.train.timing import Clock
+from medpsp.types import World
+
+CPU = torch.device("cpu")
+CLIP, LOG_EVERY, DECAY = 1.0, 20, 0.999
+Step = Callable[[int], None]
+
+
+class Tiny(nn.Module):
+    """A step of about a millisecond, with the two parts that our optimizer tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.head(self.backbone(x)), None
+
+    def part_parameters(self, part: str) -> list[nn.Parameter]:
+        return list((self.backbone if part == "backbone" else self.head).parameters())
+
+
+def config_of(size: int, batch: int, ema: float) -> Config:
+    stages = [{"name": "a", "steps": 10**6, "lr": 1e-3}]
+    train = {"stages": stages, "size": [size, size], "batch_size": batch, "ema": ema}
+    tree = {
+        "data": {"archive": "none", "classes": ["a", "b"]},
+        "model": {"backbone": "resnet18", "aux": False},
+        "train": train,
+    }
+    return Config.model_validate(tree)
+
+
+def batch_of(size: int, count: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        image=torch.rand(count, 1, size, size, generator=generator),
+        label=torch.randint(0, 2, (count, size, size), generator=generator).to(torch.uint8),
+        patients=("p",) * count,
+        keys=torch.arange(count),
+        samples=tuple(f"s{n}" for n in range(count)),
+    )
+
+
+def ours(model: Any, config: Config, batch: Batch, folder: Path) -> Step:
+    """Everything that `fit` does in a step."""
+    run = Run(
+        config=config,
+        world=World(),
+        device=CPU,
+        checkpoints=folder,
+        board=Board(folder / "ours", 0),
+        batches=lambda stage, first: [],
+        val_batches=list,
+        examples=None,
+        weights=torch.ones(2),
+    )
+    progress = Progress(
+        model=model,
+        average=Average(model, config.train),
+        state=TrainState(step=0, stage="", best=-1, score=0, model={}),
+        moments=no_moments(),
+        guard=Guard(CPU, 5),
+        clock=Clock(config, model, CPU, World()),
+    )
+    engine = enter_stage(model, config.train.stages[0], run, no_moments())
+    agreement = Agreement()
+
+    def step(number: int) -> None:
+        began = time.perf_counter()
+        run.at(number, "step")
+        loss, norm = train_step(run, engine, progress, batch, number)
+        progress.clock.add(len(batch.label), 0.0, time.perf_counter() - began)
+        if (number + 1) % LOG_EVERY == 0:
+            progress.guard.look()
+            report_step(run, progress, loss, norm, number)
+        agreement.say(run.stop.code)
+
+    return step
+
+
+def bare(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Step:
+    """What a careful engineer writes for one process."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    writer, weights = SummaryWriter(str(folder / "bare")), torch.ones(2)
+    means = [p.detach().clone() for p in model.parameters()] if config.train.ema else []
+
+    def step(number: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(config.train, number)
+        optimizer.zero_grad()
+        logits, _ = model(batch.image, batch.keys)
+        loss = segmentation_loss(logits, batch.label, config.loss, weights, lambda x: x)
+        loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        if means:
+            torch._foreach_lerp_(means, [p.detach() for p in model.parameters()], 1 - DECAY)
+        if (number + 1) % LOG_EVERY == 0:
+            writer.add_scalar("loss", float(loss.total), number)
+            writer.add_scalar("norm", float(norm), number)
+
+    return step
+
+
+def parts_of(model: nn.Module, config: Config, folder: Path, name: str) -> tuple[Any, ...]:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    return optimizer, SummaryWriter(str(folder / name)), torch.ones(2)
+
+
+def fabric(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Step:
+    from lightning_fabric import Fabric
+
+    optimizer, writer, weights = parts_of(model, config, folder, "fabric")
+    with quiet():
+        fab = Fabric(accelerator="cpu", devices=1)
+        net, optimizer = fab.setup(model, optimizer)
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        logits, _ = net(batch.image, batch.keys)
+        loss = segmentation_loss(logits, batch.label, config.loss, weights, lambda x: x)
+        fab.backward(loss.total)
+        fab.clip_gradients(net, optimizer, max_norm=CLIP)
+        optimizer.step()
+        if (number + 1) % LOG_EVERY == 0:
+            writer.add_scalar("loss", float(loss.total), number)
+
+    return step
+
+
+def accelerate(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Step:
+    from accelerate import Accelerator
+
+    optimizer, writer, weights = parts_of(model, config, folder, "accelerate")
+    acc = Accelerator(cpu=True)
+    net, optimizer = acc.prepare(model, optimizer)
+
+    def step(number: int) -> None:
+        with acc.accumulate(net):
+            optimizer.zero_grad()
+            logits, _ = net(batch.image, batch.keys)
+            loss = segmentation_loss(logits, batch.label, config.loss, weights, lambda x: x)
+            acc.backward(loss.total)
+            acc.clip_grad_norm_(net.parameters(), CLIP)
+            optimizer.step()
+        if (number + 1) % LOG_EVERY == 0:
+            writer.add_scalar("loss", float(loss.total), number)
+
+    return step
+
+
+def quiet() -> Any:
+    import contextlib
+    import warnings
+
+    @contextlib.contextmanager
+    def within() -> Any:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(open(os.devnull, "w")):
+            warnings.simplefilter("ignore")
+            yield
+
+    return within()
+
+
+def compare(
+    make: Callable[[], nn.Module], loops: dict[str, Any], setting: tuple[int, int], args: Any
+) -> None:
+    size, count = setting
+    config = config_of(size, count, args.ema)
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, Step] = {}
+        for name, loop in loops.items():
+            torch.manual_seed(0)
+            try:
+                steps[name] = loop(make(), config, batch_of(size, count), Path(folder))
+            except ImportError as error:
+                print(f"  {name}: not installed ({error.name})")
+        count_of, times = dict.fromkeys(steps, 0), {name: [] for name in steps}
+        for number in range(args.rounds + 1):
+            order = list(steps) if number % 2 else list(steps)[::-1]
+            for name in order:
+                began = time.process_time()
+                for _ in range(args.steps):
+                    steps[name](count_of[name])
+                    count_of[name] += 1
+                times[name].append((time.process_time() - began) / args.steps * 1e3)
+        base = times["bare"][1:]
+        for name, found in times.items():
+            extra = [a - b for a, b in zip(found[1:], base, strict=True)]
+            ratio = [a / b for a, b in zip(found[1:], base, strict=True)]
+            print(
+                f"  {name:12s} {statistics.median(found[1:]):8.3f} ms a step, "
+                f"{statistics.median(extra):+7.3f} ms, {statistics.median(ratio):6.3f} times bare"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, 1 thread, CPU time, medians of {args.rounds} rounds in turn")
+    loops = {"bare": bare, "ours": ours, "Fabric": fabric, "Accelerate": accelerate}
+    for args.ema in (0.0, DECAY):
+        print(f"tiny network, 32 x 32, batch 4, average {'on' if args.ema else 'off'}")
+        few = {name: loops[name] for name in (loops if not args.ema else ("bare", "ours"))}
+        compare(Tiny, few, (32, 4), args)
+    args.ema, args.steps = 0.0, 3
+    print("ResNet18, refine, 256 x 256, batch 4")
+    resnet = {"bare": bare, "ours": ours}
+    compare(lambda: build_model(config_of(256, 4, 0.0).model, 2), resnet, (256, 4), args)
+
+
+if __name__ == "__main__":
+    main()
