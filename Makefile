@@ -42,7 +42,7 @@ $(PEERS)/smp: | $(READY)
 
 $(PEERS)/train: | $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ \
-	  lightning-fabric==2.6.6 lightning-utilities==0.15.2 accelerate==1.15.0
+	  lightning-fabric==2.6.6 lightning-utilities==0.15.3 accelerate==1.15.0
 
 # One by one: a peer that cannot be installed costs its own rows only.
 $(PEERS)/.ready: tests/bench/peers.txt | $(READY)

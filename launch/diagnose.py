@@ -47,8 +47,10 @@ def diagnosis(error: BaseException) -> str | None:
     Returns:
         None for an error that says enough itself, and for a bug.
     """
+    own = isinstance(error, MedpspError) and not isinstance(error, LaunchError)
     for cause in _chain(error):
-        for look in _LOOKS:
+        # the advice of our own errors is wrong where the limits of this process are to blame
+        for look in (_handles, _memory) if own else _LOOKS:
             line = look(cause)
             if line:
                 return line
@@ -57,7 +59,7 @@ def diagnosis(error: BaseException) -> str | None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an error only tells that another rank failed: that one knows why."""
-    return any(_peer(cause) for cause in _chain(error))
+    return not isinstance(error, MedpspError) and any(_peer(cause) for cause in _chain(error))
 
 
 def keep_place(folder: Path) -> None:
@@ -80,7 +82,7 @@ def _says(error: BaseException, *codes: int) -> bool:
 
 
 def _peer(error: BaseException) -> str:
-    if not isinstance(error, RuntimeError) or isinstance(error, MedpspError):
+    if not isinstance(error, RuntimeError):
         return ""
     text = str(error)
     if _PEER_GONE.search(text):
@@ -88,7 +90,7 @@ def _peer(error: BaseException) -> str:
             "lost the connection to another rank, which ended; why, says that rank's own line or "
             "its log in logs/ranks"
         )
-    if _PEER_SILENT.search(text) and re.search(r"ms|milliseconds|seconds|NCCL", text):
+    if _PEER_SILENT.search(text) and re.search(r"\d ?m?s\b|milliseconds|seconds|NCCL", text):
         return (
             "another rank did not answer in time; what each rank was at is in the heartbeat files "
             "in logs/ranks"
@@ -113,7 +115,7 @@ def _space(error: BaseException) -> str:
     name = error.filename if isinstance(error, OSError) else None
     where = _existing(Path(os.fsdecode(name))) if name else _full_place(str(error))
     usage = shutil.disk_usage(where)
-    room = f"{_size(usage.free)} of {_size(usage.total)} free"
+    room = f"{_size(usage.free)} of {_size(usage.total)} free after clean-up"
     if _same_disk(where, SHM):
         return (
             f"shared memory full: {SHM}, {room}; delete what is left there, enlarge it (docker run "

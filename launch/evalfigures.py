@@ -51,6 +51,7 @@ def _diagram(bins: Sequence[dict[str, Any]]) -> Html:
     parts = [_text(x * SIDE, SIDE + 16, f"{x:g}", "middle") for x in (0, 0.5, 1)]
     parts += [_text(-6, SIDE * (1 - y) + 4, f"{y:g}", "end") for y in (0, 0.5, 1)]
     parts += [_text(SIDE / 2, low + BARS + 18, "probability given", "middle")]
+    parts += [_text(6, 12, "share that is right", "start")]
     for place, of in enumerate(bins):
         if not of["voxels"]:
             continue
@@ -110,6 +111,6 @@ def _cell(count: int, total: int) -> Html:
     share = count / total if total else 0.0
     style = (
         f"display:block;padding:2px 8px;border-radius:4px;"
-        f"background:color-mix(in srgb,var(--fill) {55 * share:.0f}%,transparent)"
+        f"background:color-mix(in srgb,var(--fill) {35 * share:.0f}%,transparent)"
     )
     return tag("span", percent(share) if total else "–", tag("small", count), style=style)

@@ -72,7 +72,9 @@ def start_ranks(config: Config) -> None:
             raise SystemExit(128 + int(stop.sigval)) from None
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            if EXIT_AGAIN in codes.values() and (reason := _reason(Path(left))):
+            reason = _reason(Path(left))
+            # who was asked to end may be ended by torchrun on its way out
+            if reason and codes.get(reason[0]) in (EXIT_AGAIN, -signal.SIGTERM):
                 raise Interrupted(reason[1]) from None
             out_of_memory = killed is not None and (oom_kills() or 0) > killed
             rank, line = _first(codes, Path(left), folder, out_of_memory)
@@ -166,7 +168,8 @@ def say_last(line: str, echo: bool = False) -> None:
         if os.environ["RANK"] != "0":  # rank 0 shares the terminal with the parent
             log.error("%s", line)
         return
-    who = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    rank = os.environ.get("RANK")
+    who = f"rank {rank}: " if rank and not line.startswith("train: rank ") else ""
     sys.stderr.write(f"medpsp: {who}{line}\n")
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, line, (), None)
     for handler in log.handlers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import detect_world, end_time
@@ -11,7 +12,6 @@ from launch.ranks import say_last, start_ranks
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
-from medpsp.configio import without_paths
 from medpsp.errors import ConfigError
 from medpsp.types import World
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from shards.index import SliceRow
 
 log = logging.getLogger("medpsp")
+EXAMPLES = 8
+"""Patients with a slice that is predicted at every evaluation to be looked at: as many as the
+batches of an evaluation hold, so that it needs no more memory."""
 
 
 def train_job(config: Config) -> None:
@@ -50,6 +53,7 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     from medpsp.model.norm import check_device
     from medpsp.model.psp import build_model
     from medpsp.stages import in_steps
+    from medpsp.train.boardsetup import finish
     from medpsp.train.loop import fit
     from medpsp.train.memory import memory_note
     from medpsp.train.ranks import process_group
@@ -78,8 +82,9 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
             log.info("train: %d ranks on %s, engine %s", world.size, device.type, train.engine)
             log.info("train: %s", memory_note(model, train, world))
         parts = _run_of(config, world, rows, device, watch, stop)
-        state = fit(parts, model)
-        parts.board.close()
+        with closing(parts.board):  # when stopped, too: what was said must be in the file
+            state = fit(parts, model)
+            finish(parts.board, config, state.step, state.best)
     if world.rank == 0:
         log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
 
@@ -95,7 +100,7 @@ def _run_of(
     import torch
 
     from medpsp.model.loss import class_weights
-    from medpsp.train.board import Board
+    from medpsp.train.boardsetup import data_text, open_board
     from medpsp.train.checkpoint import latest_checkpoint, read_state
     from medpsp.train.loop import Run
     from shards.dataset import example_batch, stage_rows, train_batches, whole_slices
@@ -108,8 +113,9 @@ def _run_of(
     weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
     newest = latest_checkpoint(run.checkpoints)
     first_step = read_state(newest).step if newest else 0
-    board = Board(run.tensorboard if world.rank == 0 else None, first_step)
-    board.text("config", f"```\n{without_paths(config)}\n```")
+    data_id = read_manifest(root).data_id
+    facts = {"data": data_text(data_id, config.data.classes, weights.tolist())}
+    board = open_board(run.tensorboard if world.rank == 0 else None, first_step, config, facts)
     if world.rank == 0:
         shares = ", ".join(f"{float(w):.2f}" for w in weights)
         log.info("train: class weights %s", shares)
@@ -124,8 +130,8 @@ def _run_of(
         checkpoints=run.checkpoints,
         board=board,
         weights=weights.double() if config.train.precision == "fp64" else weights,
-        data_id=read_manifest(root).data_id,
-        examples=example_batch(root, clean, config) if clean else None,
+        data_id=data_id,
+        examples=example_batch(root, clean, config, EXAMPLES) if clean else None,
         batches=batches,
         val_batches=lambda: whole_slices(root, val, world, config.model),
         stop=stop,

@@ -36,7 +36,9 @@ class ModelConfig(Node):
     bins: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = Field(
         default=(1, 3, 5, 7), description="(1, 2, 3, 6) are those of Zhao et al. 2017."
     )
-    psp_channels: Annotated[int, Field(ge=8)] = 128
+    psp_channels: Annotated[int, Field(ge=8)] = Field(
+        default=128, description="Of the pyramid; Zhao et al. 2017 have 512."
+    )
     decoder_channels: Annotated[int, Field(ge=8)] = 64
     norm: Literal["batch", "group", "sync"] = Field(
         default="batch",

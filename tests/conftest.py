@@ -26,6 +26,26 @@ settings.load_profile("repeatable")
 KEY = "key of the tests 58"
 
 
+def need(what: str, there: bool, hint: str) -> None:
+    """Skip where something of the machine is missing; fail where MEDPSP_REQUIRE names it.
+
+    Args:
+        what: Its name in MEDPSP_REQUIRE, a list with commas.
+        there: Whether it was found.
+        hint: How to get it.
+    """
+    if there:
+        return
+    if what in os.environ.get("MEDPSP_REQUIRE", "").split(","):
+        pytest.fail(f"{what}: missing, and MEDPSP_REQUIRE names it; {hint}")
+    pytest.skip(f"{what}: missing; {hint}")
+
+
+@pytest.fixture(scope="session", name="need")
+def need_fixture() -> Callable[[str, bool, str], None]:
+    return need
+
+
 @pytest.fixture(scope="session")
 def key() -> bytes:
     return KEY.encode()

@@ -54,6 +54,9 @@ def trained(config: Config, world: World, folder: Path) -> dict[str, Any]:
         def overlays(self, *_: object) -> None:
             pass
 
+        def tables(self, *_: object) -> None:
+            pass
+
     model = network(config)
     state = fit(replace(run, board=Recorder()), model)  # type: ignore[arg-type]
     weights = {name: t.clone() for name, t in model.state_dict().items()}

@@ -24,8 +24,10 @@ from medpsp.types import World
 
 Logits = tuple[Tensor, Tensor | None]
 _KNOWN = inspect.signature(DistributedDataParallel.__init__).parameters
-NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
-"""The newer torch warns of the older name."""
+NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False
+}
+"""Rank 0's are given out when they are needed; the newer torch warns of the older name."""
 
 
 class Engine(Protocol):
@@ -83,7 +85,7 @@ class DdpEngine:
                 net,
                 gradient_as_bucket_view=True,
                 static_graph=train.accumulate == 1,
-                **{NO_BUFFERS: False},  # rank 0's are given out when they are needed
+                **NO_BUFFERS,
             )
         self._net = self._ddp or net
         self._fresh = True

@@ -1,4 +1,4 @@
-"""Validation while training: pooled Dice, and a few slices to look at."""
+"""Validation while training: pooled Dice, what lies behind it, and a few slices to look at."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from medpsp.train.batch import Batch
+from medpsp.train.boardcounts import Tally, sum_all
 from medpsp.train.metrics import Counts, confusion, dice_per_class, mean_foreground
-from medpsp.train.ranks import sum_counts
 
 if TYPE_CHECKING:
     from medpsp.train.loop import Run
@@ -23,35 +23,68 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
     """Mean Dice of the foreground classes over the validation slices; 0 where there are none.
 
     All ranks take part, and all get the same; rank 0 writes it to the board.
+
+    Args:
+        run: The run.
+        model: Its network.
+        step: Steps that are done.
     """
     names = run.config.data.classes
-    counts = evaluate(model, run.val_batches(), len(names), run.device)
-    dice = dice_per_class(sum_counts(counts, run.device))
+    tally = Tally.empty(len(names))
+    counts = evaluate(model, run.val_batches(), len(names), run.device, tally)
+    counts, tally = sum_all(counts, tally, run.device)
+    dice = dice_per_class(counts)
     score = mean_foreground(dice)
     if run.leads:
+        last = step - 1  # the step that was done last, as the board counts
         shown = {f"val/dice/{n}": float(d) for n, d in zip(names[1:], dice[1:], strict=True)}
-        run.board.scalars(step, {"val/dice_mean": score, **shown})
+        run.board.scalars(last, {"val/dice_mean": score, **shown})
+        run.board.tables(last, names, counts, tally)
         if drawn := run.examples:
             predicted = predict_batch(model, drawn, run.device)
-            run.board.overlays(step, drawn.image.numpy(), drawn.label.numpy(), predicted)
+            run.board.overlays(last, drawn.image.numpy(), drawn.label.numpy(), predicted)
     return 0.0 if math.isnan(score) else score
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], classes: int, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    classes: int,
+    device: torch.device,
+    tally: Tally | None = None,
 ) -> Counts:
-    """(K, K) confusion counts over the batches, truth in rows."""
+    """(K, K) confusion counts over the batches, truth in rows.
+
+    Args:
+        model: A network of K classes.
+        batches: With labels.
+        classes: K.
+        device: Of the network.
+        tally: Where to count the probabilities, too.
+    """
     counts = np.zeros((classes, classes), dtype=np.int64)
     for batch in batches:
-        counts += confusion(batch.label.numpy(), predict_batch(model, batch, device), classes)
+        logits = _forward(model, batch, device)
+        counts += confusion(batch.label.numpy(), _classes(logits), classes)
+        if tally:
+            probabilities = logits.softmax(1).nan_to_num()  # a broken network is sure of nothing
+            tally.add(probabilities, batch.label.to(device))
     return counts
 
 
-@torch.no_grad()
 def predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> NDArray[np.uint8]:
     """(N, H, W) class indices."""
+    return _classes(_forward(model, batch, device))
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     model.eval()
     dtype = next(model.parameters()).dtype
-    logits, _ = model(batch.image.to(device, dtype))
+    logits: Tensor = model(batch.image.to(device, dtype))[0]
+    return logits
+
+
+def _classes(logits: Tensor) -> NDArray[np.uint8]:
     mask: NDArray[np.uint8] = logits.argmax(1).to(torch.uint8).cpu().numpy()
     return mask

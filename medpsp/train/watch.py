@@ -169,8 +169,10 @@ class Watch:
         text = f"train: rank {rank} hangs at step {_told(note)} for {note.seconds:.0f} s"
         if size > 1:
             text += f"; {behind(size, self._before, self._heard(), rank)}"
-        limit = {"start": "first_step_seconds"}.get(note.phase, "step_seconds")
-        return f"{text}; stacks are in {self._folder.name}/, the limits are train.{limit}"
+        limit = f"the limit is train.{'first_' * self._now[3]}step_seconds"
+        if note.phase == "start":
+            limit = f"ranks have {self._limit():.0f} s to meet"
+        return f"{text}; stacks are in {self._folder}, {limit}"
 
 
 def behind(size: int, before: dict[int, Note], now: dict[int, Note], teller: int) -> str:
