@@ -41,6 +41,19 @@ STEPS = "train.stages=[{name: only, steps: %d, lr: %g, augment: none}]"
 needs_mounts = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
 
 
+_started: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """No process outlives its test: pytest would wait for one that is stopped."""
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.join()
+
+
 @dataclass
 class Told:
     """What a command said and how it ended."""
@@ -85,6 +98,7 @@ class Command:
     def start(self) -> Any:
         process = SERVER.Process(target=_run, args=(self,))
         process.start()
+        _started.append(process)
         return process
 
     def told(self, process: Any, seconds: float = 60) -> Told:
@@ -225,7 +239,10 @@ def wait_for(found: Callable[[], bool], seconds: float = 90) -> None:
 
 def stepping(out: Path, rank: int) -> Callable[[], bool]:
     path = out / "logs" / "ranks" / f"heartbeat-{rank}.json"
-    return lambda: path.exists() and '"phase": "step"' in path.read_text()
+    # not the first step, which has the longer limit
+    return lambda: (
+        path.exists() and bool(re.search(r'"step": [1-9]\d*, "phase": "step"', path.read_text()))
+    )
 
 
 Prepare = Callable[..., Command]
