@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.evalfigures import confusion_table, estimate, reliability
-from launch.evalpictures import BOTH, PREDICTED, TRUTH, Rgb, draw_case
+from launch.evalpictures import draw_case
 from launch.scores import Case
 from launch.trained import shown
 from medpsp.config import Config
 from medpsp.errors import ShardError
+from medpsp.train.pictures import BOTH, PREDICTED, TRUTH, Rgb
 from shards.figures import read_columns
 from shards.index import INDEX
 from shards.page import Html, join, page, pairs, picture, table, tag

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.diagnose import diagnosis
 from launch.evaluate import evaluate_job
 from launch.export import export_job
 from launch.rundir import RunDir, keep_private, told_path
@@ -45,8 +46,11 @@ def run_command(name: str, config_path: Path) -> tuple[int, str]:
     except Interrupted as stop:
         log.warning("%s", one_line(stop))
         return EXIT_AGAIN, one_line(stop)
-    except (MedpspError, OSError) as error:
-        reason = one_line(error)
+    except (MedpspError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        known = diagnosis(error)
+        if known is None and not isinstance(error, MedpspError | OSError):
+            raise
+        reason = known or one_line(error)
         log.error("%s", reason)
         marker.write_text(reason + "\n", encoding="utf-8")
         return 2 if isinstance(error, ConfigError) else 1, reason

@@ -245,6 +245,7 @@ def run_in(folder: Path) -> Run:
 
 def train_on(folder: Path) -> None:
     """From the newest checkpoint to the end."""
+    torch.set_num_threads(1)  # as the process that was killed: sums depend on it
     run = run_in(folder)
     state = fit(run, network(run.config))
     finish(run.board, run.config, state.step, state.best)

@@ -132,6 +132,7 @@ def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> N
     batches = iter(run.batches(index, within))
     while step < end:
         began = time.perf_counter()
+        run.at(step, "data", first=step == state.step)
         batch = next(batches, None)
         if batch is None:
             raise TrainError(f"stage {stage.name}: the batches ended before step {end}")
