@@ -133,7 +133,13 @@ def test_random_kills_change_no_bit(undisturbed: Any, tmp_path: Path) -> None:
             assert set(codes) <= {0, 1, EXIT_AGAIN, -number}, codes
         assert same(final(straight)[0], final(folder)[0])
         assert final(straight)[1] == final(folder)[1]
-        assert names(straight / "checkpoints") == names(folder / "checkpoints")
+        kept = [  # a signal near the end leaves another last but one
+            {name for name in names(root / "checkpoints") if not name.startswith("step-")}
+            for root in (straight, folder)
+        ]
+        assert kept[0] == kept[1]
+        best = [read_state(root / "checkpoints" / "best") for root in (straight, folder)]
+        assert best[0] == best[1]
     assert min(seen.values()) > 0, seen
 
 
