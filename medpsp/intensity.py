@@ -245,16 +245,6 @@ def series_window(
     return percentile_window(counts)
 
 
-def planes(unit: FloatArray, channels: int) -> FloatArray:
-    """Channels first, as networks take an image: (H, W) or (H, W, 3) to (C, H, W).
-
-    A grey image is repeated for a network of three channels; a view where it can be.
-    """
-    if unit.ndim == 3:
-        return unit.transpose(2, 0, 1)
-    return np.broadcast_to(unit, (channels, *unit.shape))
-
-
 CLASS_COLOURS = np.array(
     [
         [0, 0, 0],

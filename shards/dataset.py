@@ -91,11 +91,12 @@ def train_batches(
     index, first = place
     train = config.train
     stage = train.stages[index]
-    stream = Stream(ShardReader(root), stage_rows(rows, stage.fraction), config, index)
+    reader = ShardReader(root)
+    stream = Stream(reader, stage_rows(rows, stage.fraction), config, index)
     micro = train.batch_size // train.accumulate
     share = len(batch_positions(0, micro, world.rank, world.size)) * train.accumulate
     task = Crops(
-        reader=ShardReader(root),
+        reader=reader,
         size=train.size,
         classes=len(config.data.classes),
         channels=config.model.channels,

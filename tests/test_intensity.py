@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_voi_lut
 
+from medpsp.channels import channels_first
 from medpsp.errors import DicomError
 from medpsp.intensity import (
     CLASS_COLOURS,
@@ -21,7 +22,6 @@ from medpsp.intensity import (
     needs_series_values,
     overlay,
     percentile_window,
-    planes,
     series_window,
     to_unit,
     valid_windows,
@@ -348,12 +348,12 @@ def test_overlay_of_a_colour_image() -> None:
     assert image[0, 1, 0] == 0.5  # not painted into
 
 
-def test_planes_put_channels_first_and_repeat_grey() -> None:
+def test_channels_come_first_and_grey_is_repeated() -> None:
     grey, colour = np.arange(6.0).reshape(2, 3), np.arange(18.0).reshape(2, 3, 3)
-    assert planes(grey, 1).shape == (1, 2, 3)
-    assert planes(grey, 3).shape == (3, 2, 3)
-    assert all((plane == grey).all() for plane in planes(grey, 3))
-    assert planes(colour, 3)[1].tolist() == [[1, 4, 7], [10, 13, 16]]
+    assert channels_first(grey, 1).shape == (1, 2, 3)
+    assert channels_first(grey, 3).shape == (3, 2, 3)
+    assert all((plane == grey).all() for plane in channels_first(grey, 3))
+    assert channels_first(colour, 3)[1].tolist() == [[1, 4, 7], [10, 13, 16]]
 
 
 def test_colours_begin_anew_after_the_last() -> None:
