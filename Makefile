@@ -42,7 +42,8 @@ $(PEERS)/smp: | $(READY)
 
 $(PEERS)/train: | $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ \
-	  lightning-fabric==2.6.6 lightning-utilities==0.15.3 accelerate==1.15.0
+	  lightning-fabric==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 \
+	  torchmetrics==1.9.0 accelerate==1.15.0 monai==1.6.1 pytorch-ignite==0.5.5
 
 # One by one: a peer that cannot be installed costs its own rows only.
 $(PEERS)/.ready: tests/bench/peers.txt | $(READY)

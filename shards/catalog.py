@@ -26,7 +26,7 @@ from medpsp.dicom.sandbox import SandboxPool
 from medpsp.dicom.scan import LabelFile
 from medpsp.dicom.walk import walk_files
 from medpsp.errors import ArchiveError
-from medpsp.types import ReadPolicy, ScanRow, SliceRef
+from medpsp.types import ReadPolicy, ScanRow
 from shards.headers import COLUMNS, FRAME, LABEL, REFUSED, STAMP, RowReader, file_id
 from shards.partition import KINDS, Part, lists, read_part
 from shards.partstore import FolderStore, NamelessStore, PartStore
@@ -110,10 +110,6 @@ class Catalog:
             table = read_part(self._store.get(part), {*columns, "kind"})
             found = table.filter(pc.equal(table["kind"], KINDS[kind])).select(columns)
             yield from found.combine_chunks().to_batches(max_chunksize=_ROWS_AT_ONCE)
-
-    def refs_of(self, batch: pa.RecordBatch) -> Iterator[SliceRef]:
-        """The frames that a batch of `FRAME` holds."""
-        return self._reader.refs(lists(batch))
 
     def rows_of(self, batch: pa.RecordBatch) -> Iterator[ScanRow]:
         """The refused objects that a batch of `REFUSED` holds."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medpsp.durable import sync_folder
 from medpsp.errors import ShardError
 from medpsp.types import Split, VoiFunction, Window
 from shards.layout import FORMAT
 from shards.sealed import SealError, claims_seal, is_sealed, sealed_bytes
-from shards.shardfile import sync_folder
 
 MANIFEST, INDEX, OBJECTS = "manifest.json", "index.parquet", "objects.parquet"
 SHARDS = "shards.parquet"

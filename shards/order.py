@@ -60,11 +60,6 @@ def remembered(permutation: Permutation) -> Permutation:
     return kept
 
 
-@lru_cache(maxsize=1)
-def _remembered(count: int, seed: int) -> Permutation:
-    return remembered(lambda epoch: epoch_permutation(count, seed, epoch))
-
-
 def batch_positions(step: int, batch_size: int, rank: int, size: int) -> range:
     """Stream positions of one rank in one step: its contiguous share of the global batch.
 
@@ -84,23 +79,12 @@ def batch_positions(step: int, batch_size: int, rank: int, size: int) -> range:
     return range(first, first + share)
 
 
-def sample_order(count: int, seed: int, positions: range) -> list[tuple[int, int]]:
-    """(epoch, sample number) for each stream position, all samples shuffled together.
-
-    Args:
-        count: Samples in the stage, at least 1.
-        seed: Of the run, changed per stage by the caller.
-        positions: As `batch_positions` gives them.
-    """
-    return ordered(count, positions, _remembered(count, seed))
-
-
 def ordered(count: int, positions: range, permutation: Permutation) -> list[tuple[int, int]]:
-    """`sample_order` of any permutation.
+    """(epoch, sample number) for each stream position.
 
     Args:
         count: Samples in the stage, at least 1.
-        positions: Contiguous.
+        positions: Contiguous, as `batch_positions` gives them.
         permutation: Of ``range(count)`` for each epoch; see `remembered`.
     """
     out: list[tuple[int, int]] = []

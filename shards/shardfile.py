@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from medpsp.durable import sync_folder
 from shards.codec import CRC_BYTES, checked, with_crc
 
 ABSENT = 2**64 - 1
@@ -99,15 +100,6 @@ def append_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_shard_index(handle: int, slots: int) -> NDArray[np.uint64]:

@@ -14,8 +14,8 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medpsp.durable import sync_folder
 from shards.index import file_sha256
-from shards.shardfile import sync_folder
 
 ROWS = 65536
 """Of a row group."""

@@ -22,15 +22,16 @@ from tests.squares import make_config, make_run, network
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = {"norm": "group", "dropout": 0.2}
 CURVE_STEPS, MOVE_AT, MOVE_STEPS = 50, 4, 8
+LONG_STEPS = 24
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def exact(precision: str) -> Config:
-    """Three stages with frozen parts, dropout, accumulation; nothing that looks at a batch."""
+    """Three stages with frozen parts, augmentation, dropout, accumulation; GroupNorm."""
     stages = (
-        {"name": "a", "steps": 3},
-        {"name": "b", "steps": 2, "trains": "head"},
-        {"name": "c", "steps": 3},
+        {"name": "a", "steps": 3, "augment": "low"},
+        {"name": "b", "steps": 2, "augment": "mid", "trains": "head"},
+        {"name": "c", "steps": 3, "augment": "high"},
     )
     train = {"batch_size": 8, "accumulate": 2, "precision": precision, "ema": 0.5, "head_lr": 2.0}
     return make_config(*stages, model=GROUP, eval_every=4, **train)
@@ -40,6 +41,14 @@ def curve(engine: str, steps: int = CURVE_STEPS, **more: Any) -> Config:
     first = {"name": "a", "steps": steps // 2, "lr": 1e-3}
     second = {"name": "b", "steps": steps - steps // 2, "lr": 5e-4}
     return make_config(first, second, model=GROUP, engine=engine, save_every=MOVE_AT, **more)
+
+
+def long(**more: Any) -> Config:
+    """In float64, saved after the fourth step; the stage ends after another 20."""
+    stage = {"name": "a", "steps": LONG_STEPS, "augment": "high"}
+    return make_config(
+        stage, model=GROUP, batch_size=8, precision="fp64", save_every=MOVE_AT, **more
+    )
 
 
 def trained(config: Config, world: World, folder: Path) -> dict[str, Any]:
@@ -72,12 +81,16 @@ def scenario(name: str, world: World, folder: Path) -> dict[str, Any]:
         return trained(curve(rest[0]), world, here)
     if kind == "start":
         return trained(curve(rest[0], MOVE_STEPS), world, here)
+    if kind == "long":
+        return trained(long(), world, here)
     # move:ENGINE:SOURCE goes on from the checkpoint of another engine and number of ranks
-    source = folder / f"start-{rest[1]}" / "2" / "checkpoints" / f"step-{MOVE_AT:08d}"
+    name = f"start-{rest[1]}" if kind == "move" else "long"
+    source = folder / name / "2" / "checkpoints" / f"step-{MOVE_AT:08d}"
     if world.rank == 0:
         shutil.copytree(source, here / "checkpoints" / source.name)
     barrier()
-    return trained(curve(rest[0], MOVE_STEPS, resume="must"), world, here)
+    again = curve(rest[0], MOVE_STEPS, resume="must") if kind == "move" else long(resume="must")
+    return trained(again, world, here)
 
 
 def main(folder: Path, scenarios: list[str]) -> None:

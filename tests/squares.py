@@ -12,6 +12,7 @@ import torch
 
 from medpsp.config import Config
 from medpsp.model.psp import PSPNet, build_model
+from medpsp.train.augment import augment
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board
 from medpsp.train.loop import Run
@@ -73,13 +74,27 @@ def share(batch: Batch, world: World, accumulate: int = 1) -> Batch:
     )
 
 
+def augmented(batch: Batch, level: str) -> Batch:
+    """Each sample by its own key, as the shards have it."""
+    if level == "none" or batch.keys is None:
+        return batch
+    done = [
+        augment(image[0].numpy(), label.numpy(), level, np.random.default_rng(int(key)))
+        for image, label, key in zip(batch.image, batch.label, batch.keys, strict=True)
+    ]
+    image = torch.from_numpy(np.stack([image for image, _ in done])[:, None])
+    return replace(batch, image=image, label=torch.from_numpy(np.stack([mask for _, mask in done])))
+
+
 def make_run(config: Config, folder: Path, world: World | None = None, **more: Any) -> Run:
     """Batches depend on the stage and the step alone, as they do with shards."""
     world, train = world or World(), config.train
 
     def batches(stage: int, first: int) -> Iterator[Batch]:
         for step in range(first, train.stages[stage].steps + 3):  # three too many
-            yield share(squares(1000 * stage + step, train.batch_size), world, train.accumulate)
+            whole = squares(1000 * stage + step, train.batch_size)
+            mine = share(whole, world, train.accumulate)
+            yield augmented(mine, train.stages[stage].augment)
 
     weights = torch.ones(2, dtype=torch.float64 if train.precision == "fp64" else torch.float32)
     return Run(

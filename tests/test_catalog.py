@@ -31,6 +31,7 @@ from shards import merge
 from shards.build import plan_shards
 from shards.catalog import FOLDER, SCANNER, Catalog
 from shards.headers import FRAME, LABEL, REFUSED, RowBuffer, RowReader, file_id
+from shards.partition import lists
 from shards.partstore import LIST, locked
 from shards.rescan import BatchReader
 from tests import dying
@@ -50,7 +51,7 @@ class Found(NamedTuple):
 
 def found_in(catalog: Catalog) -> Found:
     return Found(
-        [ref for batch in catalog.batches(FRAME) for ref in catalog.refs_of(batch)],
+        [ref for batch in catalog.batches(FRAME) for ref in catalog._reader.refs(lists(batch))],
         [row for batch in catalog.batches(REFUSED) for row in catalog.rows_of(batch)],
         [file for batch in catalog.batches(LABEL) for file in catalog.labels_of(batch)],
         catalog.objects,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -22,7 +23,7 @@ from medpsp.types import World
 from shards.dataset import Stream, example_batch, read_unit, stage_rows, train_batches, whole_slices
 from shards.index import SliceRow, class_pixels, read_index
 from shards.loader import end_workers
-from shards.order import sample_order
+from shards.order import epoch_permutation, ordered
 from shards.reader import ShardReader
 
 
@@ -82,7 +83,8 @@ def test_batches_are_what_the_slow_way_makes(
     chosen = stage_rows(rows, 0.2)
     batches = train_batches(made.shards, rows, config, World(), (0, 0))
     for step, batch in enumerate(batches):
-        keys = sample_order(len(chosen), config.seed * 1009, range(step * 4, step * 4 + 4))
+        draw = partial(epoch_permutation, len(chosen), config.seed * 1009)
+        keys = ordered(len(chosen), range(step * 4, step * 4 + 4), draw)
         for at, (epoch, number) in enumerate(keys):
             row = chosen[number]
             rng = np.random.default_rng([config.seed, 0, epoch, int(row.file_id, 16) + row.frame])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -14,9 +15,12 @@ from shards.order import (
     epoch_permutation,
     ordered,
     remembered,
-    sample_order,
     shard_permutation,
 )
+
+
+def sample_order(count: int, seed: int, positions: range) -> list[tuple[int, int]]:
+    return ordered(count, positions, partial(epoch_permutation, count, seed))
 
 
 def test_positions_of_a_step_are_shared_in_contiguous_parts():
@@ -145,14 +149,14 @@ def test_a_stream_of_any_permutation_has_every_sample_once_an_epoch():
     assert calls == [0, 1, 2, 3]  # once an epoch, not once a step
 
 
-def test_a_step_draws_no_permutation_anew(monkeypatch: pytest.MonkeyPatch):
+def test_a_step_draws_no_permutation_anew():
     drawn = []
 
-    def counted(count: int, seed: int, epoch: int) -> np.ndarray:
+    @remembered
+    def permutation(epoch: int) -> np.ndarray:
         drawn.append(epoch)
-        return epoch_permutation(count, seed, epoch)
+        return epoch_permutation(12, 987, epoch)
 
-    monkeypatch.setattr("shards.order.epoch_permutation", counted)
     for step in range(30):  # 12 samples: 5 steps are two epochs
-        sample_order(12, 987, batch_positions(step, 5, 0, 1))
+        ordered(12, batch_positions(step, 5, 0, 1), permutation)
     assert drawn == list(range(13))

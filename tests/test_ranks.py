@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from medpsp.train.checkpoint import load_checkpoint
-from tests.rankmain import ENGINES, MOVE_AT, MOVE_STEPS, result, run_ranks
+from tests.rankmain import ENGINES, LONG_STEPS, MOVE_AT, MOVE_STEPS, result, run_ranks
 from tests.squares import CPU, names
 
 SIZES = (1, 2, 4)
@@ -33,9 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
     exact = ["exact:fp64", "exact:fp32"]
-    run_ranks(folder, 1, exact)
-    run_ranks(folder, 4, exact)
-    run_ranks(folder, 2, [*exact, *(f"curve:{engine}" for engine in ENGINES)])
+    run_ranks(folder, 2, [*exact, "long", *(f"curve:{engine}" for engine in ENGINES)])
     run_ranks(folder, 2, [f"start:{engine}" for engine in ENGINES])
     for size in SIZES:
         moves = [
@@ -44,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for engine, ranks in targets
             if ranks == size
         ]
-        run_ranks(folder, size, moves)
+        run_ranks(folder, size, moves if size == 2 else [*exact, "again", *moves])
     return folder
 
 
@@ -65,7 +63,7 @@ def worst(one: dict[str, Any], other: dict[str, Any], first: int = 0) -> float:
 def test_any_number_of_ranks_computes_the_same(
     folder: Path, precision: str, limit: float, size: int
 ) -> None:
-    """Loss, norm of the gradient and Dice of every step, with dropout and micro-batches."""
+    """Loss, norm of the gradient and Dice of every step; see `exact` for what is on."""
     alone = result(folder, f"exact:{precision}", 1)
     for rank in range(size):
         found = result(folder, f"exact:{precision}", size, rank)
@@ -79,12 +77,30 @@ def test_any_number_of_ranks_computes_the_same(
     assert alone["step"] == 8
 
 
-def test_dropout_is_on(folder: Path) -> None:
+def test_dropout_and_augmentation_are_on() -> None:
     """Or the test above would show less than it says."""
     from tests.rankmain import exact
+    from tests.squares import augmented, squares
 
-    assert exact("fp64").model.dropout == 0.2
-    assert exact("fp64").train.accumulate == 2
+    config, batch = exact("fp64"), squares(0)
+    assert config.model.dropout == 0.2
+    assert config.train.accumulate == 2
+    levels = [stage.augment for stage in config.train.stages]
+    assert levels == ["low", "mid", "high"]
+    assert not any(torch.equal(augmented(batch, level).image, batch.image) for level in levels)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_another_number_of_ranks_goes_on_alike(folder: Path, size: int) -> None:
+    """The 20 steps after a checkpoint that two ranks wrote, in float64."""
+    straight, moved = result(folder, "long", 2), result(folder, "again", size)
+    losses = [
+        [run["seen"]["train/loss"][step] for step in range(MOVE_AT, LONG_STEPS)]
+        for run in (straight, moved)
+    ]
+    assert len(losses[0]) == 20
+    assert min(moved["seen"]["train/loss"]) == MOVE_AT
+    assert max(abs(a - b) / a for a, b in zip(*losses, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from medpsp.durable import sync_folder
 from medpsp.errors import CheckpointError
 
 STATE, META, BEST = "state.pt", "meta.json", "best"
@@ -71,11 +72,11 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: Tra
         meta = asdict(state)
         meta["sha256"] = _digest(hashlib.sha256(data), meta)
         _write(partial / META, json.dumps(meta, indent=1).encode())
-        _sync(partial)
+        sync_folder(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        _sync(folder)
+        sync_folder(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -89,7 +90,7 @@ def mark_best(path: Path) -> None:
     if link.is_dir() and not link.is_symlink():  # copied by something that follows links
         shutil.rmtree(link)
     fresh.replace(link)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def prune(folder: Path) -> None:
@@ -161,11 +162,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,7 @@
 """Dice at equal CPU seconds: our networks against segmentation_models.pytorch's, on real scans.
 
     MEDPSP_DATA=... python tests/bench/accuracy.py run [--budget 120] [--only sunnybrook] [--jobs 2]
+        [--networks "ours refine aux=false" ...] [--encoders resnet18]
     MEDPSP_DATA=... python tests/bench/accuracy.py table [--test]
 
 Every run is one line of a file (--results), so that the bench may be stopped and goes on. All
@@ -24,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import nibabel as nib
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
-from medpsp.config import Config
+from medpsp.config import Config, ModelConfig
 from medpsp.identity import create_key
 from medpsp.model.loss import class_weights, segmentation_loss
 from medpsp.model.psp import build_model
@@ -136,36 +137,21 @@ def hippocampus_slices(folder: Path) -> None:
     partial.rename(folder)
 
 
-def ours(head: str) -> Callable[[str, int], nn.Module]:
-    """One of our heads."""
-
-    def make(encoder: str, classes: int) -> nn.Module:
-        from medpsp.config import ModelConfig
-
-        return build_model(ModelConfig.model_validate({"backbone": encoder, "head": head}), classes)
-
-    return make
+NETWORKS = ("ours refine", "ours shallow", "smp.PSPNet", "smp.Unet")
 
 
-def smp(kind: str) -> Callable[[str, int], nn.Module]:
-    """A peer, with random weights and one channel."""
-
-    def make(encoder: str, classes: int) -> nn.Module:
+def network(name: str, encoder: str, classes: int) -> nn.Module:
+    """``ours HEAD [KEY=VALUE ...]``, keys of `ModelConfig`, or ``smp.NAME``; random weights."""
+    if name.startswith("smp."):
         import segmentation_models_pytorch as peers
 
-        return getattr(peers, kind)(  # type: ignore[no-any-return]
+        return getattr(peers, name.removeprefix("smp."))(  # type: ignore[no-any-return]
             ENCODERS[encoder], encoder_weights=None, in_channels=1, classes=classes
         )
-
-    return make
-
-
-NETWORKS: dict[str, Callable[[str, int], nn.Module]] = {
-    "ours refine": ours("refine"),
-    "ours shallow": ours("shallow"),
-    "smp.PSPNet": smp("PSPNet"),
-    "smp.Unet": smp("Unet"),
-}
+    _, head, *settings = name.split()
+    chosen = {key: yaml.safe_load(value) for key, value in (s.split("=") for s in settings)}
+    tree = {"backbone": encoder, "head": head, **chosen}
+    return build_model(ModelConfig.model_validate(tree), classes)
 
 
 def one_cycle(peak: float, share: float) -> float:
@@ -180,7 +166,7 @@ def train(job: dict[str, Any], config: Config) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(job["seed"])
     rows, classes = read_index(config.shards), len(config.data.classes)
-    model = NETWORKS[job["network"]](job["encoder"], classes).train()
+    model = network(job["network"], job["encoder"], classes).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2)
     pixels = class_pixels(stage_rows(rows, 1.0), classes)
     weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights)
@@ -251,7 +237,8 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Everything that is to be run, and is not in the results."""
     done = {key_of(line) for line in results(args)}
     every = itertools.product(
-        args.only or SETS, NETWORKS, ENCODERS, args.rates or RATES, SEEDS[: args.seeds]
+        *(args.only or SETS, args.networks, args.encoders, args.rates or RATES),
+        SEEDS[: args.seeds],
     )
     jobs = [
         {"set": s, "network": n, "encoder": e, "rate": r, "seed": seed, "budget": args.budget}
@@ -321,6 +308,8 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "one", "table"])
     parser.add_argument("--budget", type=int, default=120)
     parser.add_argument("--only", nargs="*", choices=list(SETS))
+    parser.add_argument("--networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--encoders", nargs="*", choices=list(ENCODERS), default=list(ENCODERS))
     parser.add_argument("--rates", nargs="*", type=float)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--jobs", type=int, default=2)

@@ -4,13 +4,15 @@
 
 Every loop does the same: forward, our loss, backward, clipping at 1, AdamW, and a scalar for
 TensorBoard each 20 steps; ours and the bare one also keep an average of the weights where the row
-says so. CPU time of the process, one thread, rounds in turn, medians. Peers are looked for in
+says so. CPU time of the process, one thread, rounds in turn, medians. Lightning and MONAI walk the
+batches themselves: for them the clock is read where they ask for a batch. Peers are looked for in
 .venv-bench/train (see the Makefile); a missing one loses its row.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -44,7 +46,10 @@ from medpsp.types import World
 
 CPU = torch.device("cpu")
 CLIP, LOG_EVERY, DECAY = 1.0, 20, 0.999
+WARM = 5
 Step = Callable[[int], None]
+Round = Callable[[int], float]
+"""A number of steps to CPU seconds."""
 
 
 class Tiny(nn.Module):
@@ -194,6 +199,128 @@ def accelerate(model: nn.Module, config: Config, batch: Batch, folder: Path) -> 
     return step
 
 
+class Clocked:
+    """A batch, again and again, and the CPU seconds between the first counted and the last one."""
+
+    def __init__(self, batch: Batch, steps: int) -> None:
+        self.batch, self.steps, self.seconds = batch, steps, 0.0
+
+    def __len__(self) -> int:
+        return self.steps + WARM + 1
+
+    def __iter__(self) -> Any:
+        began = 0.0
+        for number in range(len(self)):
+            if number == WARM:
+                began = time.process_time()
+            if number == WARM + self.steps:
+                self.seconds = time.process_time() - began
+            yield self.batch
+
+
+def lightning(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Round:
+    import logging
+
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import TensorBoardLogger
+
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+    class Module(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.weights = model, torch.ones(2)
+
+        def training_step(self, batch: Batch, number: int) -> Tensor:
+            logits, _ = self.net(batch.image, batch.keys)
+            loss = segmentation_loss(logits, batch.label, config.loss, self.weights, lambda x: x)
+            self.log("loss", loss.total)
+            return loss.total
+
+        def transfer_batch_to_device(self, batch: Batch, *_: object) -> Batch:
+            return batch  # theirs walks our dataclass by reflection, and cannot set its fields
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=1e-2)
+
+    def run(steps: int) -> float:
+        batches = Clocked(batch, steps)
+        with quiet():
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                max_epochs=1,
+                gradient_clip_val=CLIP,
+                log_every_n_steps=LOG_EVERY,
+                logger=TensorBoardLogger(str(folder), "lightning"),
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(Module(), batches)
+        return batches.seconds
+
+    return run
+
+
+def monai(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Round:
+    import logging
+
+    from monai.engines import SupervisedTrainer
+    from monai.engines.utils import IterationEvents
+    from monai.handlers import TensorBoardStatsHandler
+
+    logging.getLogger("ignite").setLevel(logging.ERROR)
+    optimizer, writer, weights = parts_of(model, config, folder, "monai")
+
+    def loss_of(found: Any, label: Tensor) -> Tensor:
+        loss = segmentation_loss(found[0], label, config.loss, weights, lambda x: x)
+        return loss.total
+
+    def run(steps: int) -> float:
+        batches = Clocked(batch, steps)
+        with quiet():
+            trainer = SupervisedTrainer(
+                device=CPU,
+                max_epochs=1,
+                train_data_loader=batches,
+                network=model,
+                optimizer=optimizer,
+                loss_function=loss_of,
+                prepare_batch=lambda found, *_, **__: (found.image, found.label),
+                optim_set_to_none=True,
+                decollate=False,
+                train_handlers=[
+                    TensorBoardStatsHandler(
+                        writer,
+                        iteration_interval=LOG_EVERY,
+                        output_transform=lambda out: out["loss"],
+                    )
+                ],
+            )
+            trainer.add_event_handler(
+                IterationEvents.BACKWARD_COMPLETED,
+                lambda _: torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP),
+            )
+            trainer.run()
+        return batches.seconds
+
+    return run
+
+
+def in_steps(step: Step) -> Round:
+    """Rounds of a loop that we walk."""
+    numbers = itertools.count()
+
+    def run(steps: int) -> float:
+        began = time.process_time()
+        for _ in range(steps):
+            step(next(numbers))
+        return time.process_time() - began
+
+    return run
+
+
 def quiet() -> Any:
     import contextlib
     import warnings
@@ -207,28 +334,29 @@ def quiet() -> Any:
     return within()
 
 
+WALKERS = (lightning, monai)
+
+
 def compare(
     make: Callable[[], nn.Module], loops: dict[str, Any], setting: tuple[int, int], args: Any
 ) -> None:
     size, count = setting
     config = config_of(size, count, args.ema)
     with tempfile.TemporaryDirectory() as folder:
-        steps: dict[str, Step] = {}
+        rounds: dict[str, Round] = {}
         for name, loop in loops.items():
             torch.manual_seed(0)
             try:
-                steps[name] = loop(make(), config, batch_of(size, count), Path(folder))
+                made = loop(make(), config, batch_of(size, count), Path(folder))
             except ImportError as error:
                 print(f"  {name}: not installed ({error.name})")
-        count_of, times = dict.fromkeys(steps, 0), {name: [] for name in steps}
+                continue
+            rounds[name] = made if loop in WALKERS else in_steps(made)
+        times: dict[str, list[float]] = {name: [] for name in rounds}
         for number in range(args.rounds + 1):
-            order = list(steps) if number % 2 else list(steps)[::-1]
+            order = list(rounds) if number % 2 else list(rounds)[::-1]
             for name in order:
-                began = time.process_time()
-                for _ in range(args.steps):
-                    steps[name](count_of[name])
-                    count_of[name] += 1
-                times[name].append((time.process_time() - began) / args.steps * 1e3)
+                times[name].append(rounds[name](args.steps) / args.steps * 1e3)
         base = times["bare"][1:]
         for name, found in times.items():
             extra = [a - b for a, b in zip(found[1:], base, strict=True)]
@@ -246,7 +374,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, CPU time, medians of {args.rounds} rounds in turn")
-    loops = {"bare": bare, "ours": ours, "Fabric": fabric, "Accelerate": accelerate}
+    loops = {
+        "bare": bare,
+        "ours": ours,
+        "Fabric": fabric,
+        "MONAI": monai,
+        "Accelerate": accelerate,
+        "Lightning": lightning,
+    }
     for args.ema in (0.0, DECAY):
         print(f"tiny network, 32 x 32, batch 4, average {'on' if args.ema else 'off'}")
         few = {name: loops[name] for name in (loops if not args.ema else ("bare", "ours"))}
