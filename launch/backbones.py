@@ -6,7 +6,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from launch.rundir import find_config
 from medpsp.config import BACKBONES, ModelConfig
+from medpsp.configio import load_config
 from medpsp.model.cost import QUOTED, Cost, model_cost, published_cost
 
 WHY = (
@@ -15,6 +17,18 @@ WHY = (
     "left differs by rounding and by whether normalisation and pooling count. Segmentation needs "
     "no classifier but computes at larger maps: the first table."
 )
+
+
+def setting(name: str, overrides: tuple[str, ...]) -> tuple[int, int, int, ModelConfig]:
+    """Rows, columns, classes and network of a configuration; of none at all, the defaults.
+
+    Raises:
+        ConfigError: Not a configuration.
+    """
+    if not name:
+        return 256, 256, 4, ModelConfig()
+    config = load_config(find_config(name), overrides)
+    return *config.train.size, len(config.data.classes), config.model
 
 
 def show_backbones(

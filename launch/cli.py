@@ -212,14 +212,17 @@ def predict(
 
 @app.command()
 def backbones(
-    height: Annotated[int, typer.Option(min=1, max=4096, help="Rows of the image.")] = 256,
-    width: Annotated[int, typer.Option(min=1, max=4096, help="Columns of the image.")] = 256,
-    classes: Annotated[int, typer.Option(min=2)] = 4,
+    config: Annotated[str, typer.Argument(help="As for `train`; none: the defaults.")] = "",
+    overrides: Overrides = None,
+    height: Annotated[int, typer.Option(min=0, max=4096, help="Rows; 0: train.size.")] = 0,
+    width: Annotated[int, typer.Option(min=0, max=4096, help="Columns; 0: train.size.")] = 0,
+    classes: Annotated[int, typer.Option(min=0, help="0: as many as data.classes.")] = 0,
 ) -> None:
-    """What each backbone costs, and what it is for."""
-    from launch.backbones import show_backbones
+    """What each backbone costs with the head of a configuration, and what it is for."""
+    from launch.backbones import setting, show_backbones
 
-    show_backbones(height, width, classes)
+    rows, columns, count, model = setting(config, tuple(overrides or ()))
+    show_backbones(height or rows, width or columns, classes or count, model)
 
 
 key_app = typer.Typer(no_args_is_help=True, help="The key of the pseudonyms.")

@@ -260,6 +260,14 @@ def test_config_commands_print_what_others_can_read():
     assert expected.seed == 5
 
 
+def test_backbones_of_a_configuration(tmp_path: Path):
+    tree = "data: {archive: a, classes: [x, y, z]}\nmodel: {head: shallow}\n"
+    (tmp_path / "c.yaml").write_text(tree + "train: {size: [64, 96]}\n")
+    done = CliRunner().invoke(app, ["backbones", str(tmp_path / "c.yaml"), "--width", "32"])
+    assert done.exit_code == 0, done.output
+    assert "PSPNet, shallow head, 3 classes, 64 x 32" in done.output
+
+
 def test_backbones_have_a_row_each(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     done = CliRunner().invoke(app, ["backbones", "--height", "64", "--width", "64"])
