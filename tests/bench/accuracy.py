@@ -167,7 +167,7 @@ def train(job: dict[str, Any], config: Config) -> dict[str, Any]:
     torch.manual_seed(job["seed"])
     rows, classes = read_index(config.shards), len(config.data.classes)
     model = network(job["network"], job["encoder"], classes).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2, fused=True)
     pixels = class_pixels(stage_rows(rows, 1.0), classes)
     weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights)
     seeded = config.model_copy(update={"seed": job["seed"]})

@@ -145,7 +145,7 @@ def bare(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Step:
         if means:
             torch._foreach_lerp_(means, [p.detach() for p in model.parameters()], 1 - DECAY)
         if (number + 1) % LOG_EVERY == 0:
-            writer.add_scalar("loss", float(loss.total), number)
+            writer.add_scalar("loss", float(loss.total.detach()), number)
             writer.add_scalar("norm", float(norm), number)
 
     return step
@@ -173,7 +173,7 @@ def fabric(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Step
         fab.clip_gradients(net, optimizer, max_norm=CLIP)
         optimizer.step()
         if (number + 1) % LOG_EVERY == 0:
-            writer.add_scalar("loss", float(loss.total), number)
+            writer.add_scalar("loss", float(loss.total.detach()), number)
 
     return step
 
@@ -194,7 +194,7 @@ def accelerate(model: nn.Module, config: Config, batch: Batch, folder: Path) -> 
             acc.clip_grad_norm_(net.parameters(), CLIP)
             optimizer.step()
         if (number + 1) % LOG_EVERY == 0:
-            writer.add_scalar("loss", float(loss.total), number)
+            writer.add_scalar("loss", float(loss.total.detach()), number)
 
     return step
 
@@ -293,7 +293,7 @@ def monai(model: nn.Module, config: Config, batch: Batch, folder: Path) -> Round
                 train_handlers=[
                     TensorBoardStatsHandler(
                         writer,
-                        iteration_interval=LOG_EVERY,
+                        iteration_log=LOG_EVERY,
                         output_transform=lambda out: out["loss"],
                     )
                 ],
