@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, MedpspError
+from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,9 +89,11 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
         from launch.jobs import JOBS, setup_logging
         from launch.ranks import log_job
         from launch.rundir import open_run
+        from launch.train import refuse_other_run
 
         setup_logging()
-        resolved, run = open_run(config, tuple(overrides or ()))
+        refuse = refuse_other_run if name == "train" else None
+        resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse)
         log_job(run, name)
         JOBS[name](resolved)
 
@@ -114,8 +116,7 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
     from shards.report import write_report
 
     setup_logging()
-    resolved, _ = open_run(config, tuple(overrides or ()))
-    typer.echo(str(write_report(resolved.shards)))
+    typer.echo(str(write_report(open_run(config, tuple(overrides or ()))[0].shards)))
 
 
 @app.command()
@@ -289,9 +290,10 @@ def _fail(error: Exception) -> None:
     line = diagnosis(error)
     if line is None and not isinstance(error, (MedpspError, OSError)):
         return
-    say_last(line or one_line(error), echo=lost_peer(error))
-    codes = {ConfigError: 2, Interrupted: EXIT_AGAIN}
-    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
+    codes = {ConfigError: EXIT_CONFIG, Interrupted: EXIT_AGAIN}
+    code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+    say_last(line or one_line(error), echo=lost_peer(error), code=code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

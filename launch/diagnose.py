@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launch.cluster import memory_limit
 from launch.rundir import told_path
-from medpsp.errors import LaunchError, MedpspError
+from medpsp.errors import LaunchError, MedpspError, NonFiniteLossError
 
 SHM = Path("/dev/shm")
 NEARLY_NONE = 2**20
@@ -59,6 +59,8 @@ def diagnosis(error: BaseException) -> str | None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an error only tells that another rank failed: that one knows why."""
+    if isinstance(error, NonFiniteLossError):
+        return not error.own
     return not isinstance(error, MedpspError) and any(_peer(cause) for cause in _chain(error))
 
 
@@ -209,7 +211,7 @@ def _access(error: BaseException) -> str | None:
 
 
 def _size(count: int) -> str:
-    power = min(max(count, 1).bit_length() // 10, 3)
+    power = min((max(count, 1).bit_length() - 1) // 10, 3)
     return f"{count / 1024**power:.0f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 

@@ -184,11 +184,15 @@ def choose_steps(net: Network, rows: Sequence[SliceRow], split: str) -> dict[str
 
 def _constant_mask(net: Network, rows: Sequence[SliceRow]) -> ConstantMask:
     from medpsp.train.metrics import ConstantMask
+    from shards.crops import check_classes
     from shards.dataset import stage_rows
 
-    constant = ConstantMask(len(net.config.data.classes))
+    classes = len(net.config.data.classes)
+    constant = ConstantMask(classes)
     for row in stage_rows(rows, 1.0):
-        constant.add(net.reader.read(row.bucket, row.slot)[1])
+        label = net.reader.read(row.bucket, row.slot)[1]
+        check_classes(label, classes, row.bucket, row.slot)
+        constant.add(label)
     return constant
 
 

@@ -117,5 +117,5 @@ def unit_images(config: Config, rows: tuple[SliceRow, ...], chosen: list[SliceRo
     from shards.dataset import Inputs
     from shards.reader import ShardReader
 
-    inputs = Inputs(ShardReader(config.shards), config.model, rows)
+    inputs = Inputs(ShardReader(config.shards), config, rows)
     return (inputs.batch([row]).image.numpy() for row in chosen)

@@ -14,7 +14,7 @@ from launch.rundir import RunDir, keep_private, told_path
 from launch.train import train_job
 from medpsp.config import Config
 from medpsp.configio import load_config
-from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, MedpspError, ShardError
+from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError, ShardError
 
 if TYPE_CHECKING:
     from shards.index import Manifest
@@ -53,7 +53,7 @@ def run_command(name: str, config_path: Path) -> tuple[int, str]:
         reason = known or one_line(error)
         log.error("%s", reason)
         marker.write_text(reason + "\n", encoding="utf-8")
-        return 2 if isinstance(error, ConfigError) else 1, reason
+        return EXIT_CONFIG if isinstance(error, ConfigError) else 1, reason
     return 0, ""
 
 

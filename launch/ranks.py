@@ -6,6 +6,7 @@ its line for the process that started it, in a folder off the run's disk, which 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
 import os
@@ -18,17 +19,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import NamedTuple
 
 from launch.cluster import memory_limit, oom_kills
 from launch.diagnose import keep_place
-from launch.rundir import RunDir
+from launch.rundir import REASONS, RunDir
 from medpsp.config import Config
-from medpsp.errors import EXIT_AGAIN, Interrupted, LaunchError
+from medpsp.errors import (
+    EXIT_AGAIN,
+    EXIT_CONFIG,
+    ConfigError,
+    Interrupted,
+    LaunchError,
+    MedpspError,
+)
 
 log = logging.getLogger("medpsp")
-REASONS = "MEDPSP_RANK_REASONS"
-"""Set for ranks started here: the folder where a failing rank leaves its line."""
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 
 
 def start_ranks(config: Config) -> None:
@@ -55,6 +63,7 @@ def start_ranks(config: Config) -> None:
         "--standalone",
         f"--nproc-per-node={ranks}",
         f"--redirects={','.join(f'{rank}:3' for rank in range(1, ranks))}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
         f"--log-dir={folder}",
         "-m",
         "launch.cli",
@@ -68,18 +77,43 @@ def start_ranks(config: Config) -> None:
             run(parse_args(arguments))  # type: ignore[no-untyped-call]
         except SignalException as stop:
             if reason := _reason(Path(left)):
-                raise Interrupted(reason[1]) from None
+                raise _error(reason, ranks) from None
             raise SystemExit(128 + int(stop.sigval)) from None
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            reason = _reason(Path(left))
-            # who was asked to end may be ended by torchrun on its way out
-            if reason and codes.get(reason[0]) in (EXIT_AGAIN, -signal.SIGTERM):
-                raise Interrupted(reason[1]) from None
             out_of_memory = killed is not None and (oom_kills() or 0) > killed
-            rank, line = _first(codes, Path(left), folder, out_of_memory)
-            named = line.startswith("train: rank ")  # by its watch
-            raise LaunchError(line if named else f"train: rank {rank} of {ranks}: {line}") from None
+            reason = _first(codes, Path(left), folder, out_of_memory)
+            raise _error(reason, ranks) from None
+
+
+class Reason(NamedTuple):
+    """Why a rank ended: its exit code says what kind of error it was."""
+
+    rank: int
+    line: str
+    code: int = 1
+
+
+def _error(reason: Reason, ranks: int) -> MedpspError:
+    """What the process that started the ranks raises."""
+    if reason.code == EXIT_AGAIN:
+        return Interrupted(reason.line)
+    if reason.code == EXIT_CONFIG:
+        return ConfigError(reason.line)
+    named = reason.line.startswith("train: rank ")  # by its watch
+    return LaunchError(
+        reason.line if named else f"train: rank {reason.rank} of {ranks}: {reason.line}"
+    )
+
+
+def end_with_parent() -> None:
+    """In a rank started here: be asked to save and end when the process that started it is gone."""
+    if REASONS not in os.environ:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:  # it went before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _environment(config: Config, left: str) -> dict[str, str]:
@@ -87,7 +121,6 @@ def _environment(config: Config, left: str) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
         REASONS: left,
     }
 
@@ -139,17 +172,18 @@ def log_file() -> Path | None:
     return None
 
 
-def leave_reason(line: str, echo: bool = False) -> bool:
+def leave_reason(line: str, echo: bool = False, code: int = 1) -> bool:
     """In a rank started here, leave the line for the parent; False elsewhere.
 
     Args:
         line: Why it ends.
         echo: It ends because another one did.
+        code: With which it will exit.
     """
     folder = os.environ.get(REASONS)
     if folder is None or "RANK" not in os.environ:
         return False
-    path = Path(folder) / f"{os.environ['RANK']}.{'echo' if echo else 'failed'}"
+    path = Path(folder) / f"{os.environ['RANK']}.{'echo' if echo else code}"
     try:
         path.write_text(line + "\n", encoding="utf-8")
     except OSError:
@@ -157,14 +191,15 @@ def leave_reason(line: str, echo: bool = False) -> bool:
     return True
 
 
-def say_last(line: str, echo: bool = False) -> None:
+def say_last(line: str, echo: bool = False, code: int = 1) -> None:
     """Why this process ends: to the one that started this rank, else to the terminal; and logged.
 
     Args:
         line: Without the name of the program.
         echo: As for `leave_reason`.
+        code: As for `leave_reason`.
     """
-    if leave_reason(line, echo):
+    if leave_reason(line, echo, code):
         if os.environ["RANK"] != "0":  # rank 0 shares the terminal with the parent
             log.error("%s", line)
         return
@@ -177,27 +212,27 @@ def say_last(line: str, echo: bool = False) -> None:
             handler.handle(record)
 
 
-def _first(
-    codes: Mapping[int, int], left: Path, folder: Path, out_of_memory: bool
-) -> tuple[Any, str]:
+def _first(codes: Mapping[int, int], left: Path, folder: Path, out_of_memory: bool) -> Reason:
     """The rank that failed first, and why: others fail because it did."""
     if reason := _reason(left):
         return reason
     # torchrun kills those that do not end after the first one, so this comes second
     killed = [rank for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
     if killed:
-        return killed[0], _killed(-codes[killed[0]], out_of_memory)
+        return Reason(killed[0], _killed(-codes[killed[0]], out_of_memory))
     echoes = {int(path.stem) for path in left.glob("*.echo")}
     if silent := [rank for rank in codes if rank not in echoes]:
-        return silent[0], f"ended with code {codes[silent[0]]}; {_place(folder, silent[0])}"
-    return _reason(left, "echo") or (min(codes), "failed")
+        rank = silent[0]
+        return Reason(rank, f"ended with code {codes[rank]}; {_place(folder, rank)}")
+    return _reason(left, "echo") or Reason(min(codes), "failed")
 
 
-def _reason(left: Path, kind: str = "failed") -> tuple[int, str] | None:
+def _reason(left: Path, kind: str = "[0-9]*") -> Reason | None:
     """The first line that was left, and who left it."""
     for path in sorted(left.glob(f"*.{kind}"), key=lambda path: path.stat().st_mtime_ns):
         if line := path.read_text(encoding="utf-8").strip():
-            return int(path.stem), line
+            code = path.suffix.removeprefix(".")
+            return Reason(int(path.stem), line, int(code) if code.isdecimal() else 1)
     return None
 
 

@@ -6,6 +6,7 @@ import difflib
 import fcntl
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError, LaunchError
 
 log = logging.getLogger("medpsp")
+RANKS_LOCK = ".ranks.lock"
+REASONS = "MEDPSP_RANK_REASONS"
+"""Set for ranks that a command of ours started: the folder where a failing one leaves its line."""
 _locked: set[Path] = set()
 _private: set[Path] = set()
 
@@ -97,27 +101,48 @@ class RunDir:
             shared: Only those that do not share it.
 
         Raises:
-            LaunchError: Another one is at work here.
+            LaunchError: Another one is at work here, or ranks of one that was killed.
         """
         root = self.root.resolve()
         if root in _locked:
             return
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        self._hold(".lock", kind, "another medpsp command is")
+        if not shared:  # ranks outlive for a while whoever started them
+            who = "ranks of an earlier medpsp command are"
+            os.close(self._hold(RANKS_LOCK, fcntl.LOCK_EX, who))
+        _locked.add(root)
+
+    def lock_as_rank(self, leads: bool) -> None:
+        """Let nobody begin here while this rank lives.
+
+        Args:
+            leads: It is the first of ranks that no command of ours started.
+
+        Raises:
+            LaunchError: The folder cannot be written, or another command is at work here.
+        """
+        if leads:
+            self._hold(".lock", fcntl.LOCK_EX, "another medpsp command is")
+        self._hold(RANKS_LOCK, fcntl.LOCK_SH, "another medpsp command is")
+
+    def _hold(self, name: str, kind: int, who: str) -> int:
+        """An open file with a lock that goes with the process."""
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # open for good
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root / name, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise LaunchError(f"out {self.root}: cannot be written ({error.strerror})") from None
         try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(handle)
             raise LaunchError(
-                f"out {self.root}: another medpsp command is at work there; wait for it, or use "
-                "another out folder"
+                f"out {self.root}: {who} at work there; wait for its end, or use another out folder"
             ) from None
         except OSError:  # a file system without locks
             log.warning("out %s: cannot be locked; start only one command on it", self.root)
-        _locked.add(root)
+        return handle
 
     def log_to(self, name: str) -> None:
         """Append log lines to ``logs/<name>.log`` as well."""
@@ -170,8 +195,20 @@ def told_path(error: OSError) -> str:
     return "" if inside else str(path)
 
 
-def open_run(name: str, overrides: tuple[str, ...], shared: bool = False) -> tuple[Config, RunDir]:
-    """Load a configuration and make its run folder; ``shared`` as for `RunDir.lock`."""
+def open_run(
+    name: str,
+    overrides: tuple[str, ...],
+    shared: bool = False,
+    refuse: Callable[[Config], None] | None = None,
+) -> tuple[Config, RunDir]:
+    """Load a configuration and make its run folder.
+
+    Args:
+        name: As for `find_config`.
+        overrides: As for `load_config`.
+        shared: As for `RunDir.lock`.
+        refuse: Raises where what is in the folder belongs to something else; nothing is written.
+    """
     config = load_config(find_config(name), overrides)
     keep_private(config.data.archive, config.data.labels)
     archive, root = config.data.archive.resolve(), config.out.resolve()
@@ -180,6 +217,11 @@ def open_run(name: str, overrides: tuple[str, ...], shared: bool = False) -> tup
             f"out: {config.out} lies inside data.archive, where it would be scanned; take a folder "
             "outside it"
         )
-    if "RANK" not in os.environ:  # ranks work in the folder of the one that started them
-        RunDir(config.out).lock(shared)
+    run = RunDir(config.out)
+    if "WORLD_SIZE" not in os.environ:
+        run.lock(shared)
+    else:  # ranks work in the folder of the one that started them
+        run.lock_as_rank(REASONS not in os.environ and os.environ.get("RANK") == "0")
+    if refuse:
+        refuse(config)
     return config, RunDir.create(config)

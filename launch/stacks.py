@@ -77,7 +77,7 @@ def network_inputs(net: Network, stack: Stack) -> Iterator[Batch]:
     """What the network is shown of a case, a slice at a time: (1, C, H, W) and label (1, H, W)."""
     from shards.dataset import Inputs
 
-    inputs = Inputs(net.reader, net.config.model, stack)
+    inputs = Inputs(net.reader, net.config, stack)
     for row in stack:
         yield inputs.batch((row,))
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import detect_world, end_time
-from launch.ranks import say_last, start_ranks
+from launch.ranks import end_with_parent, say_last, start_ranks
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
@@ -37,6 +37,10 @@ def train_job(config: Config) -> None:
             f"train.batch_size {config.train.batch_size} cannot be shared by {world.size} ranks "
             f"with {config.train.accumulate} micro-batches each; take a multiple of both"
         )
+    try:
+        config.check_batch_norm(world.size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     rows = labelled_rows(config)
     if config.train.ranks > 1 and "WORLD_SIZE" not in os.environ:
         start_ranks(config)
@@ -44,6 +48,7 @@ def train_job(config: Config) -> None:
     from medpsp.train.stop import StopRequest
 
     with StopRequest(end_time()).listening() as stop:
+        end_with_parent()
         _train(config, world, rows, stop)
 
 
@@ -67,7 +72,7 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     zero = train.engine != "ddp"
     folder = run.logs / "ranks"
     with (
-        Watch(folder, world, limits, say_last) as watch,
+        Watch(folder, world, limits, tell=_say, stop=stop) as watch,
         process_group(world, train.threads, max(limits) + 60, alone=zero, records=folder) as device,
     ):
         watch.at(0, "model", first=True)
@@ -81,12 +86,51 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
         if world.rank == 0:
             log.info("train: %d ranks on %s, engine %s", world.size, device.type, train.engine)
             log.info("train: %s", memory_note(model, train, world))
+            if advice := _stays_random(config):
+                log.warning("train: %s", advice)
         parts = _run_of(config, world, rows, device, watch, stop)
         with closing(parts.board):  # when stopped, too: what was said must be in the file
             state = fit(parts, model)
             finish(parts.board, config, state.step, state.best)
     if world.rank == 0:
         log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
+
+
+def refuse_other_run(config: Config) -> None:
+    """Refuse a run folder whose checkpoints belong to another run, before anything is written.
+
+    Raises:
+        CheckpointError: As `medpsp.train.resume.refuse_other`.
+        ShardError: There are no shards.
+    """
+    folder = RunDir(config.out).checkpoints
+    if not folder.is_dir():
+        return
+    from medpsp.train.checkpoint import newest_of, whole_checkpoints
+    from medpsp.train.resume import refuse_other
+    from shards.index import read_manifest
+
+    found, _ = whole_checkpoints(folder)
+    newest = newest_of(found)
+    if newest and all(stage.epochs is None for stage in config.train.stages):
+        refuse_other(config, newest, found[newest], read_manifest(config.shards).data_id)
+
+
+def _stays_random(config: Config) -> str:
+    """A warning where a stage leaves a part as it is, which has not learnt anything yet."""
+    parts = [
+        f"{stage.name} ({stage.trains})" for stage in config.train.stages if stage.trains != "all"
+    ]
+    if not parts or config.model.pretrained:
+        return ""
+    return (
+        f"stages that train a part only ({', '.join(parts)}) are for pretrained weights, and "
+        "model.pretrained is false; train.preset=progressive needs none"
+    )
+
+
+def _say(line: str, code: int) -> None:
+    say_last(line, code=code)
 
 
 def _run_of(
@@ -133,7 +177,7 @@ def _run_of(
         data_id=data_id,
         examples=example_batch(root, clean, config, EXAMPLES) if clean else None,
         batches=batches,
-        val_batches=lambda: whole_slices(root, val, world, config.model),
+        val_batches=lambda: whole_slices(root, val, world, config),
         stop=stop,
         watch=watch,
     )

@@ -52,7 +52,10 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     """
     path = RunDir(config.out).checkpoints / "best"
     if not path.is_dir():  # said before torch takes its seconds to import
-        raise CheckpointError(f"checkpoint {path}: not there; run `medpsp train` first")
+        raise CheckpointError(
+            f"checkpoint {path}: not there; run `medpsp train` first, which also finds the best "
+            "one that is left"
+        )
     import torch
 
     from medpsp.model.psp import build_model
@@ -61,7 +64,12 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     from medpsp.train.resume import identify
     from shards.index import read_manifest
 
-    tensors, state = load_checkpoint(path, torch.device("cpu"))
+    try:
+        tensors, state = load_checkpoint(path, torch.device("cpu"))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; `medpsp train` goes on from the newest whole one and marks the best one left"
+        ) from None
     wanted = identify(config, read_manifest(config.shards).data_id)
     if changed := [key for key in wanted if state.model.get(key) != wanted[key]]:
         raise CheckpointError(

@@ -50,17 +50,28 @@ class Config(Node):
 
     @model_validator(mode="after")
     def _enough_for_batch_norm(self) -> Config:
+        self.check_batch_norm(self.train.ranks)
+        return self
+
+    def check_batch_norm(self, ranks: int) -> None:
+        """Refuse a share of a batch that has no variance.
+
+        Args:
+            ranks: As many as there are: another launcher may start more than ``train.ranks``.
+
+        Raises:
+            ValueError: A rank would have one value a channel.
+        """
         train, stride = self.train, self.model.output_stride
         if self.model.norm == "group":
-            return self
+            return
         cells = -(-train.size[0] // 32) * -(-train.size[1] // 32) * (32 // stride) ** 2
-        if cells * (train.batch_size // train.ranks // train.accumulate) == 1:
+        if cells * (train.batch_size // ranks // train.accumulate) == 1:
             raise ValueError(
                 f"train.size {train.size[0]} x {train.size[1]} at output stride {stride} leaves "
                 "one cell and a rank has one slice: BatchNorm needs two values; take a larger "
                 "size or train.batch_size, or model.norm=group"
             )
-        return self
 
     @property
     def shards(self) -> Path:

@@ -51,6 +51,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{text}': expected key=value, for example train.batch_size=8")
+    if text.startswith(_DECIDES_STAGES) and isinstance(tree.get("train"), dict):
+        tree["train"].pop("stages", None)  # those of the file are not what is asked for now
     node: Any = tree
     default: Any = _defaults(Config)  # so that a list left to its default has items
     default["train"]["stages"] = _stages(tree)
@@ -153,8 +155,17 @@ def _kind(value: object) -> str:
 
 def without_paths(config: Config) -> str:
     """As `dump_yaml`, without places of the data: event files travel further than a run folder."""
-    hidden: Any = {"data": {"archive", "labels", "key_file", "crosswalk"}, "out": True}
-    return yaml.safe_dump(config.model_dump(mode="json", exclude=hidden), sort_keys=False)
+    tree = config.model_dump(mode="json", exclude={"data": {"ray_address"}})
+    return yaml.safe_dump(_no_paths(config, tree), sort_keys=False)
+
+
+def _no_paths(node: Node, tree: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in tree.items():
+        found = getattr(node, name)
+        if not isinstance(found, Path):
+            kept[name] = _no_paths(found, value) if isinstance(found, Node) else value
+    return kept
 
 
 def dump_yaml(config: Config) -> str:

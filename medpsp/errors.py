@@ -7,6 +7,8 @@ objects of an archive are named by their pseudonymous ``file_id``.
 
 EXIT_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: run the same command again."""
+EXIT_CONFIG = 2
+"""The configuration is wrong, and will be the next time."""
 
 
 class MedpspError(Exception):
@@ -59,7 +61,16 @@ class TrainError(MedpspError, RuntimeError):
 
 
 class NonFiniteLossError(TrainError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite.
+
+    Args:
+        message: For the user.
+        own: Whether what this rank computed was; else another one knows why.
+    """
+
+    def __init__(self, message: str, own: bool = True) -> None:
+        super().__init__(message)
+        self.own = own
 
 
 class CheckpointError(TrainError):

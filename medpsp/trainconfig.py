@@ -36,7 +36,7 @@ class StageConfig(Node):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a folder name
     steps: Annotated[int, Field(ge=0)] = Field(default=0, description="Optimiser steps.")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Passes over the slices of the stage, in place of steps."
     )
     lr: Annotated[float, Field(gt=0)]
@@ -218,7 +218,7 @@ class EvaluateConfig(Node):
     nsd_mm: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="Tolerance of the normalised surface Dice, mm."
     )
-    bootstrap: Annotated[int, Field(ge=100)] = Field(
+    bootstrap: Annotated[int, Field(ge=100, le=100_000)] = Field(
         default=2000, description="Resamples of the patients behind an interval."
     )
     postprocess: Literal["none", "choose"] = Field(

@@ -69,7 +69,7 @@ class Crops:
         # a window looks at single values, so it may as well come after the cut
         units = network_channels(self.reader, sample._replace(windows=windows), image, source)
         cut = label[source]
-        check_classes(cut, self.classes, sample)
+        check_classes(cut, self.classes, sample.bucket, sample.slot)
         return *padded(units, cut, self.size, target), rng
 
 
@@ -110,18 +110,20 @@ def jittered(
     """Windows whose width is scaled by up to 1 + share and whose centre moves by share widths."""
     if not share:
         return windows
-    moves = rng.uniform(-share, share, (len(windows), 2))
-    return tuple(
-        Window(
+    different = tuple(dict.fromkeys(windows))  # grey that is repeated stays grey
+    moves = rng.uniform(-share, share, (len(different), 2))
+    moved = {
+        window: Window(
             center=window.center + float(move) * window.width,
             width=max(window.width * (1 + float(scale)), 1.0),
             function=window.function,
         )
-        for window, (move, scale) in zip(windows, moves, strict=True)
-    )
+        for window, (move, scale) in zip(different, moves, strict=True)
+    }
+    return tuple(moved[window] for window in windows)
 
 
-def check_classes(label: NDArray[np.uint8], classes: int, sample: Sample) -> None:
+def check_classes(label: NDArray[np.uint8], classes: int, bucket: str, slot: int) -> None:
     """A label that is no class would be counted as one, or end the process on a GPU.
 
     Raises:
@@ -130,6 +132,6 @@ def check_classes(label: NDArray[np.uint8], classes: int, sample: Sample) -> Non
     highest = int(label.max(initial=0))
     if highest >= classes and (wrong := label[(label >= classes) & (label != IGNORE)]).size:
         raise ShardError(
-            f"shards: {sample.bucket} slot {sample.slot} has label {int(wrong[0])}, expected 0 to "
+            f"shards: {bucket} slot {slot} has label {int(wrong[0])}, expected 0 to "
             f"{classes - 1} or 255; run `medpsp check`"
         )

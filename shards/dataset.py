@@ -16,7 +16,7 @@ from medpsp.intensity import to_unit
 from medpsp.train.augment import AugmentOptions, build_transforms
 from medpsp.train.batch import Batch, crop_or_pad
 from medpsp.types import FloatArray, World
-from shards.crops import Crops, network_channels
+from shards.crops import Crops, check_classes, network_channels
 from shards.loader import run_task
 from shards.loadworker import Spec
 from shards.order import batch_positions
@@ -25,7 +25,6 @@ from shards.samples import Sample, Sampler, Stream, Wanted, stage_rows
 
 if TYPE_CHECKING:
     from medpsp.config import Config
-    from medpsp.modelconfig import ModelConfig
     from shards.index import SliceRow
 
 __all__ = [
@@ -52,19 +51,25 @@ class Inputs:
 
     Args:
         reader: Of the shards.
-        model: Channels, windows and context of the network.
+        config: Channels, windows and context of the network; classes.
         rows: Among which neighbours are looked for.
     """
 
-    def __init__(self, reader: ShardReader, model: ModelConfig, rows: Sequence[SliceRow]) -> None:
-        self._reader, self._channels = reader, model.channels
-        self._sampler = Sampler(model, rows)
+    def __init__(self, reader: ShardReader, config: Config, rows: Sequence[SliceRow]) -> None:
+        self._reader, self._channels = reader, config.model.channels
+        self._classes = len(config.data.classes)
+        self._sampler = Sampler(config.model, rows)
 
     def read(self, row: SliceRow) -> tuple[FloatArray, NDArray[np.uint8]]:
         """(H, W, C) float32 in [0, 1] and label (H, W); grey is (H, W) for a network of one
-        channel, and may be so for one of three, which repeats it."""
+        channel, and may be so for one of three, which repeats it.
+
+        Raises:
+            ShardError: The label holds what is no class.
+        """
         image, label = self._reader.read(row.bucket, row.slot)
         sample: Sample = self._sampler.sample(row)
+        check_classes(label, self._classes, row.bucket, row.slot)
         return network_channels(self._reader, sample, image, WHOLE), label
 
     def batch(self, rows: Sequence[SliceRow]) -> Batch:
@@ -174,7 +179,7 @@ def _collate(
 
 
 def whole_slices(
-    root: Path, rows: Sequence[SliceRow], world: World, model: ModelConfig
+    root: Path, rows: Sequence[SliceRow], world: World, config: Config
 ) -> Iterator[Batch]:
     """Whole slices of the rows, one rank's share, batched where sizes agree.
 
@@ -182,9 +187,9 @@ def whole_slices(
         root: Folder of the shards.
         rows: Of the index.
         world: Rank and number of ranks.
-        model: Channels, windows and context of the network.
+        config: Of the run.
     """
-    inputs = Inputs(ShardReader(root), model, rows)
+    inputs = Inputs(ShardReader(root), config, rows)
     mine = sorted(rows, key=lambda row: (row.bucket, row.slot))[world.rank :: world.size]
     for _, group in groupby(mine, key=lambda row: row.bucket):
         members = list(group)
@@ -199,7 +204,7 @@ def example_batch(root: Path, rows: Sequence[SliceRow], config: Config, count: i
         if row.patient not in best or _foreground(row) > _foreground(best[row.patient]):
             best[row.patient] = row
     chosen = sorted(best.values(), key=_foreground, reverse=True)[:count]
-    inputs = Inputs(ShardReader(root), config.model, rows)
+    inputs = Inputs(ShardReader(root), config, rows)
     rng = np.random.default_rng(config.seed)
     cuts = [crop_or_pad(*inputs.read(row), config.train.size, rng) for row in chosen]
     images, labels = zip(*cuts, strict=True)

@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.util.tensor_util import make_ndarray
 
 from medpsp.config import Config
-from medpsp.train import boardcounts, loop
+from medpsp.train import boardcounts, saving
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board, ranked
 from medpsp.train.boardcounts import BUCKETS, Tally, sum_all
@@ -271,7 +271,7 @@ def train_till_killed(folder: Path, at: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield batch
 
-    with patch.object(loop, "save_checkpoint", save_or_die):
+    with patch.object(saving, "save_checkpoint", save_or_die):
         fit(replace(run, batches=batches), network(run.config))
 
 

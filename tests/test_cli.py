@@ -78,7 +78,7 @@ NONSENSE = {
     "train before shards": (1, "no manifest.json; run `medpsp shards`", "train {c}"),
     "two ranks before shards": (1, "no manifest.json", "train {c} train.ranks=2"),
     "other classes": (1, r"made with other data\.classes", "train {made} data.classes=[a,b]"),
-    "evaluate before train": (1, "run `medpsp train` first", "evaluate {made}"),
+    "evaluate before train": (1, "run `medpsp train` first, which", "evaluate {made}"),
     "export before train": (1, "run `medpsp train` first", "export {made}"),
     "mask of another shape": (
         1,

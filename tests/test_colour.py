@@ -147,7 +147,7 @@ def test_grey_and_colour_train_in_one_batch(
 
 def test_colour_reaches_the_network_as_v_over_255(mixed: tuple[Path, list[SliceRow]]) -> None:
     root, rows = mixed
-    batches = list(whole_slices(root, rows, World(), config_of(3, "none", (32, 32)).model))
+    batches = list(whole_slices(root, rows, World(), config_of(3, "none", (32, 32))))
     assert [b.image.shape for b in batches] == [(3, 3, 40, 36), (3, 3, 48, 44)]
     for batch, name in zip(batches, ("40x36_uint8", "48x44_int16"), strict=True):
         channels_of(batch)
@@ -157,7 +157,7 @@ def test_colour_reaches_the_network_as_v_over_255(mixed: tuple[Path, list[SliceR
     examples = example_batch(root, rows, config_of(3, "none", (32, 32)), count=6)
     assert examples.image.shape == (6, 3, 32, 32)
     channels_of(examples)
-    (grey,) = whole_slices(root, rows[3:], World(), config_of(1, "none", (32, 32)).model)
+    (grey,) = whole_slices(root, rows[3:], World(), config_of(1, "none", (32, 32)))
     assert grey.image.shape == (3, 1, 48, 44)
 
 

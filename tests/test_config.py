@@ -186,6 +186,10 @@ def test_presets_are_stages(
     assert [stage.lr for stage in changed] == [rates[0], 0.5, *rates[2:]]
     text = SMALL + "train: {preset: " + preset + ", stages: [{name: a, steps: 1, lr: 1}]}\n"
     assert [stage.name for stage in load(tmp_path, text).train.stages] == ["a"]
+    # on the command line a preset or its length takes the place of the file's stages
+    again = load(tmp_path, text, "train.steps=90").train.stages
+    assert [stage.lr for stage in again] == rates
+    assert load(tmp_path, text, *wish).train.stages == stages
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_whole_slices_cover_each_row_once_over_the_ranks(
     expected = Counter(read_unit(reader, row)[0].tobytes() for row in rows)
     found: Counter[bytes] = Counter()
     for rank in range(size):
-        batches = list(whole_slices(made.shards, rows, World(rank=rank, size=size), made.model))
+        batches = list(whole_slices(made.shards, rows, World(rank=rank, size=size), made))
         assert all(len(b.label) <= 8 and b.image.shape[2:] == (48, 48) for b in batches)
         found += Counter(image.numpy().tobytes() for b in batches for image in b.image)
     assert sum(found.values()) == 32

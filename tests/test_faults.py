@@ -29,6 +29,7 @@ from medpsp.config import Config
 from medpsp.configio import dump_yaml
 from medpsp.errors import EXIT_AGAIN
 from medpsp.train.watch import EXIT_HANGS
+from shards.index import read_index
 from tests.damage import flip
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -282,6 +283,32 @@ def test_a_label_beyond_the_classes(prepare: Prepare, made: Config):
     assert re.search(r"slot \d+ has label 9, expected 0 to 3 or 255; run `medpsp check`", told.line)
 
 
+def test_a_validation_label_beyond_the_classes(prepare: Prepare, made: Config):
+    import zarr
+
+    command = prepare("bad validation label", STEPS % (1, 1e-3), copy=True)
+    for row in read_index(command.out / "shards"):
+        if row.split == "val":
+            path = command.out / "shards" / row.bucket / "label"
+            labels = zarr.open_array(path)
+            labels[row.slot] = np.full(labels.shape[1:], 9, np.uint8)
+    told = command.run()
+    assert told.code == 1
+    assert re.search(r"slot \d+ has label 9, expected 0 to 3 or 255; run `medpsp check`", told.line)
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(prepare: Prepare):
+    command = prepare("refused", STEPS % (1, 1e-3))
+    assert command.run().code == 0
+    before = (command.out / "config.yaml").read_bytes()
+    events = sorted((command.out / "tensorboard").iterdir())
+    other = Command(command.config, command.out, (*command.words, "model.psp_channels=24")).run()
+    assert other.code == 1
+    assert "made with other psp_channels; use another out folder" in other.line
+    assert (command.out / "config.yaml").read_bytes() == before
+    assert sorted((command.out / "tensorboard").iterdir()) == events
+
+
 def test_a_loss_that_is_not_finite(prepare: Prepare):
     told = prepare("nan", STEPS % (9, 1e30)).run()
     assert told.code == 1
@@ -425,6 +452,38 @@ def test_a_rank_that_is_killed_below_torchrun(prepare: Prepare):
     log = (command.out / "logs" / "train.log").read_text()
     assert "train: 2 ranks on cpu" in log
     assert told.line.removeprefix("medpsp: ") in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_the_parent_lets_the_ranks_save(prepare: Prepare, number: int):
+    command = prepare(f"signal {number}", STEPS % (100000, 1e-3), "train.ranks=2")
+    process = command.start()
+    wait_for(stepping(command.out, 1))
+    os.kill(process.pid, number)
+    told = command.told(process)
+    assert told.code == EXIT_AGAIN
+    assert re.search(rf"stopped by {signal.Signals(number).name} after step \d+, wh", told.line)
+    assert list((command.out / "checkpoints").glob("step-*"))
+
+
+def test_ranks_whose_parent_is_killed_save_and_end(prepare: Prepare):
+    """Nobody else may begin in their folder before."""
+    command = prepare("orphans", STEPS % (100000, 1e-3), "train.ranks=2")
+    process = command.start()
+    wait_for(stepping(command.out, 1))
+    notes = (command.out / "logs" / "ranks").glob("heartbeat-*.json")
+    ranks = [int(re.findall(r'"process": (\d+)', note.read_text())[0]) for note in notes]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    process.kill()
+    process.join()
+    second = Command(command.config, command.out, (STEPS % (100000, 1e-3),)).run()
+    assert second.code == 1
+    assert "ranks of an earlier medpsp command are at work there" in second.line
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    wait_for(lambda: not any(Path(f"/proc/{rank}/environ").exists() for rank in ranks))
+    assert list((command.out / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize("how", ["stops", "has no batches"])

@@ -6,6 +6,8 @@ Run as a program, this file is one of two ranks.
 from __future__ import annotations
 
 import io
+import logging
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +23,19 @@ from medpsp.errors import CheckpointError, NonFiniteLossError, TrainError
 from medpsp.model.psp import PSPNet, build_model
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board
-from medpsp.train.checkpoint import TrainState, load_checkpoint, read_state, save_checkpoint
+from medpsp.train.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    read_state,
+    rewrite_state,
+    save_checkpoint,
+)
 from medpsp.train.loop import Run, fit
 from medpsp.train.metrics import dice_per_class
-from medpsp.train.resume import identify, restore
-from medpsp.train.validate import evaluate
+from medpsp.train.optimizer import no_moments
+from medpsp.train.resume import identify, restore, schedule_of
+from medpsp.train.stop import StopRequest
+from medpsp.train.validate import evaluate, shown_channels
 from tests.squares import BATCH, CPU, SIZE, make_config, make_run, names, network, squares
 
 
@@ -124,6 +134,22 @@ def test_overlays_in_colour(tmp_path: Path) -> None:
         drawn[0].tolist()
         == [red] * 2 + [blue] * 2 + [red] * 2 + [tinted] * 2 + [red] * 2 + [blue] * 2
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ({}, [0]),
+        ({"context": 2}, [2]),
+        ({"context": 1, "in_channels": 3}, [3, 4, 5]),
+        ({"in_channels": 3}, [0, 1, 2]),
+        ({"context": 1, "windows": [{"center": 0, "width": 1}] * 2}, [2]),
+    ],
+)
+def test_the_slice_itself_is_drawn(model: dict[str, Any], shown: list[int]) -> None:
+    config = make_config({"name": "a", "steps": 1}, model=model).model
+    images = np.arange(config.channels, dtype=np.float32)[None, :, None, None]
+    assert shown_channels(images, config)[0, :, 0, 0].tolist() == shown
 
 
 def test_a_finished_run_is_not_trained_again(trained: tuple[Run, PSPNet, TrainState]) -> None:
@@ -274,6 +300,90 @@ def test_too_many_bad_steps_end_training(tmp_path: Path) -> None:
     assert all(torch.isfinite(t).all() for t in tensors["model"].values() if t.is_floating_point())
     with pytest.raises(NonFiniteLossError, match=r"step 5: .* 3 times in a row"):
         fit(broken(run, 5), network(config))  # a restart does not forget them
+
+
+def test_bad_steps_before_a_restart_do_not_end_good_ones(tmp_path: Path) -> None:
+    """As many as may be, saved by a signal before anybody looked."""
+    config = make_config({"name": "full", "steps": 9}, log_every=20, most_bad_steps=3)
+    run = make_run(config, tmp_path)
+    with pytest.raises(NonFiniteLossError):  # saving looks, so nothing is saved
+        fit(broken(replace(run, stop=StopAt(4)), 1, 2, 3), network(config))
+    assert not list(run.checkpoints.glob("step-*"))
+    state = TrainState(step=4, stage="full", best=-1, score=0, model=identify(config), bad=3)
+    state = replace(state, scored=False, schedule=schedule_of(config))
+    model = network(config)
+    tensors = {"model": model.state_dict(), "optimizer": no_moments()}
+    save_checkpoint(run.checkpoints, "step-00000004", tensors, state)
+    assert fit(run, model).step == 9
+
+
+class StopAt(StopRequest):
+    """Asked to end after some steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._left = step
+
+    @property
+    def code(self) -> int:
+        self._left -= 1
+        return signal.SIGTERM if self._left <= 0 else 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A gradient may be finite, and the step all the same too long for a float."""
+    shape = {"name": "full", "steps": 6, "shape": "constant"}
+    config = make_config({**shape, "lr": 3e-3}, save_every=1, warmup_steps=0)
+    run = make_run(config, tmp_path)
+    with pytest.raises(Killed):
+        fit(interrupt(run, 2), network(config))
+    worse = make_config({**shape, "lr": 1e39}, save_every=1, warmup_steps=0)
+    with pytest.raises(NonFiniteLossError, match=r"step 3: weights became .* from step 2$"):
+        fit(make_run(worse, tmp_path), network(worse))
+    assert fit(run, network(config)).step == 6  # as the message says
+
+
+def test_a_checkpoint_is_there_before_it_is_scored(tmp_path: Path) -> None:
+    """A kill while the validation runs costs nothing, and the score comes after the restart."""
+    config = make_config({"name": "full", "steps": 6}, eval_every=3, ema=0.9)
+    straight = make_run(config, tmp_path / "a")
+    fit(straight, network(config))
+    run = make_run(config, tmp_path / "b")
+
+    def dies() -> Iterable[Batch]:
+        raise Killed
+
+    with pytest.raises(Killed):
+        fit(replace(run, val_batches=dies), network(config))
+    assert not read_state(run.checkpoints / "step-00000003").scored
+    assert not (run.checkpoints / "best").exists()
+    fit(run, network(config))
+    assert names(run.checkpoints) == names(straight.checkpoints)
+    for name in names(run.checkpoints):
+        (first, one), (second, two) = (
+            load_checkpoint(r.checkpoints / name, CPU) for r in (straight, run)
+        )
+        assert one == two
+        assert_equal(first["model"], second["model"])
+
+
+def test_the_best_one_left_is_marked_where_the_best_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config({"name": "full", "steps": 4}, eval_every=1)
+    run, model = make_run(config, tmp_path), network(config)
+    fit(run, model)
+    for number, path in enumerate(sorted(run.checkpoints.glob("st*"))):
+        state = read_state(path)
+        rewrite_state(path, replace(state, best=0.9, score=0.1 * number, scored=True))
+    (run.checkpoints / "best").unlink()
+    caplog.set_level("WARNING", logger="medpsp")
+    logging.getLogger("medpsp").addHandler(caplog.handler)
+    restored = restore(config, run.checkpoints, "", model, leads=True)
+    logging.getLogger("medpsp").removeHandler(caplog.handler)
+    left = read_state(run.checkpoints / "best")
+    assert restored.state.best == left.score < 0.9
+    assert "the best checkpoint, Dice 0.900, is gone; the best one left is" in caplog.text
 
 
 def test_batches_that_end_too_early(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_context_and_windows_are_channels(made: Config, rows: tuple[SliceRow, ..
     assert config.model.channels == 6
     reader = ShardReader(made.shards)
     of_series = sorted((r for r in rows if r.series == rows[0].series), key=lambda r: r.slice_index)
-    inputs = Inputs(reader, config.model, rows)
+    inputs = Inputs(reader, config, rows)
     for place, row in enumerate(of_series):
         batch = inputs.batch([row])
         assert batch.image.shape == (1, 6, 48, 48)
@@ -80,13 +80,13 @@ def test_context_and_windows_are_channels(made: Config, rows: tuple[SliceRow, ..
                 )
     trained = next(iter(train_batches(made.shards, rows, config, World(), (0, 0))))
     assert trained.image.shape == (4, 6, 48, 48)
-    (whole, *_) = whole_slices(made.shards, rows, World(), config.model)
+    (whole, *_) = whole_slices(made.shards, rows, World(), config)
     assert whole.image.shape[1] == 6
 
 
 def test_three_channels_and_context_repeat_grey(made: Config, rows: tuple[SliceRow, ...]) -> None:
     config = changed(made, {"in_channels": 3, "context": 1})
-    image = Inputs(ShardReader(made.shards), config.model, rows).batch([rows[1]]).image[0]
+    image = Inputs(ShardReader(made.shards), config, rows).batch([rows[1]]).image[0]
     assert image.shape[0] == 9
     assert torch.equal(image[0], image[1])
     assert torch.equal(image[3], image[5])
@@ -162,14 +162,19 @@ def test_jitter_moves_windows_within_its_share() -> None:
     assert 360 <= min(widths) < 365
     assert 435 < max(widths) <= 440
     assert jittered((window,), 0.0, rng) == (window,)
+    other = Window(center=0, width=100)
+    one, two, again = jittered((window, other, window), 0.1, rng)
+    assert one == again  # grey that is repeated to three channels stays grey
+    assert one != window
+    assert two != other
 
 
 def test_a_label_that_is_no_class_is_named() -> None:
     sample = Sample("48x48_int16", (7,), (), inverted=False)
     label = np.array([[0, 1, 255]], np.uint8)
-    check_classes(label, 2, sample)
+    check_classes(label, 2, sample.bucket, sample.slot)
     with pytest.raises(ShardError, match=r"48x48_int16 slot 7 has label 1, expected 0 to 0 or 255"):
-        check_classes(label, 1, sample)
+        check_classes(label, 1, sample.bucket, sample.slot)
 
 
 def test_the_device_gets_what_the_loader_would_have_made(

@@ -17,9 +17,18 @@ import torch
 
 from launch.cluster import oom_kills
 from launch.diagnose import diagnosis, lost_peer
-from launch.ranks import _first, _killed
-from medpsp.errors import CheckpointError, LaunchError, ShardError
+from launch.ranks import Reason, _error, _first, _killed
+from medpsp.errors import (
+    EXIT_AGAIN,
+    EXIT_CONFIG,
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    LaunchError,
+    ShardError,
+)
 from medpsp.train import ranks
+from medpsp.train.stop import StopRequest
 from medpsp.train.watch import Note, Watch, behind
 from medpsp.types import World
 
@@ -55,10 +64,19 @@ def test_a_silent_rank_comes_first():
     assert behind(3, {}, now, 0).startswith("rank 2 gives no sign of life: stopped")
 
 
-def watch(folder: Path, limits: tuple[float, float] = (5, 0.4)) -> tuple[Watch, list[str]]:
+def watch(
+    folder: Path, limits: tuple[float, float] = (5, 0.4), stop: StopRequest | None = None
+) -> tuple[Watch, list[str]]:
     lines: list[str] = []
     left = threading.Event()
-    made = Watch(folder, PAIR, limits, lines.append, left.set)
+    made = Watch(
+        folder,
+        PAIR,
+        limits,
+        tell=lambda line, code: lines.append(line),
+        leave=lambda code: left.set(),
+        stop=stop,
+    )
     made.left = left  # type: ignore[attr-defined]
     return made, lines
 
@@ -163,20 +181,43 @@ def test_the_line_of_the_rank_that_failed_first(tmp_path: Path):
     log = folder / "id" / "attempt_0" / "1" / "stderr.log"
     log.touch()
     killed = _first({0: 1, 1: -signal.SIGKILL}, tmp_path, folder, False)
-    assert killed == (1, _killed(signal.SIGKILL, False))
+    assert killed == Reason(1, _killed(signal.SIGKILL, False))
     (tmp_path / "0.echo").write_text("lost the connection\n")
-    assert _first({0: 1}, tmp_path, folder, False) == (0, "lost the connection")
-    assert _first({0: 1, 1: 9}, tmp_path, folder, False) == (
-        1,
-        f"ended with code 9; its output is in {log}",
+    assert _first({0: 1}, tmp_path, folder, False) == Reason(0, "lost the connection")
+    assert _first({0: 1, 1: 9}, tmp_path, folder, False) == Reason(
+        1, f"ended with code 9; its output is in {log}"
     )
-    (tmp_path / "1.failed").write_text("a shard is missing\n")
-    assert _first({0: 1, 1: 1}, tmp_path, folder, False) == (1, "a shard is missing")
+    (tmp_path / "1.2").write_text("data.classes: wrong\n")
+    # torchrun ended the rank on its way out, so its exit code says nothing
+    assert _first({0: 1, 1: -15}, tmp_path, folder, False) == Reason(1, "data.classes: wrong", 2)
     # torchrun killed rank 1, which had stopped, after rank 0 had said so
-    (tmp_path / "0.failed").write_text("train: rank 0 hangs\n")
-    os.utime(tmp_path / "0.failed", (1, 1))
-    assert _first({0: 76, 1: -9}, tmp_path, folder, False)[0] == 0
+    (tmp_path / "0.76").write_text("train: rank 0 hangs\n")
+    os.utime(tmp_path / "0.76", (1, 1))
+    assert _first({0: 76, 1: -9}, tmp_path, folder, False).rank == 0
     assert _killed(signal.SIGKILL, True).startswith("killed by the kernel, out of memory (")
+
+
+def test_what_a_rank_was_ended_for_is_what_the_command_ends_for():
+    """Not its exit code: torchrun ends those that do not end fast enough."""
+    asked = _error(Reason(1, "train: stopped by SIGTERM", EXIT_AGAIN), 2)
+    wrong = _error(Reason(1, "model.norm: ...", EXIT_CONFIG), 2)
+    failed = _error(Reason(1, "a shard is missing"), 2)
+    assert [type(error) for error in (asked, wrong, failed)] == [
+        Interrupted,
+        ConfigError,
+        LaunchError,
+    ]
+    assert str(failed) == "train: rank 1 of 2: a shard is missing"
+
+
+def test_who_is_asked_to_end_while_the_ranks_still_meet_leaves_at_once(tmp_path: Path):
+    stop = StopRequest()
+    made, lines = watch(tmp_path, stop=stop)
+    with made as one:
+        assert not one.left.wait(0.3)  # type: ignore[attr-defined]
+        stop._heard(signal.SIGTERM, None)
+        assert one.left.wait(5)  # type: ignore[attr-defined]
+    assert lines == ["train: asked to end before its first step"]
 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] "

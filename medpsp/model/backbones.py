@@ -66,7 +66,10 @@ def timm_name(backbone: str) -> str:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean '{OTHER}{near[0]}'?" if near else ""
-        raise ConfigError(f"model.backbone {backbone}: timm {timm.__version__} has none{hint}")
+        raise ConfigError(
+            f"model.backbone {backbone}: timm {timm.__version__} has none{hint}; "
+            "`timm.list_models()` names all"
+        )
     return name
 
 
@@ -134,7 +137,10 @@ def _check_weights(path: Path, backbone: str) -> None:
         ConfigError: No such file, not one of weights, or of another network.
     """
     if not path.is_file():
-        raise ConfigError(f"model.pretrained {path}: no such file")
+        raise ConfigError(
+            f"model.pretrained {path}: no such file; give a .safetensors or .pth of timm's "
+            f"{backbone}"
+        )
     unreadable = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError)
     try:
         state = timm.models.load_state_dict(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def layout_of(config: Config) -> dict[str, dict[str, list[Any]]]:
         },
     }
     return {
-        category: {title: ["Multiline", [f"^{tag}$" for tag in of]] for title, of in charts.items()}
+        category: {
+            title: ["Multiline", [f"^{re.escape(tag)}$" for tag in of]]
+            for title, of in charts.items()
+        }
         for category, charts in tags.items()
     }

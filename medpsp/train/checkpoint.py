@@ -82,6 +82,18 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: Tra
     return target
 
 
+def rewrite_state(path: Path, state: TrainState) -> None:
+    """Change what a checkpoint says of itself; its tensors stay."""
+    with (path / STATE).open("rb") as file:
+        tensors = hashlib.file_digest(file, "sha256")
+    meta = asdict(state)
+    meta["sha256"] = _digest(tensors, meta)
+    partial = path / f".{META}.partial"
+    _write(partial, json.dumps(meta, indent=1).encode())
+    partial.replace(path / META)
+    sync_folder(path)
+
+
 def mark_best(path: Path) -> None:
     """Make ``best`` beside a checkpoint lead to it, in one rename."""
     link, fresh = path.with_name(BEST), path.with_name(f".{BEST}.link")
@@ -103,22 +115,39 @@ def prune(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def whole_checkpoints(folder: Path) -> tuple[dict[Path, TrainState], list[str]]:
+    """Those that verify, and what is said of those that do not."""
+    found: dict[Path, TrainState] = {}
+    damaged: list[str] = []
+    for path in sorted((*folder.glob("step-*"), *folder.glob("stage-*"))):
+        try:
+            found[path] = read_state(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+    return found, damaged
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step that verifies; None where there is none at all.
 
     Raises:
         CheckpointError: There are checkpoints, but none verifies.
     """
-    found: list[tuple[int, Path]] = []
-    damaged: list[str] = []
-    for path in sorted(p for p in folder.glob("*") if p.name[0] != "." and not p.is_symlink()):
-        try:
-            found.append((read_state(path).step, path))
-        except CheckpointError as error:
-            damaged.append(str(error))
+    found, damaged = whole_checkpoints(folder)
     if damaged and not found:
         raise CheckpointError(f"{damaged[0]}; delete {folder} to start anew")
-    return max(found)[1] if found else None
+    return newest_of(found)
+
+
+def newest_of(found: dict[Path, TrainState]) -> Path | None:
+    """Of the highest step; None of none."""
+    return max(found, key=lambda path: (found[path].step, path.name), default=None)
+
+
+def best_of(found: dict[Path, TrainState]) -> Path | None:
+    """Of the highest score, of equal ones the later; None where none is scored."""
+    scored = [path for path, state in found.items() if state.scored]
+    return max(scored, key=lambda p: (found[p].score, found[p].step, p.name), default=None)
 
 
 def read_state(path: Path) -> TrainState:

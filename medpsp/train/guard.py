@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,13 @@ from medpsp.errors import NonFiniteLossError
 
 SHOWN = 8
 """Samples named in the message, at most."""
+
+
+class _Step(NamedTuple):
+    step: int
+    bad: Tensor
+    own: Tensor
+    samples: tuple[str, ...]
 
 
 class Guard:
@@ -28,22 +37,23 @@ class Guard:
     def __init__(self, device: torch.device, most: int, in_a_row: int = 0) -> None:
         self._most = most
         self._row = torch.tensor(float(in_a_row), device=device)
-        self._worst = self._row.clone()
+        self._worst = torch.zeros((), device=device)
         self._total = torch.zeros((), device=device)
-        self._seen: deque[tuple[int, Tensor, tuple[str, ...]]] = deque(maxlen=4096)
+        self._seen: deque[_Step] = deque(maxlen=4096)
 
-    def count(self, step: int, bad: Tensor, samples: tuple[str, ...]) -> None:
+    def count(self, step: int, bad: Tensor, own: Tensor, samples: tuple[str, ...]) -> None:
         """Note a step.
 
         Args:
             step: Its number.
             bad: 1.0 where it was left out, else 0.0; on the device.
+            own: Any number that is finite if the logits of this rank are; on the device.
             samples: What was in it, on this rank.
         """
         self._row = (self._row + bad) * bad
         self._worst = torch.maximum(self._worst, self._row)
         self._total = self._total + bad
-        self._seen.append((step, bad, samples))
+        self._seen.append(_Step(step, bad, own, samples))
 
     @property
     def in_a_row(self) -> int:
@@ -62,14 +72,24 @@ class Guard:
             NonFiniteLossError: On all ranks alike, since all hold the same gradient.
         """
         if float(self._worst) >= self._most:
-            bad = [(step, names) for step, flag, names in self._seen if float(flag)]
-            step, names = bad[-1]
-            shown = ", ".join(dict.fromkeys(names[:SHOWN])) or "unknown"
+            bad = [seen for seen in self._seen if float(seen.bad)]
+            told = f"step {bad[-1].step}: the gradient was not finite {self._most} times in a row; "
+            own = [seen for seen in bad if not bool(torch.isfinite(seen.own))]
+            names = dict.fromkeys(name for seen in reversed(own) for name in seen.samples)
+            if own:
+                told += f"samples of this rank: {', '.join([*names][:SHOWN]) or 'unknown'}; "
+            else:
+                told += "the logits of this rank were finite; "
             raise NonFiniteLossError(
-                f"step {step}: the gradient was not finite {self._most} times in a row; samples of "
-                f"this rank: {shown}; lower train.stages lr, or check the windows of the shards"
+                f"{told}lower train.stages lr, or check the windows of the shards", own=bool(own)
             )
         self._seen.clear()
+
+
+def all_finite(weights: Iterable[Tensor]) -> bool:
+    """Whether no number is infinite or NaN."""
+    sums = [tensor.detach().double().sum() for tensor in weights if tensor.is_floating_point()]
+    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
 
 
 class Statistics:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +22,16 @@ from medpsp.progress import Bar
 from medpsp.stages import lr_at, stage_at, total_steps, trained_parts
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board
-from medpsp.train.checkpoint import TrainState, mark_best, prune, save_checkpoint
+from medpsp.train.checkpoint import TrainState
 from medpsp.train.ema import Average
 from medpsp.train.engine import Engine, build_engine
 from medpsp.train.guard import Guard
 from medpsp.train.optimizer import Moments
-from medpsp.train.ranks import Agreement, barrier, share_buffers, sum_over_ranks
-from medpsp.train.resume import identify, restore, schedule_of
+from medpsp.train.ranks import Agreement, share_buffers, sum_over_ranks
+from medpsp.train.resume import restore
+from medpsp.train.saving import save, score, scores_at
 from medpsp.train.stop import StopRequest, interrupted
 from medpsp.train.timing import Clock
-from medpsp.train.validate import validate
 from medpsp.train.warptorch import apply_batch
 from medpsp.train.watch import Watch
 from medpsp.types import World
@@ -102,23 +101,32 @@ def fit(run: Run, model: PSPNet) -> TrainState:
         Interrupted: A signal came or the time is over; everything is saved.
         TrainError: A stage has fewer batches than steps.
     """
-    train = run.config.train
-    restored = restore(run.config, run.checkpoints, run.data_id, model, leads=run.leads)
-    progress = Progress(
-        model=model,
-        average=Average(model, train, restored.ema),
-        state=restored.state,
-        moments=restored.moments,
-        guard=Guard(run.device, train.most_bad_steps, restored.state.bad),
-        clock=Clock(run.config, model, run.device, run.world),
-    )
-    total, agreement = total_steps(train.stages), Agreement()
+    progress = begin(run, model)
+    total, agreement = total_steps(run.config.train.stages), Agreement()
     with Bar("train", total, "steps", show=run.leads) as bar:
         bar.resume_at(progress.state.step)
         while progress.state.step < total:
             run_stage(run, progress, agreement, bar)
     agreement.close()
     return progress.state
+
+
+def begin(run: Run, model: PSPNet) -> Progress:
+    """Where the newest checkpoint stands, or before the first step."""
+    train = run.config.train
+    restored = restore(run.config, run.checkpoints, run.data_id, model, leads=run.leads)
+    state = restored.state
+    progress = Progress(
+        model=model,
+        average=Average(model, train, restored.ema),
+        state=state,
+        moments=restored.moments,
+        guard=Guard(run.device, train.most_bad_steps, state.bad),
+        clock=Clock(run.config, model, run.device, run.world),
+    )
+    if state.step and not state.scored and scores_at(run.config, state.step):
+        score(run, progress, restored.weights)  # it was killed while it did
+    return progress
 
 
 def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> None:
@@ -147,7 +155,7 @@ def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> N
             bar.note = f"{stage.name} loss {float(loss.total):.3f} dice {progress.state.score:.3f}"
         bar.advance()
         asked = agreement.say(run.stop.code)
-        scores = step == end or step % train.eval_every == 0
+        scores = scores_at(run.config, step)
         if scores or asked or step % train.save_every == 0:
             save(run, engine, progress, step, scores=scores)
         if asked and step < total_steps(train.stages):
@@ -176,7 +184,7 @@ def train_step(
     Returns:
         The mean loss of the micro-batches, and the norm of the gradient; both on the device.
     """
-    config, parts = run.config, []
+    config, parts, own = run.config, [], torch.zeros((), device=run.device)
     count = config.train.accumulate
     for number, micro in enumerate(batch.micro(count)):
         last = number + 1 == count
@@ -189,8 +197,9 @@ def train_step(
             total = total + config.loss.aux * extra.total
         engine.backward(total / count if count > 1 else total, last)
         parts.append(loss.detach())
+        own = own + logits.detach().sum()
     norm, bad = engine.step(lr_at(config.train, step))
-    progress.guard.count(step, bad, batch.samples)
+    progress.guard.count(step, bad, own, batch.samples)
     progress.average.update()
     return mean_loss(parts), norm
 
@@ -239,39 +248,3 @@ def report_step(run: Run, progress: Progress, loss: Loss, norm: Tensor, step: in
             **measured,
         },
     )
-
-
-def save(run: Run, engine: Engine, progress: Progress, step: int, *, scores: bool) -> None:
-    """Write a checkpoint, after scoring the validation split where ``scores`` is set."""
-    config, before = run.config, progress.state
-    share_buffers(progress.model)
-    index, _ = stage_at(config.train.stages, step - 1)
-    stage = config.train.stages[index]
-    state = replace(
-        before,
-        step=step,
-        stage=stage.name,
-        scored=scores,
-        bad=progress.guard.in_a_row,
-        model=identify(config, run.data_id),
-        schedule=schedule_of(config),
-    )
-    weights = engine.weights()
-    if scores:
-        run.at(step, "evaluate", first=True)
-        score = validate(run, progress.average.scored(weights), step)
-        state = replace(state, score=score, best=max(score, before.best))
-        progress.model.train()
-    run.at(step, "save", first=True)
-    tensors: dict[str, Any] = {"model": weights, "optimizer": engine.moments()}
-    tensors |= progress.average.tensors(weights)
-    if run.leads:
-        if step == total_steps(config.train.stages[: index + 1]):
-            save_checkpoint(run.checkpoints, f"stage-{index}-{stage.name}", tensors, state)
-        path = save_checkpoint(run.checkpoints, f"step-{step:08d}", tensors, state)
-        if scores and state.score >= before.best:  # of two equal ones the later saw more
-            mark_best(path)
-        prune(run.checkpoints)
-    barrier()
-    progress.state = state
-    progress.clock.restart()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medpsp.modelconfig import ModelConfig
 from medpsp.train.batch import Batch
 from medpsp.train.boardcounts import Tally, sum_all
 from medpsp.train.metrics import Counts, confusion, dice_per_class, mean_foreground
@@ -42,8 +43,16 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
         run.board.tables(last, names, counts, tally)
         if drawn := run.examples:
             predicted = predict_batch(model, drawn, run.device)
-            run.board.overlays(last, drawn.image.numpy(), drawn.label.numpy(), predicted)
+            images = shown_channels(drawn.image.numpy(), run.config.model)
+            run.board.overlays(last, images, drawn.label.numpy(), predicted)
     return 0.0 if math.isnan(score) else score
+
+
+def shown_channels(images: NDArray[np.float32], model: ModelConfig) -> NDArray[np.float32]:
+    """(N, 1 or 3, H, W) of the slice itself: its first window, or its colours."""
+    of_a_slice = model.channels // (2 * model.context + 1)
+    first = model.context * of_a_slice
+    return images[:, first : first + (3 if model.in_channels == 3 else 1)]
 
 
 def evaluate(

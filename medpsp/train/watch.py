@@ -19,7 +19,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
+from medpsp.errors import EXIT_AGAIN
 from medpsp.train.ranks import write_record
+from medpsp.train.stop import StopRequest
 from medpsp.types import World
 
 log = logging.getLogger("medpsp")
@@ -64,8 +66,9 @@ class Watch:
         folder: For ``heartbeat-RANK.json`` and ``stack-RANK.txt`` of all ranks.
         world: Who we are.
         limits: Seconds for the first step of a stage, and for any other.
-        tell: Called with the line that says what hangs.
-        leave: Ends the process.
+        tell: Called with the line that says why this process ends, and its exit code.
+        leave: Ends the process with a code.
+        stop: Asked while the ranks still meet: nothing of theirs looks at it there.
     """
 
     def __init__(
@@ -73,11 +76,13 @@ class Watch:
         folder: Path,
         world: World,
         limits: tuple[float, float],
-        tell: Callable[[str], None] | None = None,
-        leave: Callable[[], None] | None = None,
+        tell: Callable[[str, int], None] | None = None,
+        leave: Callable[[int], None] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
+        self._stop_request = stop or StopRequest()
         self._folder, self._world, self._limits = folder, world, limits
-        self._tell, self._leave = tell or log.critical, leave or _leave
+        self._tell, self._leave = tell or _tell, leave or _leave
         self._now = (time.monotonic(), 0, "start", True)
         self._main = threading.get_ident()
         self._before: dict[int, Note] = {}
@@ -122,16 +127,20 @@ class Watch:
             faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=2)
             note = self._note()
             self._write(note)
+            if note.phase == "start" and self._stop_request.code:
+                self._tell("train: asked to end before its first step", EXIT_AGAIN)
+                self._leave(EXIT_AGAIN)
+                return
             if note.seconds > limit / 2 and not self._before:
                 self._before = self._heard()
             elif note.seconds <= limit / 2:
                 self._before = {}
             if note.seconds > limit:
                 faulthandler.dump_traceback_later(GRACE, exit=True, file=2)
-                self._tell(self._diagnosis(note))
+                self._tell(self._diagnosis(note), EXIT_HANGS)
                 write_record()  # the last thing: it may wait for a GPU that hangs
                 faulthandler.cancel_dump_traceback_later()
-                self._leave()
+                self._leave(EXIT_HANGS)
                 return
 
     def _limit(self) -> float:
@@ -223,6 +232,10 @@ def _where(frame: FrameType | None) -> tuple[str, bool]:
     return "", waits
 
 
-def _leave() -> None:
+def _tell(line: str, code: int) -> None:
+    log.critical("%s", line)
+
+
+def _leave(code: int) -> None:
     """End a process whose main thread will not come back."""
-    os._exit(EXIT_HANGS)
+    os._exit(code)

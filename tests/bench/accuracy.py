@@ -203,7 +203,7 @@ def score(model: nn.Module, config: Config, split: str) -> float | None:
     rows = [row for row in read_index(config.shards) if row.split == split and row.labelled]
     classes = len(config.data.classes)
     counts = np.zeros((classes, classes), np.int64)
-    for batch in whole_slices(config.shards, rows, World(), config.model):
+    for batch in whole_slices(config.shards, rows, World(), config):
         image = batch.image
         pad = [-n % 32 for n in image.shape[-2:]]
         image = nn.functional.pad(image, (0, pad[1], 0, pad[0]), mode="replicate")

@@ -1,0 +1,91 @@
+"""Saving: a checkpoint first, then its score, so that a long validation risks no step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from medpsp.config import Config
+from medpsp.errors import NonFiniteLossError
+from medpsp.stages import stage_at, total_steps
+from medpsp.train.checkpoint import mark_best, prune, rewrite_state, save_checkpoint
+from medpsp.train.engine import Engine
+from medpsp.train.guard import all_finite
+from medpsp.train.ranks import barrier, share_buffers
+from medpsp.train.resume import identify, schedule_of
+from medpsp.train.validate import validate
+
+if TYPE_CHECKING:
+    from medpsp.train.loop import Progress, Run
+
+
+def save(run: Run, engine: Engine, progress: Progress, step: int, *, scores: bool) -> None:
+    """Write a checkpoint; then score the validation split where ``scores`` is set.
+
+    Raises:
+        NonFiniteLossError: There are weights that nothing can go on from.
+    """
+    config, before = run.config, progress.state
+    progress.guard.look()
+    share_buffers(progress.model)
+    index, _ = stage_at(config.train.stages, step - 1)
+    stage = config.train.stages[index]
+    state = replace(
+        before,
+        step=step,
+        stage=stage.name,
+        scored=False,
+        bad=progress.guard.in_a_row,
+        model=identify(config, run.data_id),
+        schedule=schedule_of(config),
+    )
+    weights = engine.weights()
+    if not all_finite(weights.values()):
+        raise NonFiniteLossError(
+            f"step {step}: weights became infinite or NaN, so it is not saved; lower train.stages "
+            f"lr and give the same command again, which goes on from step {before.step}"
+        )
+    run.at(step, "save", first=True)
+    tensors: dict[str, Any] = {"model": weights, "optimizer": engine.moments()}
+    tensors |= progress.average.tensors(weights)
+    if run.leads:
+        for name in names_of(config, step):
+            save_checkpoint(run.checkpoints, name, tensors, state)
+    progress.state = state
+    if scores:
+        score(run, progress, weights)
+    if run.leads:
+        prune(run.checkpoints)
+    barrier()
+    progress.clock.restart()
+
+
+def score(run: Run, progress: Progress, weights: dict[str, Tensor]) -> None:
+    """Score the checkpoint that was written last: first saved, since scoring may take long."""
+    before, step = progress.state, progress.state.step
+    run.at(step, "evaluate", first=True)
+    found = validate(run, progress.average.scored(weights), step)
+    progress.model.train()
+    state = replace(before, score=found, best=max(found, before.best), scored=True)
+    run.at(step, "save", first=True)
+    if run.leads:
+        for name in names_of(run.config, step):
+            rewrite_state(run.checkpoints / name, state)
+        if found >= before.best:  # of two equal ones the later saw more
+            mark_best(run.checkpoints / names_of(run.config, step)[-1])
+    progress.state = state
+
+
+def names_of(config: Config, step: int) -> list[str]:
+    """Checkpoints of a step: that of a stage's end, if it is one, and its own."""
+    index, _ = stage_at(config.train.stages, step - 1)
+    ends = step == total_steps(config.train.stages[: index + 1])
+    stage = [f"stage-{index}-{config.train.stages[index].name}"] if ends else []
+    return [*stage, f"step-{step:08d}"]
+
+
+def scores_at(config: Config, step: int) -> bool:
+    """Whether the validation split is scored after a step."""
+    return step % config.train.eval_every == 0 or len(names_of(config, step)) > 1
