@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.cluster import memory_limit
-from launch.rundir import told_path
+from launch.rundir import places, told_path
 from medpsp.errors import LaunchError, MedpspError, NonFiniteLossError
 
 SHM = Path("/dev/shm")
@@ -38,7 +38,6 @@ _GPU = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d
 _LIBRARY = re.compile(
     r"cannot open shared object|invalid ELF|file too short|undefined symbol|ELF class|not found \("
 )
-_places: list[Path] = []
 
 
 def diagnosis(error: BaseException) -> str | None:
@@ -62,11 +61,6 @@ def lost_peer(error: BaseException) -> bool:
     if isinstance(error, NonFiniteLossError):
         return not error.own
     return not isinstance(error, MedpspError) and any(_peer(cause) for cause in _chain(error))
-
-
-def keep_place(folder: Path) -> None:
-    """A folder that this process writes to: looked at where an error names no path."""
-    _places.append(folder)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -116,6 +110,8 @@ def _space(error: BaseException) -> str:
         return ""
     name = error.filename if isinstance(error, OSError) else None
     where = _existing(Path(os.fsdecode(name))) if name else _full_place(str(error))
+    if where is None:
+        return "disk full: which one is not known (`df -h` shows them); make room and go on"
     usage = shutil.disk_usage(where)
     room = f"{_size(usage.free)} of {_size(usage.total)} free after clean-up"
     if _same_disk(where, SHM):
@@ -132,13 +128,12 @@ def _space(error: BaseException) -> str:
     )
 
 
-def _full_place(text: str) -> Path:
-    """Where an error without a path may come from: the fullest of the places we write to."""
+def _full_place(text: str) -> Path | None:
+    """Where an error without a path may come from: the first place we write to that is full."""
     if _SHARED.search(text):
         return SHM
-    places = [_existing(path) for path in (*_places, Path(tempfile.gettempdir()), SHM)]
-    full = [path for path in places if shutil.disk_usage(path).free < NEARLY_NONE]
-    return (full or places)[0]
+    looked = [_existing(path) for path in (*places(), Path(tempfile.gettempdir()), SHM)]
+    return next((p for p in looked if shutil.disk_usage(p).free < NEARLY_NONE), None)
 
 
 def _existing(path: Path) -> Path:

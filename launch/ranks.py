@@ -22,8 +22,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from launch.cluster import memory_limit, oom_kills
-from launch.diagnose import keep_place
-from launch.rundir import REASONS, RunDir
+from launch.rundir import REASONS, RunDir, keep_place
 from medpsp.config import Config
 from medpsp.errors import (
     EXIT_AGAIN,

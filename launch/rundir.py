@@ -20,6 +20,7 @@ REASONS = "MEDPSP_RANK_REASONS"
 """Set for ranks that a command of ours started: the folder where a failing one leaves its line."""
 _locked: set[Path] = set()
 _private: set[Path] = set()
+_places: list[Path] = []
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,16 @@ def keep_private(*folders: Path | None) -> None:
     _private.update(folder.resolve() for folder in folders if folder)
 
 
+def keep_place(folder: Path) -> None:
+    """A folder that this process writes to: looked at where an error names no path."""
+    _places.append(folder)
+
+
+def places() -> tuple[Path, ...]:
+    """All that were kept."""
+    return tuple(_places)
+
+
 def told_path(error: OSError) -> str:
     """The path of an error for a message; empty where it may name a patient."""
     if not error.filename:
@@ -218,6 +229,7 @@ def open_run(
             "outside it"
         )
     run = RunDir(config.out)
+    keep_place(run.root)
     if "WORLD_SIZE" not in os.environ:
         run.lock(shared)
     else:  # ranks work in the folder of the one that started them

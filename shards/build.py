@@ -27,7 +27,7 @@ from shards.index import MANIFEST, REPORT, Manifest
 from shards.partstore import locked
 from shards.planfile import Plan, ShardEntry, make_plan
 from shards.planstate import open_plan, write_plan
-from shards.preflight import no_cluster, require_means, require_places
+from shards.preflight import no_cluster, no_ray, require_means, require_places
 from shards.publish import publish, write_crosswalk
 from shards.settings import WriteSettings, write_settings
 from shards.write import write_shard
@@ -78,13 +78,13 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(gathered, data, key, root)
     approve(plan)
+    if data.crosswalk:
+        write_crosswalk(data, key)
     _withdraw(root)
     clear_stale(root, plan.shards)
     for bucket, slots in plan.slots.items():
         create_bucket(root, bucket, slots, write_settings(data))
     write_plan(plan, data, key, root)
-    if data.crosswalk:
-        write_crosswalk(data, key)
     return plan
 
 
@@ -134,6 +134,7 @@ def publish_shards(config: Config) -> Manifest:
             f"{len(missing)} of {len(plan.shards)} shards are not written, the first: {missing[0]};"
             " run `medpsp shards` with `--step convert` for every part first"
         )
+    clear_stale(root, plan.shards)  # half-written files of parts that were killed
     return publish(config, key, plan)
 
 
@@ -246,14 +247,17 @@ def _ray(data: DataConfig) -> Iterator[tuple[Any, int]]:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise no_cluster(data, error) from None
     elif started:
-        ray.init(
-            address="local",
-            num_cpus=data.workers,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            _memory=budget * 2**20,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=data.workers,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,
+                _memory=budget * 2**20,
+                **quiet,
+            )
+        except (OSError, RuntimeError, ConnectionError) as error:
+            raise no_ray(error) from None
     before = _hear_sigterm()  # Ray's own handler prints a stack and leaves with 15
     try:
         room = max((n["Resources"].get("memory", 0) for n in ray.nodes() if n["Alive"]), default=0)

@@ -34,6 +34,10 @@ def surplus_files(root: Path, shards: set[str], known: set[str]) -> Iterator[Pro
     buckets = {name.rpartition("-")[0] for name in shards}
     for folder, folders, files in os.walk(root):
         folders.sort()
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                path = Path(folder, name).relative_to(root).as_posix()
+                yield Problem(kind="surplus", path=path, text="a link to a folder; delete it")
         for name in sorted(files):
             path = Path(folder, name).relative_to(root).as_posix()
             array = _ARRAY.fullmatch(path)

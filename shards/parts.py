@@ -18,6 +18,9 @@ from shards.layout import PlannedSeries
 from shards.masks import Aim, Reasons, dicom_masks, nifti_masks
 from shards.record import record_body
 
+_LASTS = 2
+"""Of a `Stamp`: size and mtime."""
+
 
 def series_of_part(
     refs: Iterable[SliceRef],
@@ -87,9 +90,12 @@ def planned_series(
 
 
 def _stamp(item: PlannedSeries, key: bytes, sources: Sequence[tuple[int, ...]]) -> str:
-    """Changes with what headers say, and with a file of slices or masks; not with their paths."""
+    """Changes with what headers say, and with a file of slices or masks; not with their paths.
+
+    Nor with their ctime: a restored copy of an archive is the same archive.
+    """
     body = hashlib.sha256(record_body(item)).hexdigest()
-    return pseudonym(key, "stamp", json.dumps([body, sources]))
+    return pseudonym(key, "stamp", json.dumps([body, [found[:_LASTS] for found in sources]]))
 
 
 def _series_parts(first: SliceRef) -> tuple[str, ...]:

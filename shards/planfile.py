@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from medpsp.dataconfig import DataConfig
+from medpsp.errors import ShardError
 from medpsp.identity import fingerprint
 from medpsp.types import PixelDtype
 from shards.layout import (
@@ -24,8 +27,10 @@ from shards.layout import (
     shard_of,
 )
 from shards.seriesfile import SeriesFile
-from shards.slots import PLAN, read_slots, stay
+from shards.slots import PLAN, Slots, read_slots, slots_of_commits, stay
 from shards.spool import RowSpool
+
+log = logging.getLogger("medpsp")
 
 
 class EntryPart(NamedTuple):
@@ -182,17 +187,42 @@ class Entries(Sequence[ShardEntry]):
 def make_plan(gathered: Gathered, data: DataConfig, key: bytes, root: Path) -> Plan:
     """Lay series out; those that the last plan at ``root`` has stay where they are.
 
-    A plan of another key or shard size, or one that is damaged, holds nothing.
+    A plan of another key or shard size holds nothing; for one that is lost the commits stand in.
+
+    Raises:
+        ShardError: Series of the last plan are missing, and a folder could not be listed.
     """
     planned = gathered.planned
     heads = planned.heads
     last = read_slots(root / PLAN, meaning(data, key))
+    if last is None:
+        last = slots_of_commits(root, fingerprint(key), data.shard_slices)
+    _require_the_missing(gathered, last)
     for number, bucket in enumerate(planned.buckets):
         members = np.flatnonzero(heads["bucket"] == number)
         lengths, names = heads["length"][members].astype(np.int64), heads["name"][members]
         kept, end = stay(last.get(bucket), names, lengths)
         heads["first"][members] = lay_out(lengths, kept, data.shard_slices, end)
     return Plan(gathered, data.shard_slices)
+
+
+def _require_the_missing(gathered: Gathered, last: Slots) -> None:
+    """Patients whose folder cannot be listed today are not gone."""
+    names = np.concatenate([names for names, _, _ in last.values()] or [np.zeros(0, np.uint64)])
+    missing = int((~np.isin(names, gathered.planned.heads["name"])).sum())
+    if not missing:
+        return
+    unlisted = sum(
+        int(pc.sum(pc.equal(batch["code"], "FOLDER_UNREADABLE")).as_py() or 0)
+        for batch in gathered.rows.batches()
+    )
+    if unlisted:
+        raise ShardError(
+            f"data.archive: {unlisted} folders cannot be listed, and {missing} series of the last "
+            "run are not found, whose shards would be deleted; make the folders readable, or move "
+            "them out of the archive"
+        )
+    log.info("plan: %d series of the last run are gone, or what they hold has changed", missing)
 
 
 def meaning(data: DataConfig, key: bytes) -> dict[str, str]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import tempfile
 from pathlib import Path
 
 from medpsp.dataconfig import DataConfig
-from medpsp.errors import ConfigError
+from medpsp.errors import ConfigError, ShardError
+from shards.commit import COMMITS
+from shards.index import MANIFEST
+from shards.slots import PLAN
 
+_CROSSWALK = re.compile(rb"[0-9a-f]{16}\t")
 WORKER_MIB = 448
 """Memory of a shard task besides what its decoder may allocate: a Ray worker (230 MiB measured) and
 the imports of its sandbox (150 MiB)."""
@@ -25,15 +32,59 @@ def require_places(data: DataConfig, root: Path) -> None:
         place = getattr(data, name)
         if place and place.resolve().is_relative_to(shards):
             raise ConfigError(f"data.{name} {place}: lies inside the shards; move it out of {root}")
-    if root.is_dir() and any(root.iterdir()) and not (root / "zarr.json").is_file():
+    if root.is_dir() and _is_strange(root):
         raise ConfigError(
             f"out: {root} holds something that is no shards of medpsp; take an empty folder"
         )
     if data.source == "dicom" and data.labels and not data.labels.is_dir():
         raise ConfigError(f"data.labels {data.labels}: no such folder")
-    if data.crosswalk and data.crosswalk.is_dir():
-        raise ConfigError(f"data.crosswalk {data.crosswalk}: a folder, expected a file to write")
+    _require_labels_apart(data, shards)
     _require_private_places(data, shards)
+    if data.crosswalk:
+        _require_crosswalk(data.crosswalk, data.key_file)
+
+
+def _is_strange(root: Path) -> bool:
+    """Whether there is something in a folder where medpsp never wrote."""
+    names = {path.name for path in root.iterdir()}
+    if {"zarr.json", PLAN, MANIFEST, COMMITS} & names:
+        return False
+    return any(not (name[0] == "." and name.endswith(".partial")) for name in names)
+
+
+def _require_labels_apart(data: DataConfig, shards: Path) -> None:
+    """Label objects are scanned, so their folder holds no other objects."""
+    if data.source != "dicom" or data.labels is None or data.label_format == "nifti":
+        return
+    labels, archive = data.labels.resolve(), data.archive.resolve()
+    if shards.is_relative_to(labels):
+        raise ConfigError(f"out: {shards} lies inside data.labels; take a folder outside it")
+    if archive != labels and archive.is_relative_to(labels):
+        raise ConfigError(
+            f"data.labels {data.labels}: data.archive lies inside it, and all of it would be read "
+            "twice; give the same folder for both, or one that holds the labels only"
+        )
+
+
+def _require_crosswalk(path: Path, key_file: Path | None) -> None:
+    """Nothing but an older crosswalk is written over."""
+    if path.is_dir():
+        raise ConfigError(f"data.crosswalk {path}: a folder, expected a file to write")
+    same = key_file and key_file.exists() and path.exists() and path.samefile(key_file)
+    if same:
+        raise ConfigError(f"data.crosswalk {path}: is data.key_file; take another file")
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ConfigError(f"data.crosswalk {path}: cannot be read ({error.strerror})") from None
+    if head and not _CROSSWALK.match(head):
+        raise ConfigError(
+            f"data.crosswalk {path}: a file that is no crosswalk is there, and would be written "
+            "over; take another path"
+        )
 
 
 def _require_private_places(data: DataConfig, shards: Path) -> None:
@@ -81,4 +132,14 @@ def no_cluster(data: DataConfig, error: Exception) -> ConfigError:
         f"data.ray_address {data.ray_address}: no Ray cluster answers there "
         f"({type(error).__name__}); expected `auto` or host:port of one that `ray start --head` "
         "started, or leave it out"
+    )
+
+
+def no_ray(error: Exception) -> ShardError:
+    """The error of a Ray that does not start on this machine."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return ShardError(
+        f"ray: does not start here ({type(error).__name__}); its files go to {folder}, which must "
+        f"be writable, have some room (ulimit -f, too) and a short path ({len(folder)} characters; "
+        "a socket below it has 107 in all); set RAY_TMPDIR to another folder"
     )

@@ -187,13 +187,16 @@ def _open_array(root: Path, path: str, files: OpenShards) -> _Array:
     if codec is None or tree["data_type"] not in _DTYPES:
         return _Foreign(root, path)
     shape = tuple(tree["shape"])
+    slots = tree["chunk_grid"]["configuration"]["chunk_shape"][0]
+    if type(slots) is not int or slots < 1:
+        raise ValueError(f"zarr.json says {slots!r} slots a shard, expected 1 or more")
     return _Ours(
         root=root,
         path=path,
         frame=shape[1:],
         dtype=np.dtype(tree["data_type"]).newbyteorder("<"),
         count=shape[0],
-        slots=tree["chunk_grid"]["configuration"]["chunk_shape"][0],
+        slots=slots,
         codec=codec,
         files=files,
     )

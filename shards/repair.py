@@ -19,7 +19,6 @@ from shards.inventory import shard_of_path
 from shards.planfile import Plan
 from shards.problem import BEYOND, Problem
 from shards.settings import write_settings
-from shards.slots import PLAN
 
 log = logging.getLogger("medpsp")
 
@@ -45,8 +44,8 @@ def repair_shards(config: Config, problems: Sequence[Problem]) -> Manifest:
             "it where the configuration says"
         )
     for problem in problems:
-        if problem.kind == "partial" or problem.path == PLAN:
-            (root / problem.path).unlink(missing_ok=True)  # a plan that lies would move slices
+        if problem.kind == "partial":
+            (root / problem.path).unlink(missing_ok=True)
     (root / "zarr.json").touch()  # where it is missing, build takes the folder for another's
     manifest = build_shards(config, lambda plan: _forget(config, plan, damaged))
     log.info(

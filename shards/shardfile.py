@@ -124,6 +124,9 @@ def read_shard_index(handle: int, slots: int) -> NDArray[np.uint64]:
     return index
 
 
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in its place would wait for ever
+
+
 class OpenShard:
     """An open shard file; closed with the last reference to it.
 
@@ -180,12 +183,12 @@ class OpenShards(threading.local):
         while len(self._open) >= self._most:
             self._open.popitem(last=False)
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(path, _READ)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
                 raise
             self._open.clear()  # others of this process have them all
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(path, _READ)
         shard = self._open[path] = OpenShard(handle)
         try:
             shard.index = self._index(path, handle, slots)

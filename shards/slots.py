@@ -5,19 +5,25 @@ It holds pseudonyms. The same plan gives the same bytes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.index import write_bytes_durably
+from medpsp.errors import ShardError
+from shards.commit import COMMITS, read_commit
+from shards.index import read_manifest, write_bytes_durably
 from shards.layout import Ints
 from shards.seriesfile import SeriesFile
 
 log = logging.getLogger("medpsp")
 PLAN = "plan.parquet"
+_DIGEST = "sha256"
 Numbers = NDArray[Any]
 Slots = dict[str, tuple[Numbers, Numbers, Numbers]]
 """Bucket to (names as numbers, first slots, lengths), ordered by name."""
@@ -48,13 +54,20 @@ def write_slots(path: Path, planned: SeriesFile, meaning: dict[str, str]) -> Non
         "slices": pa.array(heads["length"].astype(np.int64)),
     }
     sink = pa.BufferOutputStream()
-    table = pa.table(columns).replace_schema_metadata(meaning)
+    table = pa.table(columns)
+    table = table.replace_schema_metadata({**meaning, _DIGEST: _digest(table)})
     pq.write_table(table, sink, compression="zstd")
     write_bytes_durably(path, sink.getvalue().to_pybytes())
 
 
-def read_slots(path: Path, meaning: dict[str, str]) -> Slots:
-    """The last plan; empty where there is none, or one that means something else or is damaged."""
+def _digest(table: Any) -> str:
+    """SHA-256 of all values: Parquet itself would take many a flipped bit for another number."""
+    text = json.dumps({name: table[name].to_pylist() for name in table.column_names})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_slots(path: Path, meaning: dict[str, str]) -> Slots | None:
+    """The last plan; empty where it means something else, None where none is there or whole."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -64,6 +77,8 @@ def read_slots(path: Path, meaning: dict[str, str]) -> Slots:
         found = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         if any(found.get(name) != value for name, value in meaning.items()):
             return {}
+        if found.get(_DIGEST) != _digest(table):
+            raise ValueError("not what was written")
         slots: Slots = {}
         for bucket in pc.unique(table["bucket"]).to_pylist():
             here = table.filter(pc.equal(table["bucket"], bucket))
@@ -73,10 +88,52 @@ def read_slots(path: Path, meaning: dict[str, str]) -> Slots:
             slots[str(bucket)] = names[order], firsts, lengths
         return slots
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        log.warning("%s cannot be read (%s): laid out anew", path.name, type(error).__name__)
-        return {}
+        log.warning("%s is damaged (%s)", path.name, type(error).__name__)
+        return None
+
+
+def slots_of_commits(root: Path, fingerprint: str, shard_slices: int) -> Slots:
+    """The last plan as far as the commits tell it: of series that lost no slice at either end.
+
+    Args:
+        root: Folder of the shards.
+        fingerprint: Of the key; pseudonyms of another one are other names.
+        shard_slices: Of a shard; a bucket with another number is left out.
+    """
+    with suppress(ShardError):
+        if read_manifest(root).key_fingerprint != fingerprint:
+            return {}
+    ranges: dict[str, dict[int, list[int]]] = {}
+    for path in sorted((root / COMMITS).glob("*.json")):
+        commit = read_commit(root, path.stem)
+        if commit is None:
+            continue
+        columns = (commit.columns[name] for name in ("bucket", "series", "slot"))
+        for bucket, series, slot in zip(*columns, strict=True):
+            known = ranges.setdefault(bucket, {}).setdefault(int(series, 16), [slot, slot])
+            known[:] = min(known[0], slot), max(known[1], slot)
+    found: Slots = {}
+    for bucket, series_of in ranges.items():
+        if _slots_of(root / bucket) != shard_slices:
+            continue
+        names = np.array(sorted(series_of), np.uint64)
+        ends = np.array([series_of[int(name)] for name in names], np.int64)
+        found[bucket] = names, ends[:, 0], ends[:, 1] - ends[:, 0] + 1
+    count = sum(len(names) for names, _, _ in found.values())
+    if count:
+        log.warning("places of %d series are taken from the commits", count)
+    return found
+
+
+def _slots_of(folder: Path) -> int:
+    """Of a shard of a bucket; 0 where its zarr.json does not say."""
+    try:
+        tree = json.loads((folder / "image/zarr.json").read_text(encoding="utf-8"))
+        return int(tree["chunk_grid"]["configuration"]["chunk_shape"][0])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return 0
 
 
 def stay(

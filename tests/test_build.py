@@ -499,7 +499,45 @@ def test_nothing_is_written_into_the_archive(archive: Path, make_config: Make):
     assert not config.out.exists()
 
 
+def test_labels_that_are_scanned_lie_apart(archive: Path, make_config: Make, tmp_path: Path):
+    wish = {"label_format": "seg", "unlabelled": "keep"}
+    config = make_config(archive, tmp_path / "out", labels=archive, **wish)
+    refused(config, ConfigError, r"data\.labels .*: data\.archive lies inside it")
+    (tmp_path / "seg").mkdir()
+    config = make_config(archive, tmp_path / "seg/out", labels=tmp_path / "seg", **wish)
+    refused(config, ConfigError, r"^out: .* lies inside data\.labels")
+
+
+def test_what_a_kill_at_the_very_start_left_is_no_stranger(copied: Config):
+    shutil.rmtree(copied.shards)
+    copied.shards.mkdir()
+    (copied.shards / ".zarr.json.123.partial").write_bytes(b"{")
+    build_shards(copied)
+    (copied.shards / "zarr.json").unlink()
+    build_shards(copied)
+    assert list(check_shards(copied.shards)) == []
+
+
 # the crosswalk
+
+
+def test_a_crosswalk_is_written_over_nothing_else(copied: Config, tmp_path: Path):
+    key = copied.data.key_file
+    assert key is not None
+    before = key.read_bytes()
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    (tmp_path / "link").symlink_to(key)
+    for place, words in (
+        (key, "is data.key_file; take another file"),
+        (tmp_path / "link", "is data.key_file; take another file"),
+        (notes, "a file that is no crosswalk is there"),
+    ):
+        data = copied.data.model_copy(update={"crosswalk": place})
+        with pytest.raises(ConfigError, match=words):
+            build_shards(copied.model_copy(update={"data": data}))
+    assert key.read_bytes() == before
+    assert notes.read_text() == "mine"
 
 
 def test_the_crosswalk_is_written_on_request_for_the_owner_alone(

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import zarr
 
+from launch.jobs import check_job
 from launch.phantom import Phantom, draw, write_mask, write_series
 from medpsp.config import Config
+from medpsp.errors import ShardError
 from medpsp.identity import pseudonym
 from shards.build import build_shards
 from shards.check import check_shards
-from shards.index import SliceRow, read_index
+from shards.index import REPORT, SliceRow, read_index
+from shards.planfile import meaning
+from shards.slots import PLAN, read_slots
+from tests.damage import flip
 from tests.killing import contents, state
 
 Make = Callable[..., Config]
@@ -100,3 +109,85 @@ def test_nothing_new_changes_no_byte_and_no_time(
     assert contents(config.shards) == bytes_
     assert state(tmp_path / "index", "catalog/*.parquet") == headers
     assert len(headers) == 1
+
+
+@pytest.fixture
+def grown(
+    archive: Path, make_config: Make, tmp_path: Path, phantom: Phantom, ray_once: None
+) -> Config:
+    """Shards that took three runs, so that they are laid out as no single run would."""
+    shutil.copytree(archive, tmp_path / "archive")
+    config = make_config(tmp_path / "archive", tmp_path / "out")
+    build_shards(config)
+    for number, folder in ((20, "!"), (21, "~")):
+        add(tmp_path / "archive", number, phantom, folder)
+        build_shards(config)
+    return config
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_without_its_plan_everything_stays_where_it_is(grown: Config, how: str):
+    before, files = contents(grown.shards), state(grown.shards, FILES)
+    if how == "lost":
+        (grown.shards / PLAN).unlink()
+    else:
+        flip(grown.shards / PLAN, 8 * ((grown.shards / PLAN).stat().st_size // 2))
+    check_job(grown, repair=True)
+    assert state(grown.shards, FILES) == files
+    assert {k: v for k, v in contents(grown.shards).items() if k != REPORT} == {
+        k: v for k, v in before.items() if k != REPORT
+    }
+
+
+def test_no_flipped_bit_of_the_plan_is_taken_for_another_plan(grown: Config, key: bytes):
+    path, means = grown.shards / PLAN, meaning(grown.data, key)
+    whole, data = read_slots(path, means), path.read_bytes()
+    assert whole
+    other = 0
+    for bit in range(0, 8 * len(data), 3):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        found = read_slots(path, means)
+        if found:
+            for bucket, columns in whole.items():
+                for one, same in zip(found[bucket], columns, strict=True):
+                    np.testing.assert_array_equal(one, same)
+        else:
+            other += 1
+    assert other > len(data) // 2
+
+
+def test_a_copy_of_the_archive_is_the_same_archive(grown: Config, tmp_path: Path):
+    """Sizes and times of its files are kept, as `cp -a` and a restored backup do."""
+    before, files = contents(grown.shards), state(grown.shards, FILES)
+    shutil.copytree(tmp_path / "archive", tmp_path / "copy")
+    update = {"archive": tmp_path / "copy/dicom", "labels": tmp_path / "copy/masks"}
+    moved = grown.model_copy(update={"data": grown.data.model_copy(update=update)})
+    build_shards(moved)
+    assert state(grown.shards, FILES) == files
+    assert contents(grown.shards) == before
+    image = next((grown.shards / BUCKET / "image").glob("c/2/0/0"))
+    flip(image, 4096)
+    check_job(moved, repair=True)
+    assert {k: v for k, v in contents(grown.shards).items() if k != REPORT} == before
+
+
+def test_a_folder_that_cannot_be_listed_takes_no_patient_away(
+    grown: Config, monkeypatch: pytest.MonkeyPatch
+):
+    before, real = contents(grown.shards), os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if "PHANTOM020" in os.fsdecode(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ShardError, match="1 folders cannot be listed, and 1 series of the last ru"):
+        build_shards(grown)
+    monkeypatch.undo()
+    assert contents(grown.shards) == before
+    shutil.rmtree(grown.data.archive / "!")  # a folder that is gone is another matter
+    build_shards(grown)
+    assert len(by_patient(read_index(grown.shards))) == 9

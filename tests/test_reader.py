@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -423,3 +424,21 @@ def test_what_zarr_python_writes_in_our_layout_is_read_directly(
     reader = ShardReader(tmp_path)
     for number in range(COUNT):
         np.testing.assert_array_equal(reader.read(BUCKET, number)[0], images[number])
+
+
+@pytest.mark.parametrize("slots", [0, -8, 8.5, "8"])
+def test_a_shard_of_no_slots_is_an_error(slots: Any, store: Path):
+    path = store / BUCKET / "image/zarr.json"
+    tree = json.loads(path.read_text())
+    tree["chunk_grid"]["configuration"]["chunk_shape"][0] = slots
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ShardError, match=rf"zarr.json says {slots!r} slots a shard"):
+        ShardReader(store).read(BUCKET, 0)
+
+
+def test_a_pipe_in_place_of_a_shard_holds_nobody_up(store: Path):
+    path = store / shard_files(BUCKET, 0)[0]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ShardError, match="image slot 0 cannot be read"):
+        ShardReader(store).read(BUCKET, 0)

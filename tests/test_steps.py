@@ -175,3 +175,13 @@ def test_means_are_asked_for_before_anything_is_touched(own: Config, name: str, 
     with pytest.raises(MedpspError, match=rf"^data\.{name} "):
         build_shards(config)
     assert contents(own.shards) == before
+
+
+def test_what_a_killed_part_left_does_not_stay(own: Config):
+    plan_shards(own)
+    convert_part(own, 1, 1)
+    half = own.shards / "48x48_int16/image/c/0/0" / f".0.{'a' * 32}.partial"
+    half.write_bytes(b"half")
+    publish_shards(own)
+    assert not half.exists()
+    assert list(check_shards(own.shards)) == []
