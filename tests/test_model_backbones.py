@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from medpsp.config import BACKBONES, ModelConfig
 from medpsp.errors import ConfigError
@@ -19,6 +20,24 @@ torch.set_num_threads(1)
 
 def small(**changes: object) -> ModelConfig:
     return ModelConfig(**{"psp_channels": 16, "decoder_channels": 8, **changes})
+
+
+def asleep(backbone: nn.Module) -> list[str]:
+    """Scales that leave a branch out."""
+    return [
+        name
+        for name, weight in backbone.named_parameters()
+        if name.endswith(("gamma", "bn2.weight", "bn3.weight")) and weight.abs().max() < 1e-4
+    ]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_random_backbones_have_no_branch_that_sleeps(backbone: str) -> None:
+    """And those of timm have: ResNet18 and ConvNeXt."""
+    config = small(backbone=backbone)
+    usual = timm.create_model(backbone, features_only=True, in_chans=1)
+    assert bool(asleep(usual)) == (backbone in ("resnet18", "convnext_tiny"))
+    assert asleep(build_backbone(config)) == []
 
 
 @pytest.mark.parametrize(
