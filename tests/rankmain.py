@@ -44,11 +44,12 @@ def curve(engine: str, steps: int = CURVE_STEPS, **more: Any) -> Config:
 
 
 def long(**more: Any) -> Config:
-    """In float64, saved after the fourth step; the stage ends after another 20."""
-    stage = {"name": "a", "steps": LONG_STEPS, "augment": "high"}
-    return make_config(
-        stage, model=GROUP, batch_size=8, precision="fp64", save_every=MOVE_AT, **more
+    """In float64; the first stage ends after the fourth step, the second after another 20."""
+    stages = (
+        {"name": "a", "steps": MOVE_AT, "augment": "high"},
+        {"name": "b", "steps": LONG_STEPS - MOVE_AT, "augment": "high"},
     )
+    return make_config(*stages, model=GROUP, batch_size=8, precision="fp64", **more)
 
 
 def trained(config: Config, world: World, folder: Path) -> dict[str, Any]:
@@ -84,8 +85,9 @@ def scenario(name: str, world: World, folder: Path) -> dict[str, Any]:
     if kind == "long":
         return trained(long(), world, here)
     # move:ENGINE:SOURCE goes on from the checkpoint of another engine and number of ranks
-    name = f"start-{rest[1]}" if kind == "move" else "long"
-    source = folder / name / "2" / "checkpoints" / f"step-{MOVE_AT:08d}"
+    source = folder / "long/2/checkpoints/stage-0-a"
+    if kind == "move":
+        source = folder / f"start-{rest[1]}/2/checkpoints/step-{MOVE_AT:08d}"
     if world.rank == 0:
         shutil.copytree(source, here / "checkpoints" / source.name)
     barrier()
