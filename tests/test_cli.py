@@ -43,7 +43,7 @@ COMMANDS = {
     "voc": ["config", "out", "overrides", "--bits"],
     "key new": ["path"],
     "predict": ["model", "source", "out", "--threads"],
-    "backbones": ["--height", "--width", "--classes"],
+    "backbones": ["config", "overrides", "--height", "--width", "--classes"],
     "config schema": [],
     "config list": [],
     "config show": ["config", "overrides"],
