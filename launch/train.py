@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.cluster import detect_world, end_time
 from launch.ranks import end_with_parent, say_last, start_ranks
-from launch.rundir import RunDir
+from launch.rundir import REASONS, RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.errors import ConfigError
@@ -104,7 +104,7 @@ def refuse_other_run(config: Config) -> None:
         ShardError: There are no shards.
     """
     folder = RunDir(config.out).checkpoints
-    if not folder.is_dir():
+    if REASONS in os.environ or not folder.is_dir():  # who started this rank has looked
         return
     from medpsp.train.checkpoint import newest_of, whole_checkpoints
     from medpsp.train.resume import refuse_other

@@ -46,7 +46,6 @@ def repair_shards(config: Config, problems: Sequence[Problem]) -> Manifest:
     for problem in problems:
         if problem.kind == "partial":
             (root / problem.path).unlink(missing_ok=True)
-    (root / "zarr.json").touch()  # where it is missing, build takes the folder for another's
     manifest = build_shards(config, lambda plan: _forget(config, plan, damaged))
     log.info(
         "repair: %d shards converted again%s; tables, plan and manifest written anew",
