@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from launch.trained import labelled_rows, load_trained, number, shown
 from medpsp import __version__
 from medpsp.config import Config
 from medpsp.errors import ExportError
+from medpsp.tiles import Tiling, framed, tile_places
 from medpsp.types import ReadPolicy
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def _metadata(config: Config, rows: tuple[SliceRow, ...], step: int) -> dict[str
         "modalities": sorted({row.modality for row in rows}),
         "window": asdict(window) if window else None,
         "header_window": config.data.header_window,
+        "tile": asdict(config.tiling),
         "backbone": config.model.backbone,
         "head": config.model.head,
         "bins": list(config.model.bins),
@@ -80,11 +83,15 @@ def export_job(config: Config) -> None:
     worst = max(row.max_abs_diff for row in parity)
     log.info("export: largest logit difference %.1e over %d shapes", worst, len(parity))
     train = spread(stage_rows(rows, 1.0), limit)
-    calibration = unit_images(config, rows, train)
+    calibration = one_tile_each(unit_images(config, rows, train), config.tiling)
     quantize_int8(run.fp32, run.int8, calibration, {**metadata, "int8": "QDQ U8S8"})
     val = spread([row for row in rows if row.split == "val"], limit)
     agreement = mask_agreement(
-        run.fp32, run.int8, unit_images(config, rows, val), len(config.data.classes)
+        run.fp32,
+        run.int8,
+        unit_images(config, rows, val),
+        len(config.data.classes),
+        config.tiling,
     )
     log.info("export: int8 masks against fp32 masks, Dice %s", shown(number(agreement)))
     report = {
@@ -110,6 +117,14 @@ def spread(rows: list[SliceRow], count: int) -> list[SliceRow]:
     if len(rows) <= count:
         return rows
     return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def one_tile_each(images: Iterable[Any], tiling: Tiling) -> Iterator[Any]:
+    """Of each image one tile, of each the next."""
+    for place, image in enumerate(images):
+        whole, _ = framed(image, tiling.size)
+        tiles = tile_places(whole.shape, tiling)
+        yield np.ascontiguousarray(whole[tiles[place % len(tiles)]])
 
 
 def unit_images(config: Config, rows: tuple[SliceRow, ...], chosen: list[SliceRow]) -> Any:

@@ -89,13 +89,7 @@ def predict_stack(net: Network, stack: Stack, bar: Bar) -> Predicted:
 
     settings, planes, bins = net.config.evaluate, [], np.zeros((3, BINS))
     for batch in network_inputs(net, stack):
-        shares = probabilities(
-            net.model,
-            batch.image.to(net.device),
-            window=settings.window,
-            overlap=settings.overlap,
-            flips=settings.flips,
-        )
+        shares = probabilities(net.model, batch.image, net.config.tiling, settings.flips)
         best, index = (t[0].cpu().numpy() for t in shares.max(1))
         label, found = batch.label[0].numpy(), index.astype(np.uint8)
         known = label != IGNORE

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from medpsp.dataconfig import DataConfig, Node
 from medpsp.modelconfig import BACKBONES, ModelConfig
+from medpsp.tiles import Tiling
 from medpsp.trainconfig import EvaluateConfig, LossConfig, StageConfig, TrainConfig
 
 __all__ = [
@@ -72,6 +73,11 @@ class Config(Node):
                 "one cell and a rank has one slice: BatchNorm needs two values; take a larger "
                 "size or train.batch_size, or model.norm=group"
             )
+
+    @property
+    def tiling(self) -> Tiling:
+        """How much of a slice the network sees at once, wherever it predicts."""
+        return Tiling(self.evaluate.size or self.train.size, self.evaluate.overlap)
 
     @property
     def shards(self) -> Path:

@@ -208,12 +208,16 @@ class TrainConfig(Node):
 
 
 class EvaluateConfig(Node):
-    """How the held-out patients are scored."""
+    """How slices are predicted, and the held-out patients scored."""
 
-    window: tuple[Side, Side] | None = Field(
-        default=None, description="Rows and columns of a sliding window; none: whole slices."
+    size: tuple[Side, Side] | None = Field(
+        default=None,
+        description="Rows and columns that the network sees at once; none: train.size, which is "
+        "what it knows.",
     )
-    overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = Field(
+        default=0.5, description="Least share of such a tile that lies in the next one."
+    )
     flips: bool = Field(default=False, description="Mean over mirrored images (TTA).")
     nsd_mm: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="Tolerance of the normalised surface Dice, mm."

@@ -28,6 +28,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.util.tensor_util import make_ndarray
 
 from medpsp.config import Config
+from medpsp.tiles import Tiling
 from medpsp.train import boardcounts, saving
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board, ranked
@@ -54,7 +55,7 @@ from medpsp.train.pictures import (
     reliability_picture,
 )
 from medpsp.train.validate import evaluate
-from tests.squares import CPU, make_config, make_run, network, squares
+from tests.squares import CPU, SIZE, make_config, make_run, network, squares
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -99,8 +100,8 @@ def test_the_bins_are_those_of_the_evaluation() -> None:
 def test_the_tally_and_dice_are_of_the_same_forward_pass() -> None:
     model, tally = network(make_config({"name": "a", "steps": 1})), Tally.empty(2)
     batches = [squares(1), squares(2)]
-    counts = evaluate(model, batches, 2, CPU, tally)
-    np.testing.assert_array_equal(counts, evaluate(model, batches, 2, CPU))
+    counts = evaluate(model, batches, 2, Tiling((SIZE, SIZE)), tally)
+    np.testing.assert_array_equal(counts, evaluate(model, batches, 2, Tiling((SIZE, SIZE))))
     assert tally.bins[0].sum() == tally.pixels[1].sum() == counts.sum()
     assert tally.bins[2].sum() == np.diag(counts).sum()
     assert tally.pixels[1, 1].sum() == counts[1].sum()
@@ -110,7 +111,7 @@ def test_the_tally_and_dice_are_of_the_same_forward_pass() -> None:
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
     broken = Tally.empty(2)
-    evaluate(model, batches[:1], 2, CPU, broken)
+    evaluate(model, batches[:1], 2, Tiling((SIZE, SIZE)), broken)
     assert np.isfinite(broken.bins).all()
 
 
@@ -362,7 +363,7 @@ def evaluate_last(folder: Path) -> np.ndarray:
     assert newest is not None
     model = network(curve_config())
     model.load_state_dict(load_checkpoint(newest, CPU)[0]["model"])
-    return evaluate(model, [squares(99)], 2, CPU)
+    return evaluate(model, [squares(99)], 2, Tiling((SIZE, SIZE)))
 
 
 def test_pictures_of_a_board(tmp_path: Path) -> None:

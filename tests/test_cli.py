@@ -125,7 +125,17 @@ def places(
     foreign, ours = root / "foreign.onnx", root / "ours.onnx"
     write_identity(foreign, {})
     write_identity(
-        ours, {"medpsp": json.dumps({"classes": ["a"], "modalities": ["CT"], "window": None})}
+        ours,
+        {
+            "medpsp": json.dumps(
+                {
+                    "classes": ["a"],
+                    "modalities": ["CT"],
+                    "window": None,
+                    "tile": {"size": [32, 32], "overlap": 0.5},
+                }
+            )
+        },
     )
     return {
         "root": root,

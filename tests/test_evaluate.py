@@ -23,6 +23,7 @@ from launch.scores import Case, summarise
 from launch.stacks import grid_of, stacks_of
 from launch.trained import labelled_rows
 from medpsp.config import Config, EvaluateConfig
+from medpsp.tiles import Tiling, tile_starts
 from medpsp.train.calibration import BINS, calibration_bins, calibration_error
 from medpsp.train.cases import Scores
 from medpsp.train.intervals import divided, draw_patients, ratio, sum_by_patient
@@ -33,7 +34,7 @@ from medpsp.train.postprocess import (
     filled,
     largest_component,
 )
-from medpsp.train.sliding import probabilities, window_starts
+from medpsp.train.sliding import probabilities
 from shards.figures import Columns
 from shards.index import SliceRow, read_index
 from shards.reader import ShardReader
@@ -104,7 +105,7 @@ def test_the_cases_of_a_patient_stay_together() -> None:
     assert np.isnan(divided(top, bottom)[1])  # nothing is known of it: it counts in no mean
 
 
-# sliding windows --------------------------------------------------------------------------------
+# tiles ------------------------------------------------------------------------------------------
 
 
 class Pointwise(nn.Module):
@@ -122,38 +123,42 @@ class Pointwise(nn.Module):
 class Ramp(nn.Module):
     """Thinks that class 1 is at the right."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(1))
+
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         right = torch.linspace(-1, 1, x.shape[-1]).expand(x.shape[0], 1, *x.shape[-2:])
         return torch.cat([-right, right], 1), None
 
 
-@pytest.mark.parametrize("window", [(32, 32), (33, 47), (70, 32), (200, 200)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (70, 32), (200, 200)])
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
-def test_windows_change_nothing_for_a_network_that_sees_one_pixel(
-    window: tuple[int, int], overlap: float
+def test_tiles_change_nothing_for_a_network_that_sees_one_pixel(
+    size: tuple[int, int], overlap: float
 ) -> None:
     image = torch.rand(1, 2, 70, 90, generator=torch.Generator().manual_seed(1))
-    whole = probabilities(Pointwise(), image)
+    whole = probabilities(Pointwise(), image, Tiling((70, 90)))
     assert whole.shape == (1, 4, 70, 90)
     assert whole.sum(1).sub(1).abs().max() < 1e-6
     for flips in (False, True):
-        seen = probabilities(Pointwise(), image, window=window, overlap=overlap, flips=flips)
+        seen = probabilities(Pointwise(), image, Tiling(size, overlap), flips)
         torch.testing.assert_close(seen, whole, rtol=0, atol=1e-6)
         assert torch.equal(seen.argmax(1), whole.argmax(1))
 
 
-def test_windows_cover_an_axis() -> None:
-    assert window_starts(100, 40, 0.5) == [0, 20, 40, 60]
-    assert window_starts(100, 40, 0.0) == [0, 30, 60]  # evenly spread, none beyond the end
-    assert window_starts(40, 40, 0.5) == [0]
-    assert window_starts(41, 40, 0.9) == [0, 1]
+def test_tiles_cover_an_axis() -> None:
+    assert tile_starts(100, 40, 0.5) == [0, 20, 40, 60]
+    assert tile_starts(100, 40, 0.0) == [0, 30, 60]  # evenly spread, none beyond the end
+    assert tile_starts(40, 40, 0.5) == [0]
+    assert tile_starts(41, 40, 0.9) == [0, 1]
 
 
-def test_the_middle_of_a_window_weighs_more_than_its_edge() -> None:
+def test_the_middle_of_a_tile_weighs_more_than_its_edge() -> None:
     image = torch.zeros(1, 1, 32, 48)
-    seen = probabilities(Ramp(), image, window=(32, 32), overlap=0.5)[0, 1, 16]
+    seen = probabilities(Ramp(), image, Tiling((32, 32)))[0, 1, 16]
     left, right = (torch.sigmoid(2 * torch.linspace(-1, 1, 32)) for _ in range(2))
-    assert seen[:16].tolist() == pytest.approx(left[:16].tolist())  # one window alone
+    assert seen[:16].tolist() == pytest.approx(left[:16].tolist())  # one tile alone
     assert seen[32:].tolist() == pytest.approx(right[16:].tolist())
     # pixel 24 is 8.5 and 7.5 pixels from the middles, of a sigma of 4
     first, second = math.exp(-(8.5**2) / 32), math.exp(-(7.5**2) / 32)
@@ -164,8 +169,9 @@ def test_the_middle_of_a_window_weighs_more_than_its_edge() -> None:
 
 def test_flips_cancel_what_is_not_symmetric() -> None:
     image = torch.zeros(1, 1, 8, 10)
-    assert probabilities(Ramp(), image)[0, 1, 0, 9] > 0.8
-    seen = probabilities(Ramp(), image, flips=True)
+    tiling = Tiling((8, 10))
+    assert probabilities(Ramp(), image, tiling)[0, 1, 0, 9] > 0.8
+    seen = probabilities(Ramp(), image, tiling, flips=True)
     assert (seen - 0.5).abs().max() < 1e-6
 
 
@@ -357,16 +363,16 @@ def test_evaluation_of_a_run(trained: Config) -> None:
 
 
 @pytest.mark.usefixtures("own_handlers")
-def test_windows_of_the_size_of_the_slice_are_the_slice(trained: Config) -> None:
+def test_the_network_sees_as_much_as_in_training_unless_told(trained: Config) -> None:
     def scores(**changes: object) -> tuple[object, object]:
         settings = trained.evaluate.model_copy(update={"postprocess": "none", **changes})
         found = evaluate_job(trained.model_copy(update={"evaluate": settings}))
         return found["classes"], found["calibration"]["bins"]
 
-    whole = scores()
-    assert scores(window=(48, 48)) == whole
-    assert scores(window=(32, 32)) != whole
-    assert scores(flips=True) != whole
+    usual = scores()
+    assert scores(size=trained.train.size) == usual
+    assert scores(size=(64, 64)) != usual
+    assert scores(flips=True) != usual
 
 
 @pytest.mark.usefixtures("own_handlers")

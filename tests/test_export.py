@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from medpsp.config import ModelConfig
 from medpsp.deploy.export import IR_VERSION, export_onnx
 from medpsp.deploy.quantize import quantize_int8
-from medpsp.deploy.verify import SHAPES, check_parity, mask_agreement, open_session
+from medpsp.deploy.session import open_session
+from medpsp.deploy.verify import SHAPES, check_parity, mask_agreement
 from medpsp.errors import ExportError, ParityError
 from medpsp.model.psp import PSPNet, build_model
+from medpsp.tiles import Tiling
 
 CLASSES = 3
 TOLERANCE = 1e-4
+TILING = Tiling((80, 72))
 METADATA = {"classes": ["background", "liver", "lésion"], "step": 7, "window": None}
 NETS = {
     "mobile": ModelConfig(
@@ -182,8 +185,8 @@ def test_int8_takes_convolutions_and_leaves_depthwise_and_pooling(exported: Expo
 
 def test_int8_masks_agree_with_fp32_masks(exported: Exported) -> None:
     fresh = images(12, (80, 72))[8:]
-    assert mask_agreement(exported.fp32, exported.fp32, fresh, CLASSES) == 1
-    agreement = mask_agreement(exported.fp32, exported.int8, fresh, CLASSES)
+    assert mask_agreement(exported.fp32, exported.fp32, fresh, CLASSES, TILING) == 1
+    agreement = mask_agreement(exported.fp32, exported.int8, fresh, CLASSES, TILING)
     assert 0.8 < agreement < 1
 
 
@@ -206,7 +209,7 @@ def test_mask_agreement_by_hand(tmp_path: Path) -> None:
         opset = [onnx.helper.make_opsetid("", 18)]
         onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
     ramp = np.repeat(np.float32([0.9, 0.6, 0.3, 0.1]), 5).reshape(1, 1, 4, 5)
-    found = mask_agreement(*paths, [ramp, ramp], 2)
+    found = mask_agreement(*paths, [ramp, ramp], 2, Tiling((4, 5)))
     assert found == pytest.approx(2 * 10 / (10 + 15))  # two rows against three
 
 

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from medpsp.errors import CheckpointError, NonFiniteLossError, TrainError
 from medpsp.model.psp import PSPNet, build_model
+from medpsp.tiles import Tiling
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board
 from medpsp.train.checkpoint import (
@@ -89,7 +90,7 @@ def test_it_learns(trained: tuple[Run, PSPNet, TrainState]) -> None:
     assert state.step == 40
     assert state.best >= state.score > 0.7
     assert state.best > 0.8
-    counts = evaluate(model, [squares(99)], 2, CPU)
+    counts = evaluate(model, [squares(99)], 2, Tiling((SIZE, SIZE)))
     assert counts.sum() == BATCH * SIZE * SIZE
     assert dice_per_class(counts)[1] == pytest.approx(state.score, abs=1e-12)
 

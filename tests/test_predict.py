@@ -27,16 +27,23 @@ from launch.phantom import Phantom, draw, to_mr, write_series
 from medpsp.deploy import predict
 from medpsp.deploy.export import export_onnx
 from medpsp.deploy.predict import Predictor
+from medpsp.deploy.session import class_masks, open_session
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import Scan
 from medpsp.errors import ArchiveError, DicomError, ModelFileError
 from medpsp.intensity import CT_WINDOW, ValueCounts, overlay, percentile_window, to_unit
+from medpsp.tiles import Tiling
 from medpsp.types import ReadPolicy, Series, SliceRef, Window
 
 CLASSES = ["background", "organ", "bone"]
 LOW, HIGH = (40.5 + 160) / 400, (160.5 + 160) / 400
-METADATA = {"classes": CLASSES, "modalities": ["CT", "IMAGE8"], "window": None}
+METADATA = {
+    "classes": CLASSES,
+    "modalities": ["CT", "IMAGE8"],
+    "window": None,
+    "tile": {"size": [32, 48], "overlap": 0.5},
+}
 
 
 def window_of(values: np.ndarray) -> Window:
@@ -484,6 +491,12 @@ def empty(model: Path, path: Path) -> Path:
             r"metadata is damaged \(TypeError\)",
         ),
         (
+            lambda m, p: with_metadata(
+                m, p, medpsp=json.dumps({**METADATA, "tile": {"size": [32, 0], "overlap": 0.5}})
+            ),
+            r"metadata is damaged \(ValueError\)",
+        ),
+        (
             lambda m, p: with_metadata(m, p, medpsp=json.dumps({**METADATA, "in_channels": 3})),
             r"do not fit: the input is not image \(N, 3, H, W\)",
         ),
@@ -534,3 +547,34 @@ def test_the_device_needs_neither_torch_nor_the_cluster(
     assert {"onnxruntime", "pydicom", "medpsp.deploy.predict"} <= modules
     heavy = {"torch", "ray", "zarr", "pyarrow", "timm", "albumentations", "submitit", "onnx"}
     assert modules & heavy == set()
+
+
+def test_a_slice_of_any_size_is_seen_in_the_tiles_of_training(tmp_path: Path) -> None:
+    """A network that calls class 1 what is above the mean of all that it sees."""
+    nodes = [
+        onnx.helper.make_node("ReduceMean", ["image"], ["mean"], axes=[2, 3]),
+        onnx.helper.make_node("Sub", ["image", "mean"], ["one"]),
+        onnx.helper.make_node("Neg", ["one"], ["zero"]),
+        onnx.helper.make_node("Concat", ["zero", "one"], ["logits"], axis=1),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "mean",
+        [onnx.helper.make_tensor_value_info("image", 1, ["N", 1, "H", "W"])],
+        [onnx.helper.make_tensor_value_info("logits", 1, ["N", 2, "H", "W"])],
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx")
+    image = np.zeros((1, 1, 8, 24), np.float32)
+    image[..., :12], image[..., 14:16], image[..., 20:] = 1.0, 0.4, 0.2
+    assert class_masks(session, image, Tiling((8, 24)))[0, 0, 14] == 0  # below the mean of all
+    by_tiles = class_masks(session, image, Tiling((8, 8), 0.0))
+    assert by_tiles[0, 0].tolist() == [0] * 8 + [1] * 4 + [0] * 8 + [1] * 4
+    small = np.full((1, 1, 3, 3), 0.5, np.float32)
+    assert class_masks(session, small, Tiling((3, 3))).sum() == 0
+    framed = class_masks(session, small, Tiling((8, 8)))  # zeros around it, as crops have them
+    assert framed.shape == (1, 3, 3)
+    assert framed.all()

@@ -14,12 +14,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from medpsp.deploy.session import INPUT, OUTPUT
 from medpsp.errors import ExportError
 
 IR_VERSION = 8
 """Readable by runtimes from ONNX Runtime 1.10 on; the exporter alone would write 10."""
-
-INPUT, OUTPUT = "image", "logits"
 
 
 class LogitsOnly(nn.Module):

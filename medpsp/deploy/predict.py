@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from PIL import Image
 
 from medpsp.channels import channels_first, neighbours, stacked, window_channels
 from medpsp.deploy.picture import write_sheet
+from medpsp.deploy.session import INPUT, class_masks, open_session
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.load import Refused, read_series
 from medpsp.dicom.nifti import write_nifti_mask
@@ -32,6 +32,7 @@ from medpsp.intensity import (
     series_window,
     to_unit,
 )
+from medpsp.tiles import Tiling
 from medpsp.types import FloatArray, Place, ReadPolicy, ScanRow, Series, Window
 
 BATCH, DECODERS = 4, 4
@@ -72,11 +73,8 @@ class Predictor:
         if not path.is_file():
             raise ModelFileError(f"model {path}: no such file; give the .onnx of `medpsp export`")
         self.decoders = min(DECODERS, threads or os.cpu_count() or 1)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
         try:
-            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self.session = open_session(path, threads)
         except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception
             raise ModelFileError(
                 f"model {path}: onnxruntime cannot load it ({type(error).__name__})"
@@ -97,6 +95,7 @@ class Predictor:
             self.windows = tuple(Window(**window) for window in meta.get("windows", ()))
             self.context = int(meta.get("context", 0))
             self.channels = (len(self.windows) or self.colours) * (2 * self.context + 1)
+            self.tiling = Tiling(tuple(meta["tile"]["size"]), float(meta["tile"]["overlap"]))
             self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise ModelFileError(
@@ -111,10 +110,10 @@ class Predictor:
             return f"window width {self.window.width}, expected above 0"
         inputs, channels = self.session.get_inputs(), self.channels
         fits = self.colours in (1, 3) and inputs[0].shape[1:2] == [channels]
-        if [i.name for i in inputs] != ["image"] or not fits:
+        if [i.name for i in inputs] != [INPUT] or not fits:
             return f"the input is not image (N, {channels}, H, W)"
         probe = np.zeros((1, channels, 32, 32), dtype=np.float32)
-        found = self.session.run(None, {"image": probe})[0].shape
+        found = self.session.run(None, {INPUT: probe})[0].shape
         wanted = (1, len(self.classes), 32, 32)
         return "" if found == wanted else f"output {found}, expected {wanted}"
 
@@ -124,7 +123,7 @@ class Predictor:
         for start in range(0, count, BATCH):
             numbers = range(start, min(start + BATCH, count))
             batch = np.stack([inputs(number) for number in numbers])
-            parts.append(self.session.run(None, {"image": batch})[0].argmax(1).astype(np.uint8))
+            parts.append(class_masks(self.session, batch, self.tiling))
         return np.concatenate(parts)
 
     def show(

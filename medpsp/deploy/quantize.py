@@ -26,7 +26,8 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from medpsp.deploy.export import INPUT, quiet, write_model
+from medpsp.deploy.export import quiet, write_model
+from medpsp.deploy.session import INPUT
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

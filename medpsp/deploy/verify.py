@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from medpsp.deploy.export import INPUT
+from medpsp.deploy.session import INPUT, class_masks, open_session
 from medpsp.errors import ParityError
+from medpsp.tiles import Tiling
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
 
 SHAPES = ((1, 64, 64), (2, 97, 121), (1, 33, 47), (3, 128, 96), (1, 31, 1), (1, 160, 200))
@@ -32,13 +32,6 @@ class Parity:
     max_abs_diff: float
     relative: float
     changed: int
-
-
-def open_session(path: Path) -> ort.InferenceSession:
-    """A single-threaded CPU session."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def check_parity(model: nn.Module, path: Path, channels: int, tolerance: float) -> list[Parity]:
@@ -76,14 +69,16 @@ def check_parity(model: nn.Module, path: Path, channels: int, tolerance: float) 
 
 
 def mask_agreement(
-    reference: Path, other: Path, images: Iterable[NDArray[np.float32]], classes: int
+    reference: Path,
+    other: Path,
+    images: Iterable[NDArray[np.float32]],
+    classes: int,
+    tiling: Tiling,
 ) -> float:
     """Mean foreground Dice of one file's masks against another's; NaN without any foreground."""
     sessions = open_session(reference), open_session(other)
     counts = np.zeros((classes, classes), dtype=np.int64)
     for image in images:
-        first, second = (
-            s.run(None, {INPUT: image})[0].argmax(1).astype(np.uint8) for s in sessions
-        )
+        first, second = (class_masks(session, image, tiling) for session in sessions)
         counts += confusion(first, second, classes)
     return mean_foreground(dice_per_class(counts))

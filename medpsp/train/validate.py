@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medpsp.modelconfig import ModelConfig
+from medpsp.tiles import Tiling
 from medpsp.train.batch import Batch
 from medpsp.train.boardcounts import Tally, sum_all
 from medpsp.train.metrics import Counts, confusion, dice_per_class, mean_foreground
+from medpsp.train.sliding import probabilities
 
 if TYPE_CHECKING:
     from medpsp.train.loop import Run
@@ -32,7 +34,7 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
     """
     names = run.config.data.classes
     tally = Tally.empty(len(names))
-    counts = evaluate(model, run.val_batches(), len(names), run.device, tally)
+    counts = evaluate(model, run.val_batches(), len(names), run.config.tiling, tally)
     counts, tally = sum_all(counts, tally, run.device)
     dice = dice_per_class(counts)
     score = mean_foreground(dice)
@@ -42,7 +44,7 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
         run.board.scalars(last, {"val/dice_mean": score, **shown})
         run.board.tables(last, names, counts, tally)
         if drawn := run.examples:
-            predicted = predict_batch(model, drawn, run.device)
+            predicted = predict_batch(model, drawn, run.config.tiling)
             images = shown_channels(drawn.image.numpy(), run.config.model)
             run.board.overlays(last, images, drawn.label.numpy(), predicted)
     return 0.0 if math.isnan(score) else score
@@ -59,7 +61,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     classes: int,
-    device: torch.device,
+    tiling: Tiling,
     tally: Tally | None = None,
 ) -> Counts:
     """(K, K) confusion counts over the batches, truth in rows.
@@ -68,32 +70,23 @@ def evaluate(
         model: A network of K classes.
         batches: With labels.
         classes: K.
-        device: Of the network.
+        tiling: How much of a slice the network sees at once.
         tally: Where to count the probabilities, too.
     """
     counts = np.zeros((classes, classes), dtype=np.int64)
     for batch in batches:
-        logits = _forward(model, batch, device)
-        counts += confusion(batch.label.numpy(), _classes(logits), classes)
-        if tally:
-            probabilities = logits.softmax(1).nan_to_num()  # a broken network is sure of nothing
-            tally.add(probabilities, batch.label.to(device))
+        seen = probabilities(model, batch.image, tiling)
+        counts += confusion(batch.label.numpy(), _classes(seen), classes)
+        if tally:  # a broken network is sure of nothing
+            tally.add(seen.nan_to_num(), batch.label.to(seen.device))
     return counts
 
 
-def predict_batch(model: nn.Module, batch: Batch, device: torch.device) -> NDArray[np.uint8]:
+def predict_batch(model: nn.Module, batch: Batch, tiling: Tiling) -> NDArray[np.uint8]:
     """(N, H, W) class indices."""
-    return _classes(_forward(model, batch, device))
+    return _classes(probabilities(model, batch.image, tiling))
 
 
-@torch.no_grad()
-def _forward(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    model.eval()
-    dtype = next(model.parameters()).dtype
-    logits: Tensor = model(batch.image.to(device, dtype))[0]
-    return logits
-
-
-def _classes(logits: Tensor) -> NDArray[np.uint8]:
-    mask: NDArray[np.uint8] = logits.argmax(1).to(torch.uint8).cpu().numpy()
+def _classes(seen: Tensor) -> NDArray[np.uint8]:
+    mask: NDArray[np.uint8] = seen.argmax(1).to(torch.uint8).cpu().numpy()
     return mask

@@ -7,8 +7,9 @@
 Every run is one line of a file (--results), so that the bench may be stopped and goes on. All
 networks start from random weights and see the same crops, augmentation, loss and AdamW; rates
 follow the share of the budget that is used, so that each finishes its schedule. CPU time of the
-process counts, loading included; one thread. The rate of each network is chosen on validation
-patients; test patients are scored by `table --test` alone, at the end.
+process counts, loading included; one thread. All predict in tiles of the size they were trained
+on. The rate of each network is chosen on validation patients; test patients are scored by
+`table --test` alone, at the end.
 
 smp is looked for in .venv-bench/smp (see the Makefile).
 """
@@ -42,6 +43,7 @@ from medpsp.config import Config, ModelConfig
 from medpsp.identity import create_key
 from medpsp.model.loss import class_weights, segmentation_loss
 from medpsp.model.psp import build_model
+from medpsp.tiles import tiled
 from medpsp.train.metrics import ConstantMask, confusion, dice_per_class, mean_foreground
 from medpsp.types import World
 from shards.build import build_shards
@@ -58,13 +60,8 @@ SETS: dict[str, dict[str, Any]] = {
         "size": [96, 96],
         "data": {
             "source": "voc",
-            "archive": "seg2d/sunnybrook_cardiac_mr",
-            "voc": {
-                "images": "images",
-                "masks": "labels",
-                "lists": "none",  # theirs have no test patients
-                "patient_pattern": "^(SC-.+?)-IM-",
-            },
+            "archive": "",  # made of theirs, see `sunnybrook_pictures`
+            "voc": {"patient_pattern": "^(SC-.+?)-IM-"},
             "classes": ["background", "ventricle"],
             "label_map": {0: 0, 255: 1},
         },
@@ -98,7 +95,7 @@ def config_of(name: str, folder: Path, level: str = "mid") -> Config:
     data = {**chosen["data"], "key_file": folder / "key"}
     for key in ("archive", "labels"):
         if key in data:
-            data[key] = root / data[key] if data[key] else folder / f"{name}-slices"
+            data[key] = root / data[key] if data[key] else folder / f"{name}-pictures"
     stages = [{"name": "a", "steps": LONG, "lr": 1e-3, "augment": level}]
     train = {"size": chosen["size"], "batch_size": BATCH, "stages": stages}
     return Config.model_validate({"out": folder / name, "data": data, "train": train})
@@ -110,20 +107,24 @@ def prepared(name: str, folder: Path) -> Config:
     if not (folder / "key").exists():
         create_key(folder / "key", "public key of a public data set")
     config = config_of(name, folder)
-    if name == "hippocampus" and not config.data.archive.exists():
-        hippocampus_slices(config.data.archive)
+    if name in PICTURES and not config.data.archive.exists():
+        partial = config.data.archive.with_name(f".{name}.partial")
+        for kind in KINDS:
+            (partial / kind).mkdir(parents=True, exist_ok=True)
+        PICTURES[name](partial)
+        partial.rename(config.data.archive)
     if not (config.shards / "manifest.json").exists():
         build_shards(config)
     return config
 
 
+KINDS = ("JPEGImages", "SegmentationClass")
+"""Folders that a source of kind voc looks for."""
+
+
 def hippocampus_slices(folder: Path) -> None:
     """The volumes as pictures: 8 bits between the percentiles 0.5 and 99.5 of each."""
     root = Path(os.environ["MEDPSP_DATA"]) / "seg3d" / "hippocampus_mr_nifti"
-    partial = folder.with_name(f".{folder.name}.partial")
-    images, masks = partial / "JPEGImages", partial / "SegmentationClass"
-    images.mkdir(parents=True, exist_ok=True)
-    masks.mkdir(exist_ok=True)
     for path in sorted((root / "images").glob("*.nii*")):
         values = np.asarray(nib.load(path).dataobj, dtype=np.float32)
         label = np.asarray(nib.load(root / "labels" / path.name).dataobj).astype(np.uint8)
@@ -132,10 +133,21 @@ def hippocampus_slices(folder: Path) -> None:
         stem = path.name.split(".")[0]
         for number in range(values.shape[2]):
             name = f"{stem}_{number:03d}.png"
-            Image.fromarray(grey[:, :, number]).save(images / name)
-            Image.fromarray(label[:, :, number]).save(masks / name)
-    partial.rename(folder)
+            Image.fromarray(grey[:, :, number]).save(folder / KINDS[0] / name)
+            Image.fromarray(label[:, :, number]).save(folder / KINDS[1] / name)
 
+
+def sunnybrook_pictures(folder: Path) -> None:
+    """Theirs of 256 x 256 at 96 x 96: by area, masks by the nearest pixel."""
+    root = Path(os.environ["MEDPSP_DATA"]) / "seg2d" / "sunnybrook_cardiac_mr"
+    for kind, theirs, how in zip(
+        KINDS, ("images", "labels"), (Image.Resampling.BOX, Image.Resampling.NEAREST), strict=True
+    ):
+        for path in sorted((root / theirs).glob("*.png")):
+            Image.open(path).convert("L").resize((96, 96), how).save(folder / kind / path.name)
+
+
+PICTURES = {"hippocampus": hippocampus_slices, "sunnybrook": sunnybrook_pictures}
 
 NETWORKS = ("ours refine", "ours shallow", "smp.PSPNet", "smp.Unet")
 
@@ -197,6 +209,11 @@ def train(job: dict[str, Any], config: Config) -> dict[str, Any]:
     return {**job, "steps": steps, **scored}
 
 
+def first(found: Any) -> torch.Tensor:
+    """Logits without those of an auxiliary head."""
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def score(model: nn.Module, config: Config, split: str) -> float | None:
     """Mean pooled Dice of the foreground classes; None without such patients."""
@@ -204,13 +221,10 @@ def score(model: nn.Module, config: Config, split: str) -> float | None:
     classes = len(config.data.classes)
     counts = np.zeros((classes, classes), np.int64)
     for batch in whole_slices(config.shards, rows, World(), config):
-        image = batch.image
-        pad = [-n % 32 for n in image.shape[-2:]]
-        image = nn.functional.pad(image, (0, pad[1], 0, pad[0]), mode="replicate")
-        found = model(image)
-        logits = found[0] if isinstance(found, tuple) else found
-        height, width = batch.label.shape[-2:]
-        mask = logits.argmax(1)[:, :height, :width].to(torch.uint8).numpy()
+        seen = tiled(
+            lambda part: first(model(part)).softmax(1), batch.image, config.tiling, torch.from_numpy
+        )
+        mask = seen.argmax(1).to(torch.uint8).numpy()
         counts += confusion(batch.label.numpy(), mask, classes)
     return mean_foreground(dice_per_class(counts)) if rows else None
 
