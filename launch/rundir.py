@@ -147,7 +147,9 @@ class RunDir:
 
     def log_to(self, name: str) -> None:
         """Append log lines to ``logs/<name>.log`` as well."""
-        handler = logging.FileHandler(self.logs / f"{name}.log", encoding="utf-8")
+        handler = logging.FileHandler(
+            self.logs / f"{name}.log", encoding="utf-8", errors="backslashreplace"
+        )
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger("medpsp").addHandler(handler)
 

@@ -5,9 +5,11 @@ zarr is imported where it is needed: shard tasks do without it.
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,12 +17,14 @@ from medpsp.types import IGNORE
 from shards.codec import LABEL, Codec, image_codec
 from shards.commit import COMMITS, commit_name
 from shards.index import write_bytes_durably
+from shards.layout import FORMAT
 from shards.settings import WriteSettings
 
 if TYPE_CHECKING:
     from zarr.abc.codec import ArrayBytesCodec
     from zarr.storage import MemoryStore
 
+_MARK = "medpsp.format"
 BUCKET = re.compile(r"(\d+)x(\d+)_(int16|float32|uint8)")
 
 
@@ -48,7 +52,7 @@ def create_bucket(root: Path, bucket: str, slots: int, settings: WriteSettings) 
     from zarr.storage import MemoryStore
 
     store = MemoryStore()  # on disk, zarr empties the folder of an array before it makes one
-    zarr.open_group(store, mode="a")
+    zarr.open_group(store, mode="a", attributes={_MARK: FORMAT})
     zarr.open_group(store, path=bucket, mode="a")
     rows, columns, dtype = _parts(bucket)
     shape = (rows, columns, 3) if dtype == "uint8" else (rows, columns)  # uint8 is RGB
@@ -98,6 +102,16 @@ def _create(
     )
 
 
+def is_marked(root: Path) -> bool:
+    """Whether the group at a folder is one that `create_bucket` made."""
+    path = root / "zarr.json"
+    try:
+        tree = json.loads(path.read_bytes()) if path.is_file() else {}
+        return _MARK in tree["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def metadata_files(bucket: str) -> tuple[str, ...]:
     """Paths of the zarr.json files that a reader of one bucket needs."""
     folders = ("", f"{bucket}/", f"{bucket}/image/", f"{bucket}/label/")
@@ -120,7 +134,8 @@ def _parts(bucket: str) -> tuple[int, int, str]:
 def clear_stale(root: Path, plans: Iterable[Named]) -> None:
     """Delete what earlier runs left: shards of no plan, their commits, half-written files.
 
-    A patient taken out of the archive is gone from the shards after the next run.
+    A patient taken out of the archive is gone from the shards after the next run. Links to folders
+    are not followed: one that no plan needs goes, and nothing behind it.
     """
     keep: dict[str, set[str]] = {}
     commits: set[str] = set()
@@ -128,25 +143,49 @@ def clear_stale(root: Path, plans: Iterable[Named]) -> None:
         keep.setdefault(plan.bucket, set()).update(shard_files(plan.bucket, plan.number))
         commits.add(commit_name(plan.name))
     for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
-        if folder.name not in keep:
+        if folder.name in keep:
+            _clear_bucket(root, folder, keep[folder.name])
+        elif folder.is_symlink():
+            folder.unlink()
+        else:
             shutil.rmtree(folder)
-            continue
-        for name in ("image", "label"):
-            _clear(root, folder / name, "c/*/0/**/*", keep[folder.name])
-            _clear(root, folder / name, "**/.*.partial", set())
-    _clear(root, root / COMMITS, "*", commits)
-    for place in (root, root / COMMITS):
-        _clear(root, place, ".*.partial", set())
+    for path in _below(root / COMMITS):
+        if path.relative_to(root).as_posix() not in commits:
+            path.unlink()
+    for path in root.glob(".*.partial"):
+        if path.is_file():
+            path.unlink()
+
+
+def _clear_bucket(root: Path, folder: Path, keep: set[str]) -> None:
+    for path in _below(folder):
+        name = path.relative_to(root).as_posix()
+        if path.name.startswith(".") and path.name.endswith(".partial"):
+            owned = False
+        elif path.is_dir():
+            owned = not _CHUNKS.match(name) or any(shard.startswith(f"{name}/") for shard in keep)
+        else:
+            owned = not _SHARD.match(name) or name in keep
+        if not owned:
+            path.unlink()
+
+
+_CHUNKS = re.compile(r"[^/]+/(?:image|label)/c/\d+")
+_SHARD = re.compile(r"[^/]+/(?:image|label)/c/\d+/0/")
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files in a folder, and links to folders, which are not followed."""
+    if folder.is_symlink():
+        return
+    for place, folders, files in os.walk(folder):
+        names = [*files, *(name for name in folders if Path(place, name).is_symlink())]
+        yield from (Path(place, name) for name in names)
 
 
 def clear_partials(root: Path, shard: Named) -> None:
     """Delete the half-written files of one shard; nobody may be at work on it."""
     for name in shard_files(shard.bucket, shard.number):
         path = root / name
-        _clear(root, path.parent, f".{path.name}.*.partial", set())
-
-
-def _clear(root: Path, folder: Path, pattern: str, keep: set[str]) -> None:
-    for path in list(folder.glob(pattern)):
-        if path.relative_to(root).as_posix() not in keep and path.is_file():
-            path.unlink()
+        for partial in list(path.parent.glob(f".{path.name}.*.partial")):
+            partial.unlink()

@@ -25,7 +25,7 @@ from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
 from shards.partstore import locked
-from shards.planfile import Plan, ShardEntry, make_plan
+from shards.planfile import Plan, ShardEntry, make_plan, meaning
 from shards.planstate import open_plan, write_plan
 from shards.preflight import no_cluster, no_ray, require_means, require_places
 from shards.publish import publish, write_crosswalk
@@ -153,7 +153,8 @@ def _convert(config: Config, plan: Plan, places: range) -> None:
             _withdraw(root)
             wanted = set(missing)
             queue = (e for place in places if (e := plan.shards[place]).name in wanted)
-            work = _Work(plan, queue, root.absolute(), settings)
+            layout = meaning(config.data, load_key(config.data.key_file))
+            work = _Work(plan, queue, (root.absolute(), settings, layout))
             try:
                 with _ray(config.data) as (ray, memory):
                     task = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_write)
@@ -166,9 +167,13 @@ class _Work:
     """Shards still to be written, each with the arguments of its task."""
 
     def __init__(
-        self, plan: Plan, queue: Iterator[ShardEntry], root: Path, settings: WriteSettings
+        self,
+        plan: Plan,
+        queue: Iterator[ShardEntry],
+        means: tuple[Path, WriteSettings, dict[str, str]],
     ) -> None:
-        self._plan, self._queue, self._root, self._settings = plan, queue, root, settings
+        self._plan, self._queue = plan, queue
+        self._root, self._settings, self._layout = means
         self.running: dict[Any, ShardEntry] = {}
 
     def start(self, task: Any) -> bool:
@@ -176,7 +181,7 @@ class _Work:
         entry = next(self._queue, None)
         if entry is None:
             return False
-        result = task.remote(self._root, self._plan.load(entry), self._settings)
+        result = task.remote(self._root, self._plan.load(entry), self._settings, self._layout)
         self.running[result] = entry
         return True
 
@@ -256,7 +261,7 @@ def _ray(data: DataConfig) -> Iterator[tuple[Any, int]]:
                 _memory=budget * 2**20,
                 **quiet,
             )
-        except (OSError, RuntimeError, ConnectionError) as error:
+        except Exception as error:  # noqa: BLE001 - where its node does not come up it raises that
             raise no_ray(error) from None
     before = _hear_sigterm()  # Ray's own handler prints a stack and leaves with 15
     try:

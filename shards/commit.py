@@ -29,6 +29,9 @@ class Commit:
     Attributes:
         name: Of the shard.
         digest: `ShardPlan.digest` of what it was made from.
+        layout: What must be equal for slots to mean the same, as in ``plan.parquet``.
+        series: Names of the series in it, first slot and number of slices here of each; those that
+            were refused count.
         files: Path relative to the root -> SHA-256 and size in bytes.
         columns: `SliceRow` by column; the window is None where it is that of the series.
         refused: `ScanRow` as dictionaries.
@@ -38,6 +41,8 @@ class Commit:
 
     name: str
     digest: str
+    layout: dict[str, str]
+    series: list[tuple[str, int, int]]
     files: dict[str, tuple[str, int]]
     columns: dict[str, list[Any]]
     refused: list[dict[str, Any]]

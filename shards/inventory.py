@@ -12,6 +12,7 @@ from shards.problem import Problem
 
 _SHARD = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:image|label)/c/(?P<number>\d+)/0/0(?:/0)?")
 _ARRAY = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:(?:image|label)/)?zarr\.json")
+_FOLDER = re.compile(r"(?P<bucket>\d+x\d+_\w+)(?:/(?:image|label)(?:/c)?)?")
 _COMMIT = re.compile(rf"{COMMITS}/(?P<name>[^/]+)\.json")
 
 
@@ -35,8 +36,10 @@ def surplus_files(root: Path, shards: set[str], known: set[str]) -> Iterator[Pro
     for folder, folders, files in os.walk(root):
         folders.sort()
         for name in folders:
-            if Path(folder, name).is_symlink():
-                path = Path(folder, name).relative_to(root).as_posix()
+            path = Path(folder, name).relative_to(root).as_posix()
+            array = _FOLDER.fullmatch(path)
+            on_another_disk = array and array["bucket"] in buckets
+            if Path(folder, name).is_symlink() and not on_another_disk:
                 yield Problem(kind="surplus", path=path, text="a link to a folder; delete it")
         for name in sorted(files):
             path = Path(folder, name).relative_to(root).as_posix()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
@@ -92,8 +94,12 @@ def nifti_masks(series: Sequence[Series], data: DataConfig) -> tuple[list[Series
             masks = (Place(str(path)),) if path.is_file() else ()
         except LabelError as error:
             reasons[number] = (error.code, error.detail)
-        except OSError:  # ENAMETOOLONG: its text would hold the PatientID
-            reasons[number] = ("LABEL_NONE", "a header value makes no file name")
+        except OSError as error:  # its text would hold the PatientID
+            reasons[number] = (
+                ("LABEL_NONE", "a header value makes no file name")
+                if error.errno in (errno.ENAMETOOLONG, errno.EINVAL)
+                else ("FILE_UNREADABLE", f"the mask: {os.strerror(error.errno or errno.EIO)}")
+            )
         found.append(replace(item, masks=masks, mask_kind="nifti" if masks else ""))
     return found, reasons
 

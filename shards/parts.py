@@ -51,13 +51,15 @@ def series_of_part(
     else:
         series, fate = dicom_masks(series, aims, robbed, data.label_format)
         rows += fate
-    if data.unlabelled == "keep":
-        return series, rows
+    kept = []
     for number, item in enumerate(series):
-        if not item.masks:
-            code, detail = reasons.get(number, ("LABEL_NONE", "no mask for this series"))
+        code, detail = reasons.get(number, ("LABEL_NONE", "no mask for this series"))
+        # one that cannot be read may be there
+        if item.masks or (data.unlabelled == "keep" and code != "FILE_UNREADABLE"):
+            kept.append(item)
+        else:
             rows += [refusal(r.file_id, code, detail, r.frame) for r in item.slices]
-    return [item for item in series if item.masks], rows
+    return kept, rows
 
 
 def planned_series(

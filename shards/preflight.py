@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -10,9 +11,11 @@ from pathlib import Path
 
 from medpsp.dataconfig import DataConfig
 from medpsp.errors import ConfigError, ShardError
+from shards.bucket import is_marked
 from shards.commit import COMMITS
 from shards.index import MANIFEST
-from shards.slots import PLAN
+from shards.sealed import claims_seal
+from shards.slots import PLAN, is_plan
 
 _CROSSWALK = re.compile(rb"[0-9a-f]{16}\t")
 WORKER_MIB = 448
@@ -39,6 +42,8 @@ def require_places(data: DataConfig, root: Path) -> None:
     if data.source == "dicom" and data.labels and not data.labels.is_dir():
         raise ConfigError(f"data.labels {data.labels}: no such folder")
     _require_labels_apart(data, shards)
+    if data.labels and data.labels.is_dir() and not any(data.labels.iterdir()):
+        raise ConfigError(f"data.labels {data.labels}: an empty folder; is it mounted?")
     _require_private_places(data, shards)
     if data.crosswalk:
         _require_crosswalk(data.crosswalk, data.key_file)
@@ -47,9 +52,31 @@ def require_places(data: DataConfig, root: Path) -> None:
 def _is_strange(root: Path) -> bool:
     """Whether there is something in a folder where medpsp never wrote."""
     names = {path.name for path in root.iterdir()}
-    if {"zarr.json", PLAN, MANIFEST, COMMITS} & names:
+    if all(name[0] == "." and name.endswith(".partial") for name in names):
         return False
-    return any(not (name[0] == "." and name.endswith(".partial")) for name in names)
+    return not (is_marked(root) or _has_manifest(root) or is_plan(root / PLAN) or _has_commit(root))
+
+
+def _has_manifest(root: Path) -> bool:
+    """One of ours, of any version, whole or not."""
+    data = _bytes(root / MANIFEST)
+    try:
+        tree = json.loads(data)
+    except ValueError:
+        return claims_seal(data)
+    return claims_seal(data) or (isinstance(tree, dict) and {"version", "classes"} <= tree.keys())
+
+
+def _has_commit(root: Path) -> bool:
+    return any(claims_seal(_bytes(path)) for path in (root / COMMITS).glob("*.json"))
+
+
+def _bytes(path: Path) -> bytes:
+    """Of a regular file; empty where there is none that can be read."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return b""
 
 
 def _require_labels_apart(data: DataConfig, shards: Path) -> None:
@@ -75,12 +102,14 @@ def _require_crosswalk(path: Path, key_file: Path | None) -> None:
         raise ConfigError(f"data.crosswalk {path}: is data.key_file; take another file")
     if not path.exists():
         return
+    if not path.is_file():
+        raise ConfigError(f"data.crosswalk {path}: no regular file; take another path")
     try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
         raise ConfigError(f"data.crosswalk {path}: cannot be read ({error.strerror})") from None
-    if head and not _CROSSWALK.match(head):
+    if not _CROSSWALK.match(head):
         raise ConfigError(
             f"data.crosswalk {path}: a file that is no crosswalk is there, and would be written "
             "over; take another path"

@@ -33,5 +33,6 @@ class Problem:
     slot: int = -1
 
     def __str__(self) -> str:
-        place = f"{self.path} slot {self.slot}" if self.slot >= 0 else self.path
+        path = self.path.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+        place = f"{path} slot {self.slot}" if self.slot >= 0 else path
         return f"{place}: {self.text}" if place else self.text

@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.errors import ShardError
 from shards.commit import COMMITS, read_commit
-from shards.index import read_manifest, write_bytes_durably
+from shards.index import write_bytes_durably
 from shards.layout import Ints
 from shards.seriesfile import SeriesFile
 
@@ -55,30 +53,38 @@ def write_slots(path: Path, planned: SeriesFile, meaning: dict[str, str]) -> Non
     }
     sink = pa.BufferOutputStream()
     table = pa.table(columns)
-    table = table.replace_schema_metadata({**meaning, _DIGEST: _digest(table)})
+    table = table.replace_schema_metadata({**meaning, _DIGEST: _digest(table, meaning)})
     pq.write_table(table, sink, compression="zstd")
     write_bytes_durably(path, sink.getvalue().to_pybytes())
 
 
-def _digest(table: Any) -> str:
-    """SHA-256 of all values: Parquet itself would take many a flipped bit for another number."""
-    text = json.dumps({name: table[name].to_pylist() for name in table.column_names})
+def _digest(table: Any, meaning: dict[str, str]) -> str:
+    """SHA-256 of all that is said: Parquet itself takes many a flipped bit for another word."""
+    values = {name: table[name].to_pylist() for name in table.column_names}
+    text = json.dumps([values, meaning], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_slots(path: Path, meaning: dict[str, str]) -> Slots | None:
-    """The last plan; empty where it means something else, None where none is there or whole."""
+    """The last plan; empty where it means something else, None where none is there or whole.
+
+    Args:
+        path: Of the file.
+        meaning: As `write_slots` was given it.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        return None
     try:
         table = pq.read_table(path)
         found = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        if any(found.get(name) != value for name, value in meaning.items()):
-            return {}
-        if found.get(_DIGEST) != _digest(table):
+        if found.pop(_DIGEST, "") != _digest(table, found):
             raise ValueError("not what was written")
+        if found != meaning:
+            return {}
         slots: Slots = {}
         for bucket in pc.unique(table["bucket"]).to_pylist():
             here = table.filter(pc.equal(table["bucket"], bucket))
@@ -87,53 +93,55 @@ def read_slots(path: Path, meaning: dict[str, str]) -> Slots | None:
             firsts, lengths = (here[name].to_numpy()[order] for name in ("first", "slices"))
             slots[str(bucket)] = names[order], firsts, lengths
         return slots
-    except FileNotFoundError:
-        return None
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         log.warning("%s is damaged (%s)", path.name, type(error).__name__)
         return None
 
 
-def slots_of_commits(root: Path, fingerprint: str, shard_slices: int) -> Slots:
-    """The last plan as far as the commits tell it: of series that lost no slice at either end.
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan, whatever it means."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return False
+    try:
+        return _DIGEST.encode() in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def slots_of_commits(root: Path, meaning: dict[str, str]) -> Slots:
+    """The last plan as far as the commits tell it: all of it, where none is lost.
 
     Args:
         root: Folder of the shards.
-        fingerprint: Of the key; pseudonyms of another one are other names.
-        shard_slices: Of a shard; a bucket with another number is left out.
+        meaning: As of `write_slots`; commits of another layout say nothing.
     """
-    with suppress(ShardError):
-        if read_manifest(root).key_fingerprint != fingerprint:
-            return {}
     ranges: dict[str, dict[int, list[int]]] = {}
     for path in sorted((root / COMMITS).glob("*.json")):
         commit = read_commit(root, path.stem)
-        if commit is None:
+        if commit is None or commit.layout != meaning:
             continue
-        columns = (commit.columns[name] for name in ("bucket", "series", "slot"))
-        for bucket, series, slot in zip(*columns, strict=True):
-            known = ranges.setdefault(bucket, {}).setdefault(int(series, 16), [slot, slot])
-            known[:] = min(known[0], slot), max(known[1], slot)
+        here = ranges.setdefault(commit.name.rpartition("-")[0], {})
+        for series, first, count in commit.series:
+            known = here.setdefault(int(series, 16), [first, first + count])
+            known[:] = min(known[0], first), max(known[1], first + count)
     found: Slots = {}
     for bucket, series_of in ranges.items():
-        if _slots_of(root / bucket) != shard_slices:
-            continue
         names = np.array(sorted(series_of), np.uint64)
         ends = np.array([series_of[int(name)] for name in names], np.int64)
-        found[bucket] = names, ends[:, 0], ends[:, 1] - ends[:, 0] + 1
+        found[bucket] = names, ends[:, 0], ends[:, 1] - ends[:, 0]
     count = sum(len(names) for names, _, _ in found.values())
     if count:
         log.warning("places of %d series are taken from the commits", count)
     return found
 
 
-def _slots_of(folder: Path) -> int:
-    """Of a shard of a bucket; 0 where its zarr.json does not say."""
-    try:
-        tree = json.loads((folder / "image/zarr.json").read_text(encoding="utf-8"))
-        return int(tree["chunk_grid"]["configuration"]["chunk_shape"][0])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return 0
+def _overlap(firsts: Numbers, lengths: Numbers) -> bool:
+    """Whether two ranges share a slot."""
+    order = np.argsort(firsts)
+    return bool((firsts[order][1:] < (firsts + lengths)[order][:-1]).any())
 
 
 def stay(
@@ -144,6 +152,9 @@ def stay(
     if last is None:
         return kept, 0
     known, firsts, old_lengths = last
+    if _overlap(firsts, old_lengths):  # commits of layouts that were never finished
+        log.warning("the last plan has slots of two series; all is laid out anew")
+        return kept, 0
     place = np.minimum(np.searchsorted(known, names), len(known) - 1)
     same = (known[place] == names) & (old_lengths[place] == lengths)
     # two series of one name: no two may have the same slots

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,16 @@ _DEATHS = frozenset({"DEC_CRASH", "DEC_OOM"})
 _REFUSAL = 3  # values of a refused slice: number, code, detail
 
 
-def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
+def write_shard(
+    root: Path, plan: ShardPlan, settings: WriteSettings, layout: Mapping[str, str] | None = None
+) -> Commit:
     """Decode, label, encode and commit one shard; a bad source becomes a row, not an error.
+
+    Args:
+        root: Folder of the shards.
+        plan: Of the shard.
+        settings: Of the conversion.
+        layout: See `Commit`.
 
     Raises:
         OSError: The shard cannot be written (disk full, no permission).
@@ -61,6 +69,8 @@ def write_shard(root: Path, plan: ShardPlan, settings: WriteSettings) -> Commit:
     commit = Commit(
         name=plan.name,
         digest=plan.digest(settings.text),
+        layout=dict(layout or {}),
+        series=[(part.planned.name, part.slot, part.stop - part.start) for part in plan.parts],
         files=files,
         columns=columns_of(rows),
         refused=[asdict(row) for row in refused],

@@ -482,6 +482,19 @@ def test_what_is_not_ours_is_never_deleted(
     assert sum(1 for path in inside.rglob("*") if path.is_file()) == files
 
 
+@pytest.mark.parametrize("name", ["zarr.json", "manifest.json", "plan.parquet", "commits/a.json"])
+def test_a_folder_of_others_is_not_ours_for_the_name_of_a_file(
+    archive: Path, make_config: Make, tmp_path: Path, name: str
+):
+    shards = tmp_path / "out" / "shards"
+    for place in (name, f"{BUCKET}/image/c/0/0/0"):
+        (shards / place).parent.mkdir(parents=True, exist_ok=True)
+        (shards / place).write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(ConfigError, match="holds something that is no shards of medpsp"):
+        build_shards(make_config(archive, tmp_path / "out"))
+    assert all((shards / place).is_file() for place in (name, f"{BUCKET}/image/c/0/0/0"))
+
+
 def test_a_failure_that_may_pass_is_tried_again(copied: Config):
     commit = read_commit(copied.shards, f"{BUCKET}-2")
     assert commit is not None
@@ -518,6 +531,26 @@ def test_what_a_kill_at_the_very_start_left_is_no_stranger(copied: Config):
     assert list(check_shards(copied.shards)) == []
 
 
+def test_a_ray_that_does_not_come_up_is_one_line(
+    archive: Path, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(
+        ShardError, match=r"^ray: does not start here \(Exception\); its files go to"
+    ):
+        build_shards(make_config(archive, tmp_path / "out"))
+
+
+def test_labels_that_are_not_mounted_are_not_gone(archive: Path, make_config: Make, tmp_path: Path):
+    (tmp_path / "mount").mkdir()
+    config = make_config(archive, tmp_path / "out", labels=tmp_path / "mount", unlabelled="keep")
+    refused(config, ConfigError, r"^data\.labels .*: an empty folder; is it mounted\?")
+
+
 # the crosswalk
 
 
@@ -528,7 +561,12 @@ def test_a_crosswalk_is_written_over_nothing_else(copied: Config, tmp_path: Path
     notes = tmp_path / "notes.txt"
     notes.write_text("mine")
     (tmp_path / "link").symlink_to(key)
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "pipe")
     for place, words in (
+        (Path("/dev/null"), "no regular file"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / "empty", "a file that is no crosswalk is there"),
         (key, "is data.key_file; take another file"),
         (tmp_path / "link", "is data.key_file; take another file"),
         (notes, "a file that is no crosswalk is there"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from numcodecs import blosc
 
 from launch.jobs import SHOWN, check_job, setup_logging
+from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from shards import check as check_module
@@ -450,3 +452,18 @@ def test_the_terminal_shows_the_first_problems_the_file_all(
     assert shown.count("belongs to no shard") == SHOWN
     assert "and 5 more, all in logs/check.log" in shown
     assert (tmp_path / "all.log").read_text().count("belongs to no shard") == SHOWN + 5
+
+
+def test_names_that_are_no_text_can_be_logged(copied: Config):
+    (copied.shards / os.fsdecode(b"a\xff\nb")).touch()
+    logger, run = logging.getLogger("medpsp"), RunDir(copied.out)
+    run.logs.mkdir(parents=True)
+    before = list(logger.handlers)
+    run.log_to("check")
+    try:
+        with pytest.raises(ShardError, match=r"a\\udcff\\nb: belongs to no shard"):
+            check_job(copied)
+    finally:
+        logger.handlers[:] = before
+    (line,) = (run.logs / "check.log").read_text().splitlines()
+    assert r"a\udcff\nb: belongs to no shard" in line

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import zarr
 
@@ -18,11 +19,11 @@ from launch.phantom import Phantom, draw, write_mask, write_series
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from medpsp.identity import pseudonym
-from shards.build import build_shards
+from shards.build import build_shards, convert_part, plan_shards
 from shards.check import check_shards
 from shards.index import REPORT, SliceRow, read_index
 from shards.planfile import meaning
-from shards.slots import PLAN, read_slots
+from shards.slots import PLAN, read_slots, stay
 from tests.damage import flip
 from tests.killing import contents, state
 
@@ -36,6 +37,10 @@ def add(root: Path, number: int, phantom: Phantom, folder: str = "new") -> None:
     hu, label = draw(phantom, number)
     write_series(root / "dicom" / folder / patient, patient, hu, phantom)
     write_mask(root / "masks" / f"{patient}.nii.gz", label, phantom)
+
+
+def of_patient(path: Path, patient: str) -> bool:
+    return bool(pydicom.dcmread(path, force=True).get("PatientID") == patient)
 
 
 def by_patient(rows: tuple[SliceRow, ...]) -> dict[str, tuple[str, list[int]]]:
@@ -149,13 +154,64 @@ def test_no_flipped_bit_of_the_plan_is_taken_for_another_plan(grown: Config, key
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         found = read_slots(path, means)
-        if found:
-            for bucket, columns in whole.items():
-                for one, same in zip(found[bucket], columns, strict=True):
-                    np.testing.assert_array_equal(one, same)
-        else:
+        if found is None:
             other += 1
+            continue
+        assert list(found) == list(whole), bit  # never "another plan": all would be laid out anew
+        for bucket, columns in whole.items():
+            for one, same in zip(found[bucket], columns, strict=True):
+                np.testing.assert_array_equal(one, same)
     assert other > len(data) // 2
+    path.unlink()
+    path.mkdir()
+    assert read_slots(path, means) is None
+
+
+def test_a_lost_plan_between_two_layouts_gives_no_slot_twice(grown: Config):
+    """Killed half way to another shard size: commits of both are there, and no plan."""
+    data = grown.data.model_copy(update={"shard_slices": 8, "index": grown.out / "index"})
+    other = grown.model_copy(update={"data": data})
+    plan_shards(other)
+    convert_part(other, 1, 2)
+    (grown.shards / PLAN).unlink()
+    build_shards(other)
+    places = [(row.bucket, row.slot) for row in read_index(grown.shards)]
+    assert len(places) == len(set(places)) == 40
+    assert list(check_shards(grown.shards)) == []
+
+
+def test_commits_that_contradict_each_other_are_no_plan(caplog: pytest.LogCaptureFixture):
+    names = np.array([3, 7], np.uint64)
+    last = names, np.array([0, 3]), np.array([4, 4])
+    kept, end = stay(last, names, np.array([4, 4]))
+    assert (kept.tolist(), end) == ([-1, -1], 0)
+    assert "slots of two series" in caplog.text
+    kept, end = stay((names, np.array([0, 4]), last[2]), names, np.array([4, 4]))
+    assert (kept.tolist(), end) == ([0, 4], 8)
+
+
+def test_a_series_that_lost_its_last_slice_stays_without_its_plan(
+    archive: Path, make_config: Make, tmp_path: Path, ray_once: None
+):
+    shutil.copytree(archive, tmp_path / "archive")
+    config = make_config(tmp_path / "archive", tmp_path / "out", max_reject_fraction=0.5)
+    last = max(
+        (
+            path
+            for path in tmp_path.glob("archive/dicom/?/S*/IM*")
+            if of_patient(path, "PHANTOM003")
+        ),
+        key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]),
+    )
+    last.write_bytes(last.read_bytes()[:-100])  # found out when it is decoded
+    build_shards(config)
+    rows, files = read_index(config.shards), state(config.shards, FILES)
+    assert len(rows) == 31
+    (config.shards / PLAN).unlink()
+    check_job(config, repair=True)
+    build_shards(config)
+    assert read_index(config.shards) == rows
+    assert state(config.shards, FILES) == files
 
 
 def test_a_copy_of_the_archive_is_the_same_archive(grown: Config, tmp_path: Path):
@@ -184,10 +240,88 @@ def test_a_folder_that_cannot_be_listed_takes_no_patient_away(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(ShardError, match="1 folders cannot be listed, and 1 series of the last ru"):
+    with pytest.raises(ShardError, match="1 files or folders cannot be read, and 1 series of the"):
         build_shards(grown)
     monkeypatch.undo()
     assert contents(grown.shards) == before
     shutil.rmtree(grown.data.archive / "!")  # a folder that is gone is another matter
     build_shards(grown)
     assert len(by_patient(read_index(grown.shards))) == 9
+
+
+def half_unlisted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last slices of a series in a folder of their own, which cannot be listed now."""
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if os.fsdecode(path).endswith("half"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def links_to_nowhere(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (config.data.archive / "!" / "PHANTOM020").iterdir():
+        if path.is_file():
+            path.unlink()
+            path.symlink_to("/mnt/store/gone")
+
+
+def masks_out_of_reach(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.name == "PHANTOM020.nii.gz":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+
+
+@pytest.mark.parametrize("how", [half_unlisted, links_to_nowhere, masks_out_of_reach])
+@pytest.mark.parametrize("unlabelled", ["skip", "keep"])
+def test_what_cannot_be_read_today_takes_no_slice_away(
+    grown: Config,
+    how: Callable[[Config, pytest.MonkeyPatch], None],
+    unlabelled: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    data = grown.data.model_copy(update={"unlabelled": unlabelled, "workers": 1})
+    grown = grown.model_copy(update={"data": data})
+    folder = grown.data.archive / "!" / "PHANTOM020"
+    (folder / "half").mkdir()
+    for path in sorted(p for p in folder.iterdir() if p.is_file())[2:]:
+        path.rename(folder / "half" / path.name)
+    build_shards(grown)
+    before = contents(grown.shards)
+    how(grown, monkeypatch)
+    with pytest.raises(ShardError, match="cannot be read, and 1 series of the last run are not"):
+        build_shards(grown)
+    monkeypatch.undo()
+    assert contents(grown.shards) == before
+
+
+def test_links_to_folders_are_not_followed(grown: Config, tmp_path: Path):
+    """Another disk may hold an array; what no plan needs goes, and nothing behind a link."""
+    mine = tmp_path / "mine"
+    for place in ("a/0", "b"):
+        (mine / place).mkdir(parents=True)
+    for place in ("a/0/0", "b/x.json"):
+        (mine / place).write_bytes(b"mine")
+    (grown.shards / "64x64_int16").symlink_to(mine)
+    (grown.shards / BUCKET / "image/c/99").symlink_to(mine / "a")
+    image = grown.shards / BUCKET / "image"
+    image.rename(tmp_path / "image")
+    image.symlink_to(tmp_path / "image")
+    (grown.shards / BUCKET / ".zarr.json.7.partial").write_bytes(b"{")
+    build_shards(grown)
+    assert {p.relative_to(mine).as_posix() for p in mine.rglob("*") if p.is_file()} == {
+        "a/0/0",
+        "b/x.json",
+    }
+    assert not (grown.shards / "64x64_int16").exists()
+    assert image.is_symlink()
+    assert not (grown.shards / BUCKET / ".zarr.json.7.partial").exists()
+    left = [p for p in check_shards(grown.shards) if "c/99" not in p.path]
+    assert left == []

@@ -13,6 +13,8 @@ from medpsp.errors import ArchiveError, DicomError
 
 _AGAIN = (errno.EIO, errno.ESTALE)  # network file systems: often the second try succeeds
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR)
+NOWHERE = "a link to nowhere"
+"""Detail of what may be a link to a disk that is not mounted."""
 Out = TypeVar("Out")
 Seen = set[tuple[int, int, int, int]]
 
@@ -153,7 +155,7 @@ def _check_link(path: str, real: str) -> None:
         if error.errno == errno.ELOOP:
             raise DicomError("SYMLINK_LOOP", "a link to itself") from None
         if error.errno in _NOWHERE:
-            raise DicomError("NOT_REGULAR", "a link to nowhere") from None
+            raise DicomError("NOT_REGULAR", NOWHERE) from None
         raise unreadable(error) from None
     target = os.path.realpath(path)
     if stat.S_ISDIR(mode):
