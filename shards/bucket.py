@@ -134,53 +134,44 @@ def _parts(bucket: str) -> tuple[int, int, str]:
 def clear_stale(root: Path, plans: Iterable[Named]) -> None:
     """Delete what earlier runs left: shards of no plan, their commits, half-written files.
 
-    A patient taken out of the archive is gone from the shards after the next run. Links to folders
-    are not followed: one that no plan needs goes, and nothing behind it.
+    A patient taken out of the archive is gone from the shards after the next run.
     """
-    keep: dict[str, set[str]] = {}
-    commits: set[str] = set()
+    keep: set[str] = set()
+    buckets: set[str] = set()
     for plan in plans:
-        keep.setdefault(plan.bucket, set()).update(shard_files(plan.bucket, plan.number))
-        commits.add(commit_name(plan.name))
+        buckets.add(plan.bucket)
+        keep.update([*shard_files(plan.bucket, plan.number), commit_name(plan.name)])
     for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
-        if folder.name in keep:
-            _clear_bucket(root, folder, keep[folder.name])
-        elif folder.is_symlink():
-            folder.unlink()
-        else:
+        if folder.name not in buckets:
             shutil.rmtree(folder)
-    for path in _below(root / COMMITS):
-        if path.relative_to(root).as_posix() not in commits:
-            path.unlink()
-    for path in root.glob(".*.partial"):
-        if path.is_file():
-            path.unlink()
-
-
-def _clear_bucket(root: Path, folder: Path, keep: set[str]) -> None:
-    for path in _below(folder):
+    for path in files_below(root):
         name = path.relative_to(root).as_posix()
-        if path.name.startswith(".") and path.name.endswith(".partial"):
-            owned = False
-        elif path.is_dir():
-            owned = not _CHUNKS.match(name) or any(shard.startswith(f"{name}/") for shard in keep)
-        else:
-            owned = not _SHARD.match(name) or name in keep
-        if not owned:
+        partial = path.name.startswith(".") and path.name.endswith(".partial")
+        if partial or (_OURS.fullmatch(name) and name not in keep):
             path.unlink()
 
 
-_CHUNKS = re.compile(r"[^/]+/(?:image|label)/c/\d+")
-_SHARD = re.compile(r"[^/]+/(?:image|label)/c/\d+/0/")
+_OURS = re.compile(
+    rf"\d+x\d+_\w+/(?:image|label)/c/\d+/0/.+|{COMMITS}/\d+x\d+_\w+-\d+\.json", re.DOTALL
+)
+_MAY_BE_LINKS = re.compile(rf"\d+x\d+_\w+(?:/(?:image|label)(?:/c)?)?|{COMMITS}")
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Files in a folder, and links to folders, which are not followed."""
-    if folder.is_symlink():
-        return
-    for place, folders, files in os.walk(folder):
-        names = [*files, *(name for name in folders if Path(place, name).is_symlink())]
-        yield from (Path(place, name) for name in names)
+def files_below(root: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Files in the folder of the shards, and links to folders.
+
+    Arrays may lie on another disk: links in their places are followed, no others.
+    """
+    for place, folders, files in os.walk(folder or root):
+        folders.sort()
+        yield from (Path(place, name) for name in sorted(files))
+        for path in [Path(place, name) for name in folders]:
+            if not path.is_symlink():
+                continue
+            if _MAY_BE_LINKS.fullmatch(path.relative_to(root).as_posix()):
+                yield from files_below(root, path)
+            else:
+                yield path
 
 
 def clear_partials(root: Path, shard: Named) -> None:

@@ -20,7 +20,7 @@ from medpsp.dataconfig import DataConfig
 from medpsp.errors import ConfigError, ShardError
 from medpsp.identity import load_key
 from medpsp.progress import Bar
-from shards.bucket import clear_partials, clear_stale, create_bucket
+from shards.bucket import BUCKET, clear_partials, clear_stale, create_bucket
 from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
@@ -29,6 +29,7 @@ from shards.planfile import Plan, ShardEntry, make_plan, meaning
 from shards.planstate import open_plan, write_plan
 from shards.preflight import no_cluster, no_ray, require_means, require_places
 from shards.publish import publish, write_crosswalk
+from shards.reach import require_reach
 from shards.settings import WriteSettings, write_settings
 from shards.write import write_shard
 
@@ -77,6 +78,8 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     gathered = gather(data, key)
     root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(gathered, data, key, root)
+    require_reach(plan, root, write_settings(data).text)
+    _require_no_spare_links(plan, root)
     approve(plan)
     if data.crosswalk:
         write_crosswalk(data, key)
@@ -86,6 +89,16 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
         create_bucket(root, bucket, slots, write_settings(data))
     write_plan(plan, data, key, root)
     return plan
+
+
+def _require_no_spare_links(plan: Plan, root: Path) -> None:
+    """What lies behind a link cannot be told to be ours."""
+    for path in root.iterdir():
+        if BUCKET.fullmatch(path.name) and path.is_symlink() and path.name not in plan.slots:
+            raise ShardError(
+                f"out: {path} is a link, and no slice goes there any more; delete what it leads "
+                "to, if it is nothing else, and the link"
+            )
 
 
 def _withdraw(root: Path) -> None:

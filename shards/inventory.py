@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from shards.bucket import files_below
 from shards.commit import COMMITS
 from shards.problem import Problem
 
 _SHARD = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:image|label)/c/(?P<number>\d+)/0/0(?:/0)?")
 _ARRAY = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:(?:image|label)/)?zarr\.json")
-_FOLDER = re.compile(r"(?P<bucket>\d+x\d+_\w+)(?:/(?:image|label)(?:/c)?)?")
 _COMMIT = re.compile(rf"{COMMITS}/(?P<name>[^/]+)\.json")
 
 
@@ -25,7 +24,7 @@ def shard_of_path(path: str) -> str:
 
 
 def surplus_files(root: Path, shards: set[str], known: set[str]) -> Iterator[Problem]:
-    """Files that are neither of a shard nor known, in alphabetical order within a folder.
+    """Files that are neither of a shard nor known, and links to folders.
 
     Args:
         root: Folder of the shards.
@@ -33,24 +32,18 @@ def surplus_files(root: Path, shards: set[str], known: set[str]) -> Iterator[Pro
         known: Paths of tables and such.
     """
     buckets = {name.rpartition("-")[0] for name in shards}
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for name in folders:
-            path = Path(folder, name).relative_to(root).as_posix()
-            array = _FOLDER.fullmatch(path)
-            on_another_disk = array and array["bucket"] in buckets
-            if Path(folder, name).is_symlink() and not on_another_disk:
-                yield Problem(kind="surplus", path=path, text="a link to a folder; delete it")
-        for name in sorted(files):
-            path = Path(folder, name).relative_to(root).as_posix()
-            array = _ARRAY.fullmatch(path)
-            if path in known or path == "zarr.json" or (array and array["bucket"] in buckets):
-                continue
-            if name.startswith(".") and name.endswith(".partial"):
-                yield Problem(kind="partial", path=path, text="a half-written file")
-            elif shard_of_path(path) not in shards:
-                yield Problem(
-                    kind="surplus",
-                    path=path,
-                    text="belongs to no shard; delete it if it is nothing of yours",
-                )
+    for place in files_below(root):
+        path, name = place.relative_to(root).as_posix(), place.name
+        array = _ARRAY.fullmatch(path)
+        if path in known or path == "zarr.json" or (array and array["bucket"] in buckets):
+            continue
+        if place.is_symlink() and place.is_dir():
+            yield Problem(kind="surplus", path=path, text="a link to a folder; delete it")
+        elif name.startswith(".") and name.endswith(".partial"):
+            yield Problem(kind="partial", path=path, text="a half-written file")
+        elif shard_of_path(path) not in shards:
+            yield Problem(
+                kind="surplus",
+                path=path,
+                text="belongs to no shard; delete it if it is nothing of yours",
+            )

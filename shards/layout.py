@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from medpsp.dataconfig import DataConfig
 from medpsp.types import PixelDtype, Series, Split
 
-FORMAT = 3
+FORMAT = 4
 """Version of manifest and index; a reader refuses others."""
 
 Ints = NDArray[np.int64]

@@ -6,9 +6,11 @@ import errno
 import json
 import logging
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from medpsp.dataconfig import DataConfig
@@ -91,17 +93,35 @@ def nifti_masks(series: Sequence[Series], data: DataConfig) -> tuple[list[Series
             path = mask_path(
                 data.labels or data.archive, data.label_pattern, item.first, data.archive
             )
-            masks = (Place(str(path)),) if path.is_file() else ()
+            masks = (Place(str(path)),) if _is_there(path) else ()
         except LabelError as error:
             reasons[number] = (error.code, error.detail)
-        except OSError as error:  # its text would hold the PatientID
+        except (OSError, ValueError) as error:  # its text would hold the PatientID
+            known = getattr(error, "errno", None)
             reasons[number] = (
-                ("LABEL_NONE", "a header value makes no file name")
-                if error.errno in (errno.ENAMETOOLONG, errno.EINVAL)
-                else ("FILE_UNREADABLE", f"the mask: {os.strerror(error.errno or errno.EIO)}")
+                ("FILE_UNREADABLE", f"the mask: {os.strerror(known)}")
+                if known and known not in _NO_NAME
+                else ("LABEL_NONE", "a header value makes no file name")
             )
         found.append(replace(item, masks=masks, mask_kind="nifti" if masks else ""))
     return found, reasons
+
+
+_NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file.
+
+    Raises:
+        OSError: It cannot be told, or a link leads nowhere: it may be there another time.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise
+        return False
 
 
 def dicom_masks(

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from medpsp.dataconfig import DataConfig
-from medpsp.dicom.walk import NOWHERE
-from medpsp.errors import ShardError
 from medpsp.identity import fingerprint
 from medpsp.types import PixelDtype
 from shards.layout import (
@@ -191,9 +187,6 @@ def make_plan(gathered: Gathered, data: DataConfig, key: bytes, root: Path) -> P
     """Lay series out; those that the last plan at ``root`` has stay where they are.
 
     A plan of another key or shard size holds nothing; for one that is lost the commits stand in.
-
-    Raises:
-        ShardError: Series of the last plan are missing, and a folder could not be listed.
     """
     planned = gathered.planned
     heads = planned.heads
@@ -201,7 +194,7 @@ def make_plan(gathered: Gathered, data: DataConfig, key: bytes, root: Path) -> P
     last = read_slots(root / PLAN, layout)
     if last is None:
         last = slots_of_commits(root, layout)
-    _require_the_missing(gathered, last)
+    _tell_the_missing(heads, last)
     for number, bucket in enumerate(planned.buckets):
         members = np.flatnonzero(heads["bucket"] == number)
         lengths, names = heads["length"][members].astype(np.int64), heads["name"][members]
@@ -210,41 +203,12 @@ def make_plan(gathered: Gathered, data: DataConfig, key: bytes, root: Path) -> P
     return Plan(gathered, data.shard_slices)
 
 
-def _require_the_missing(gathered: Gathered, last: Slots) -> None:
-    """Patients whose files cannot be read today are not gone."""
-    missing = _missing(gathered.planned.heads, last)
-    if not missing:
-        return
-    out_of_reach = sum(_out_of_reach(batch) for batch in gathered.rows.batches())
-    if out_of_reach:
-        raise ShardError(
-            f"data.archive: {out_of_reach} files or folders cannot be read, and {missing} series "
-            "of the last run are not there or have fewer slices, whose shards would be changed; "
-            "make them readable, or move them out of the archive"
+def _tell_the_missing(heads: NDArray[Any], last: Slots) -> None:
+    names = np.concatenate([names for names, _, _ in last.values()] or [np.zeros(0, np.uint64)])
+    if missing := int((~np.isin(names, heads["name"])).sum()):
+        log.warning(
+            "plan: %d series of the last run are gone, or begin with another image", missing
         )
-    log.warning(
-        "plan: %d series of the last run are gone or have fewer slices; their shards go with them",
-        missing,
-    )
-
-
-def _missing(heads: NDArray[Any], last: Slots) -> int:
-    """How many series of the last plan are not there, or are shorter."""
-    every = [*last.values()] or [(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0))]
-    names, lengths = (np.concatenate([found[place] for found in every]) for place in (0, 2))
-    order = np.argsort(heads["name"])
-    known, now = heads["name"][order], heads["length"][order]
-    if not len(known):
-        return len(names)
-    place = np.minimum(np.searchsorted(known, names), len(known) - 1)
-    return int(((known[place] != names) | (now[place] < lengths)).sum())
-
-
-def _out_of_reach(batch: Any) -> int:
-    """How many rows are of what was there once and cannot be read today, as far as one can tell."""
-    codes = pc.is_in(batch["code"], pa.array(["FOLDER_UNREADABLE", "FILE_UNREADABLE"]))
-    nowhere = pc.and_(pc.equal(batch["code"], "NOT_REGULAR"), pc.equal(batch["detail"], NOWHERE))
-    return int(pc.sum(pc.or_(codes, nowhere)).as_py() or 0)
 
 
 def meaning(data: DataConfig, key: bytes) -> dict[str, str]:

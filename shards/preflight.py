@@ -42,7 +42,7 @@ def require_places(data: DataConfig, root: Path) -> None:
     if data.source == "dicom" and data.labels and not data.labels.is_dir():
         raise ConfigError(f"data.labels {data.labels}: no such folder")
     _require_labels_apart(data, shards)
-    if data.labels and data.labels.is_dir() and not any(data.labels.iterdir()):
+    if data.source == "dicom" and data.labels and not any(data.labels.iterdir()):
         raise ConfigError(f"data.labels {data.labels}: an empty folder; is it mounted?")
     _require_private_places(data, shards)
     if data.crosswalk:

@@ -240,7 +240,9 @@ def test_a_folder_that_cannot_be_listed_takes_no_patient_away(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(ShardError, match="1 files or folders cannot be read, and 1 series of the"):
+    with pytest.raises(
+        ShardError, match=r"\(1 FOLDER_UNREADABLE\), and 1 of 8 shards would change"
+    ):
         build_shards(grown)
     monkeypatch.undo()
     assert contents(grown.shards) == before
@@ -269,14 +271,10 @@ def links_to_nowhere(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def masks_out_of_reach(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.is_file
-
-    def is_file(path: Path) -> bool:
-        if path.name == "PHANTOM020.nii.gz":
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        return real(path)
-
-    monkeypatch.setattr(Path, "is_file", is_file)
+    assert config.data.labels
+    path = config.data.labels / "PHANTOM020.nii.gz"
+    path.unlink()
+    path.symlink_to("/mnt/store/gone")
 
 
 @pytest.mark.parametrize("how", [half_unlisted, links_to_nowhere, masks_out_of_reach])
@@ -296,32 +294,52 @@ def test_what_cannot_be_read_today_takes_no_slice_away(
     build_shards(grown)
     before = contents(grown.shards)
     how(grown, monkeypatch)
-    with pytest.raises(ShardError, match="cannot be read, and 1 series of the last run are not"):
+    with pytest.raises(ShardError, match="objects cannot be read that the last run did not miss"):
         build_shards(grown)
     monkeypatch.undo()
     assert contents(grown.shards) == before
 
 
-def test_links_to_folders_are_not_followed(grown: Config, tmp_path: Path):
-    """Another disk may hold an array; what no plan needs goes, and nothing behind a link."""
+def test_what_was_out_of_reach_all_along_stops_nobody(grown: Config):
+    (grown.data.archive / "IM9").symlink_to("/mnt/store/gone")
+    build_shards(grown)  # no shard changes
+    shutil.rmtree(grown.data.archive / "~")
+    build_shards(grown)  # known from the last run
+    assert len(by_patient(read_index(grown.shards))) == 9
+    (grown.data.archive / "IM8").symlink_to("/mnt/store/gone")
+    shutil.rmtree(grown.data.archive / "!")
+    with pytest.raises(ShardError, match=r"1 objects .* \(1 NOT_REGULAR\), and 1 of 7 shards"):
+        build_shards(grown)
+
+
+def test_links_to_folders_are_followed_where_arrays_may_lie_alone(grown: Config, tmp_path: Path):
+    """Another disk may hold an array; what no plan needs goes, and nothing behind other links."""
     mine = tmp_path / "mine"
     for place in ("a/0", "b"):
         (mine / place).mkdir(parents=True)
     for place in ("a/0/0", "b/x.json"):
         (mine / place).write_bytes(b"mine")
-    (grown.shards / "64x64_int16").symlink_to(mine)
-    (grown.shards / BUCKET / "image/c/99").symlink_to(mine / "a")
     image = grown.shards / BUCKET / "image"
+    (image / "c/99").symlink_to(mine / "a")
     image.rename(tmp_path / "image")
     image.symlink_to(tmp_path / "image")
+    (image / "c/98/0").mkdir(parents=True)
+    (image / "c/98/0/0").write_bytes(b"stale")
     (grown.shards / BUCKET / ".zarr.json.7.partial").write_bytes(b"{")
-    build_shards(grown)
-    assert {p.relative_to(mine).as_posix() for p in mine.rglob("*") if p.is_file()} == {
-        "a/0/0",
-        "b/x.json",
+    assert {p.path for p in check_shards(grown.shards)} == {
+        f"{BUCKET}/image/c/98/0/0",
+        f"{BUCKET}/image/c/99",
+        f"{BUCKET}/.zarr.json.7.partial",
     }
-    assert not (grown.shards / "64x64_int16").exists()
+    build_shards(grown)
+    assert (mine / "a/0/0").read_bytes() == b"mine"
+    assert not (image / "c/98/0/0").exists()  # pixels of somebody who was taken out
     assert image.is_symlink()
-    assert not (grown.shards / BUCKET / ".zarr.json.7.partial").exists()
-    left = [p for p in check_shards(grown.shards) if "c/99" not in p.path]
-    assert left == []
+    assert [p.path for p in check_shards(grown.shards)] == [f"{BUCKET}/image/c/99"]
+    (image / "c/99").unlink()
+    (grown.shards / "64x64_int16").symlink_to(mine)
+    before = contents(grown.shards)
+    with pytest.raises(ShardError, match="64x64_int16 is a link, and no slice goes there any more"):
+        build_shards(grown)
+    assert contents(grown.shards) == before
+    assert (mine / "b/x.json").read_bytes() == b"mine"

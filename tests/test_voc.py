@@ -346,3 +346,16 @@ def test_image_without_mask(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="MASK_MISSING"):
         read_mask(Path(series.masks[0].path), (6, 8))
     assert (read_mask(Path(series.masks[1].path), (6, 8)) == MASK).all()
+
+
+@pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClass"])
+def test_links_to_nowhere_are_told(tmp_path: Path, folder: str) -> None:
+    """A disk that is not mounted must not look like images or labels that never were."""
+    archive(tmp_path, "p1-a", "p2-a")
+    path = tmp_path / folder / "p2-a.png"
+    path.unlink()
+    path.symlink_to("/mnt/store/gone")
+    series, (row,) = scan(tmp_path)
+    assert [s.first.patient_id for s in series] == ["p1"]
+    assert (row.file_id, row.code) == ("id of JPEGImages/p2-a.png", "FILE_UNREADABLE")
+    assert "No such file or directory" in row.detail

@@ -86,6 +86,8 @@ class Predictor:
             )
         try:
             meta: dict[str, Any] = json.loads(text)
+            if isinstance(meta, dict) and meta and "tile" not in meta:
+                raise ModelFileError(f"model {path}: of an earlier version; export it again")
             self.classes: tuple[str, ...] = tuple(meta["classes"])
             self.modalities: tuple[str, ...] = tuple(meta["modalities"])
             window = meta["window"]

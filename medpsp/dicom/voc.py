@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -78,6 +79,8 @@ def scan_voc(
             if listed and stem not in listed:
                 raise DicomError("NOT_LISTED", "in none of the split lists")
             ref = _image_ref(path, name, match.group(1), None if grey else read or read_image)
+            if stem in masks:
+                _require_reach(masks[stem])
         except DicomError as error:
             rows.append(refusal(name, error.code, error.detail))
             continue
@@ -158,6 +161,8 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
             keep = image.mode == "P" or _is_grey(image)
             values = np.asarray(image if keep else image.convert("RGB"))
     except _PILLOW_RAISES as error:
+        if isinstance(error, OSError) and error.errno:
+            raise LabelError("FILE_UNREADABLE", f"the mask: {os.strerror(error.errno)}") from None
         raise LabelError("MASK_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
         if (values != values[..., :1]).any():
@@ -176,6 +181,8 @@ def _image_ref(path: Path, name: str, patient: str, read: Read | None) -> SliceR
             grey = _is_grey(image)
             frames = int(getattr(image, "n_frames", 1))
     except _PILLOW_RAISES as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DicomError("FILE_UNREADABLE", os.strerror(error.errno)) from None
         raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
     if frames != 1:
         raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
@@ -195,10 +202,22 @@ def _image_ref(path: Path, name: str, patient: str, read: Read | None) -> SliceR
     )
 
 
+def _require_reach(mask: Path) -> None:
+    """A mask that cannot be read now may be read another time: its image must not go without."""
+    try:
+        mask.stat()
+    except OSError as error:
+        raise DicomError("FILE_UNREADABLE", f"the mask: {error.strerror}") from None
+
+
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ArchiveError(f"VOC archive: no folder {folder}; set data.voc.images and .masks")
-    paths = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in SUFFIXES and (path.is_symlink() or path.is_file())
+    ]
     found = {p.stem: p for p in paths}
     if not found:
         raise ArchiveError(f"VOC archive: {folder} holds no image ({', '.join(SUFFIXES)})")

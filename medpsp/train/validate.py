@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +34,7 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
     """
     names = run.config.data.classes
     tally = Tally.empty(len(names))
-    counts = evaluate(model, run.val_batches(), len(names), run.config.tiling, tally)
+    counts = evaluate(model, _watched(run, step), len(names), run.config.tiling, tally)
     counts, tally = sum_all(counts, tally, run.device)
     dice = dice_per_class(counts)
     score = mean_foreground(dice)
@@ -48,6 +48,13 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
             images = shown_channels(drawn.image.numpy(), run.config.model)
             run.board.overlays(last, images, drawn.label.numpy(), predicted)
     return 0.0 if math.isnan(score) else score
+
+
+def _watched(run: Run, step: int) -> Iterator[Batch]:
+    """The validation batches; each has the time of a first step before the watch ends the run."""
+    for batch in run.val_batches():
+        run.at(step, "evaluate", first=True)
+        yield batch
 
 
 def shown_channels(images: NDArray[np.float32], model: ModelConfig) -> NDArray[np.float32]:

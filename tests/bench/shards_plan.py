@@ -144,6 +144,8 @@ def commits(config: Config, plan: Plan) -> Iterator[None]:
         commit = Commit(
             name=entry.name,
             digest=entry.digest(settings.text),
+            layout={},
+            series=[],
             files={name: ("0" * 64, 1)},
             columns=columns_of(rows),
             refused=[],
