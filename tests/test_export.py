@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from launch.export import one_tile_each
 from medpsp.config import ModelConfig
 from medpsp.deploy.export import IR_VERSION, export_onnx
 from medpsp.deploy.quantize import quantize_int8
-from medpsp.deploy.session import open_session
+from medpsp.deploy.session import class_masks, open_session
 from medpsp.deploy.verify import SHAPES, check_parity, mask_agreement
 from medpsp.errors import ExportError, ParityError
 from medpsp.model.psp import PSPNet, build_model
 from medpsp.tiles import Tiling
+from medpsp.train.sliding import probabilities
 
 CLASSES = 3
 TOLERANCE = 1e-4
@@ -181,6 +183,33 @@ def test_int8_takes_convolutions_and_leaves_depthwise_and_pooling(exported: Expo
     assert made_by[both.input[0]].op_type == "Div"  # so there is nothing constant to quantize
     assert both.input[1] == wide.output[0]
     assert exported.int8.stat().st_size < 0.5 * exported.fp32.stat().st_size
+
+
+@pytest.mark.parametrize("shape", [(96, 112), (40, 100), (33, 31)])
+def test_the_device_cuts_tiles_as_evaluation_does(
+    exported: Exported, shape: tuple[int, int]
+) -> None:
+    """Larger than a tile, larger along one side, smaller."""
+    tiling, batch = Tiling((64, 48), 0.25), np.concatenate(images(3, (112, 112)))
+    batch = np.ascontiguousarray(batch[..., : shape[0], : shape[1]])
+    shares = probabilities(exported.model, torch.from_numpy(batch), tiling)
+    found = class_masks(open_session(exported.fp32), batch, tiling)
+    assert found.shape == (3, *shape)
+    assert (found != shares.argmax(1).numpy()).sum() <= 2  # a tie may break either way
+    assert len(np.unique(found)) > 1
+    with torch.no_grad():
+        whole = exported.model(torch.from_numpy(batch))[0].argmax(1).numpy()
+    assert (found != whole).sum() > 20  # the pyramid would see something else
+
+
+def test_calibration_runs_through_the_tiles() -> None:
+    tiling = Tiling((64, 48), 0.0)
+    some = [np.full((1, 1, 64, 90), n, np.float32) for n in range(3)]
+    some = [image + np.linspace(0, 0.5, 90, dtype=np.float32) for image in some]
+    found = list(one_tile_each(some, tiling))
+    assert [tile.shape for tile in found] == [(1, 1, 64, 48)] * 3
+    for tile, image, left in zip(found, some, (0, 42, 0), strict=True):
+        np.testing.assert_array_equal(tile, image[..., left : left + 48])
 
 
 def test_int8_masks_agree_with_fp32_masks(exported: Exported) -> None:

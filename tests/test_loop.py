@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 
 from medpsp.errors import CheckpointError, NonFiniteLossError, TrainError
 from medpsp.model.psp import PSPNet, build_model
@@ -36,7 +37,7 @@ from medpsp.train.metrics import dice_per_class
 from medpsp.train.optimizer import no_moments
 from medpsp.train.resume import identify, restore, schedule_of
 from medpsp.train.stop import StopRequest
-from medpsp.train.validate import evaluate, shown_channels
+from medpsp.train.validate import evaluate, shown_channels, validate
 from tests.squares import BATCH, CPU, SIZE, make_config, make_run, names, network, squares
 
 
@@ -93,6 +94,36 @@ def test_it_learns(trained: tuple[Run, PSPNet, TrainState]) -> None:
     counts = evaluate(model, [squares(99)], 2, Tiling((SIZE, SIZE)))
     assert counts.sum() == BATCH * SIZE * SIZE
     assert dice_per_class(counts)[1] == pytest.approx(state.score, abs=1e-12)
+
+
+class AboveTheMean(nn.Module):
+    """Class 1 is what is above the mean of all that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        one = self.scale * (x - x.mean((2, 3), keepdim=True))
+        return torch.cat([-one, one], 1), None
+
+
+def test_validation_shows_the_network_as_much_as_training(tmp_path: Path) -> None:
+    config = make_config({"name": "a", "steps": 1}, size=[32, 32])
+    run = make_run(config, tmp_path)
+    batch = squares(5)
+    image = torch.zeros_like(batch.image)
+    image[..., :32, :32], image[..., 40:50, 40:50] = 1.0, 0.2
+    label = torch.zeros_like(batch.label)
+    label[..., 40:50, 40:50] = 1
+    seen = replace(batch, image=image, label=label)
+    run = replace(run, val_batches=lambda: [seen], examples=None)
+    assert config.tiling == Tiling((32, 32), 0.5)
+    by_tiles = validate(run, AboveTheMean(), 1)
+    counts = evaluate(AboveTheMean(), [seen], 2, Tiling((64, 64)))
+    assert dice_per_class(counts)[1] == 0  # in the whole slice it is below the mean
+    assert by_tiles > 0.1
+    run.board.close()
 
 
 def test_what_a_run_leaves(trained: tuple[Run, PSPNet, TrainState]) -> None:
