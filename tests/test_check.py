@@ -25,6 +25,7 @@ from shards.check import check_shards
 from shards.codec import LABEL, Codec, image_codec, with_crc
 from shards.commit import Commit, commit_name
 from shards.index import SHARDS, file_sha256, read_index, read_manifest, write_manifest
+from shards.layout import FORMAT
 from shards.problem import Problem
 from shards.sealed import sealed_bytes
 from shards.shardfile import ABSENT, ShardWriter, read_shard_index
@@ -394,11 +395,11 @@ def test_a_damaged_manifest_hides_nothing_else(copied: Config):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"[]", "manifest format none, expected 3"),
-        (b'{"version": 9}', "manifest format 9, expected 3"),
-        (sealed_bytes({"version": 2}), "manifest format 2, expected 3"),
-        (sealed_bytes({"version": 3}), r"manifest\.json lacks fields \(KeyError\)"),
-        (sealed_bytes({"version": 3, "classes": []}), r"lacks fields \(TypeError\)"),
+        (b"[]", f"manifest format none, expected {FORMAT}"),
+        (b'{"version": 9}', f"manifest format 9, expected {FORMAT}"),
+        (sealed_bytes({"version": 2}), f"manifest format 2, expected {FORMAT}"),
+        (sealed_bytes({"version": FORMAT}), r"manifest\.json lacks fields \(KeyError\)"),
+        (sealed_bytes({"version": FORMAT, "classes": []}), r"lacks fields \(TypeError\)"),
     ],
 )
 def test_a_manifest_of_another_kind_is_refused(copied: Config, data: bytes, match: str):

@@ -8,8 +8,9 @@ Every run is one line of a file (--results), so that the bench may be stopped an
 networks start from random weights and see the same crops, augmentation, loss and AdamW; rates
 follow the share of the budget that is used, so that each finishes its schedule. CPU time of the
 process counts, loading included; one thread. All predict in tiles of the size they were trained
-on. The rate of each network is chosen on validation patients; test patients are scored by
-`table --test` alone, at the end.
+on. Each seed has a split of its own, from a key of its own, so that networks are compared on
+several sets of held-out patients, pair by pair. The rate of each network is chosen on validation
+patients; test patients are scored by `table --test` alone, at the end.
 
 smp is looked for in .venv-bench/smp (see the Makefile).
 """
@@ -89,24 +90,24 @@ SETS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str, folder: Path, level: str = "mid") -> Config:
-    """The data of a set, and how crops are made of it."""
-    chosen, root = SETS[name], Path(os.environ["MEDPSP_DATA"])
-    data = {**chosen["data"], "key_file": folder / "key"}
+def config_of(name: str, folder: Path, seed: int) -> Config:
+    """The data of a set, how it is split, and how crops are made of it."""
+    chosen, root, place = SETS[name], Path(os.environ["MEDPSP_DATA"]), folder / f"{name}-{seed}"
+    data = {**chosen["data"], "key_file": folder / f"key-{seed}"}
     for key in ("archive", "labels"):
         if key in data:
             data[key] = root / data[key] if data[key] else folder / f"{name}-pictures"
-    stages = [{"name": "a", "steps": LONG, "lr": 1e-3, "augment": level}]
+    stages = [{"name": "a", "steps": LONG, "lr": 1e-3, "augment": "mid"}]
     train = {"size": chosen["size"], "batch_size": BATCH, "stages": stages}
-    return Config.model_validate({"out": folder / name, "data": data, "train": train})
+    return Config.model_validate({"out": place, "seed": seed, "data": data, "train": train})
 
 
-def prepared(name: str, folder: Path) -> Config:
+def prepared(name: str, folder: Path, seed: int) -> Config:
     """With shards."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "key").exists():
-        create_key(folder / "key", "public key of a public data set")
-    config = config_of(name, folder)
+    config = config_of(name, folder, seed)
+    if config.data.key_file and not config.data.key_file.exists():
+        create_key(config.data.key_file, f"public key {seed} of public data sets")
     if name in PICTURES and not config.data.archive.exists():
         partial = config.data.archive.with_name(f".{name}.partial")
         for kind in KINDS:
@@ -182,9 +183,8 @@ def train(job: dict[str, Any], config: Config) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2, fused=True)
     pixels = class_pixels(stage_rows(rows, 1.0), classes)
     weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights)
-    seeded = config.model_copy(update={"seed": job["seed"]})
     began, steps = time.process_time(), 0
-    for batch in train_batches(config.shards, rows, seeded, World(), (0, 0)):
+    for batch in train_batches(config.shards, rows, config, World(), (0, 0)):
         share = (time.process_time() - began) / job["budget"]
         if share >= 1:
             break
@@ -273,8 +273,8 @@ def results(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     """All jobs, some at a time, each in a process of its own."""
-    for name in args.only or SETS:
-        prepared(name, args.folder)
+    for name, seed in itertools.product(args.only or SETS, SEEDS[: args.seeds]):
+        prepared(name, args.folder, seed)
     waiting, running = jobs_of(args), []
     print(f"{len(waiting)} runs of {args.budget} CPU seconds, {args.jobs} at a time", flush=True)
     while waiting or running:
@@ -296,25 +296,45 @@ def run(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
     """Mean and spread over the seeds, at the rate that is best on validation patients."""
     split = "test" if args.test else "val"
-    groups: dict[Any, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[Any, dict[float, dict[int, dict[str, Any]]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
     for line in results(args):
         place = line["set"], line["encoder"], line["budget"], line["network"]
-        groups[place][line["rate"]].append(line)
+        groups[place][line["rate"]][line["seed"]] = line
     for name in dict.fromkeys(place[0] for place in groups):
-        config = prepared(name, args.folder)
-        has_test = any(row.split == "test" for row in read_index(config.shards))
-        chosen = split if has_test else "val"
-        print(f"{name}, {chosen} patients; constant mask {constant(config, chosen):.3f}")
-        for place in sorted(p for p in groups if p[0] == name):
-            rates = groups[place]
-            best = max(rates, key=lambda rate: statistics.mean(r["val"] for r in rates[rate]))
-            found = [r[chosen] for r in rates[best]]
-            spread = statistics.stdev(found) if len(found) > 1 else float("nan")
-            steps = statistics.median(r["steps"] for r in rates[best])
-            print(
-                f"  {place[1]:22s} {place[2]:4d} s  {place[3]:14s} {statistics.mean(found):.3f} "
-                f"+- {spread:.3f} ({len(found)} seeds, rate {best:g}, {steps:.0f} steps)"
-            )
+        blind = [constant(prepared(name, args.folder, seed), split) for seed in SEEDS[: args.seeds]]
+        print(f"{name}, {split} patients; constant mask {said(blind)}")
+        for encoder, budget in dict.fromkeys(p[1:3] for p in groups if p[0] == name):
+            chosen = {
+                place[3]: best_rate(rates)
+                for place, rates in groups.items()
+                if place[:3] == (name, encoder, budget)
+            }
+            ours = next((runs for network, (_, runs) in chosen.items() if "ours" in network), {})
+            for network, (rate, runs) in chosen.items():
+                scores = [runs[seed][split] for seed in sorted(runs)]
+                ahead = [ours[s][split] - runs[s][split] for s in sorted(runs) if s in ours]
+                steps = statistics.median(run["steps"] for run in runs.values())
+                print(
+                    f"  {encoder:22s} {budget:4d} s  {network:14s} {said(scores)}, first of ours "
+                    f"ahead by {said(ahead)} (rate {rate:g}, {steps:.0f} steps)"
+                )
+
+
+def best_rate(
+    rates: dict[float, dict[int, dict[str, Any]]],
+) -> tuple[float, dict[int, dict[str, Any]]]:
+    """The rate with the best mean on validation patients, and its runs by seed."""
+    return max(rates.items(), key=lambda item: statistics.mean(r["val"] for r in item[1].values()))
+
+
+def said(values: list[float]) -> str:
+    """Mean, spread and number."""
+    if not values:
+        return "-"
+    spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "?"
+    return f"{statistics.mean(values):+.3f} +- {spread} ({len(values)})"
 
 
 def main() -> None:
@@ -334,7 +354,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "one":
         job = json.loads(args.job)
-        print(json.dumps(train(job, config_of(job["set"], args.folder))))
+        print(json.dumps(train(job, config_of(job["set"], args.folder, job["seed"]))))
     else:
         {"run": run, "table": table}[args.what](args)
 
