@@ -483,6 +483,10 @@ def empty(model: Path, path: Path) -> Path:
         (lambda m, p: with_metadata(m, p, medpsp="[]"), r"metadata is damaged \(TypeError\)"),
         (lambda m, p: with_metadata(m, p, medpsp="{}"), r"metadata is damaged \(KeyError\)"),
         (
+            lambda m, p: with_metadata(m, p, medpsp=json.dumps({"classes": CLASSES})),
+            "of an earlier version; export it again",
+        ),
+        (
             lambda m, p: with_metadata(m, p, medpsp=json.dumps({**METADATA, "window": {"w": 1}})),
             r"metadata is damaged \(TypeError\)",
         ),

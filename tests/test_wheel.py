@@ -104,5 +104,7 @@ def write_threshold_model(path: Path) -> None:
     model = helper.make_model(graph, opset_imports=opset, ir_version=8)
     entry = model.metadata_props.add()
     entry.key = "medpsp"
-    entry.value = json.dumps({"classes": ["dark", "bright"], "modalities": ["CT"], "window": None})
+    tile = {"size": [32, 32], "overlap": 0.5}
+    told = {"classes": ["dark", "bright"], "modalities": ["CT"], "window": None, "tile": tile}
+    entry.value = json.dumps(told)
     path.write_bytes(model.SerializeToString())

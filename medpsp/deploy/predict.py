@@ -99,6 +99,8 @@ class Predictor:
             self.channels = (len(self.windows) or self.colours) * (2 * self.context + 1)
             self.tiling = Tiling(tuple(meta["tile"]["size"]), float(meta["tile"]["overlap"]))
             self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
+        except ModelFileError:  # a ValueError, too
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise ModelFileError(
                 f"model {path}: its metadata is damaged ({type(error).__name__})"
