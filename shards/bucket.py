@@ -146,11 +146,14 @@ def clear_stale(root: Path, plans: Iterable[Named]) -> None:
             shutil.rmtree(folder)
     for path in files_below(root):
         name = path.relative_to(root).as_posix()
-        partial = path.name.startswith(".") and path.name.endswith(".partial")
-        if partial or (_OURS.fullmatch(name) and name not in keep):
+        if _PARTIAL.fullmatch(name) or (_OURS.fullmatch(name) and name not in keep):
             path.unlink()
 
 
+_PARTIAL = re.compile(
+    rf"(?:(?:{COMMITS}|\d+x\d+_\w+(?:/(?:image|label)(?:/c/\d+/0(?:/0)?)?)?)/)?\.[^/]+\.partial",
+    re.DOTALL,
+)
 _OURS = re.compile(
     rf"\d+x\d+_\w+/(?:image|label)/c/\d+/0/.+|{COMMITS}/\d+x\d+_\w+-\d+\.json", re.DOTALL
 )

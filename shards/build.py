@@ -93,8 +93,11 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
 
 def _require_no_spare_links(plan: Plan, root: Path) -> None:
     """What lies behind a link cannot be told to be ours."""
-    for path in root.iterdir():
-        if BUCKET.fullmatch(path.name) and path.is_symlink() and path.name not in plan.slots:
+    for bucket in [path for path in root.iterdir() if BUCKET.fullmatch(path.name)]:
+        if bucket.name in plan.slots:
+            continue
+        inside = ("", "image", "label", "image/c", "label/c")
+        for path in [bucket / name for name in inside if (bucket / name).is_symlink()]:
             raise ShardError(
                 f"out: {path} is a link, and no slice goes there any more; delete what it leads "
                 "to, if it is nothing else, and the link"

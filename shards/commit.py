@@ -5,6 +5,7 @@ It is written after the files of the shard are durable, so where it is, they are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,6 +59,14 @@ class Commit:
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """`Commit.columns` of rows."""
     return {name: [row[name] for row in rows] for name in _COLUMNS}
+
+
+def committed_names(root: Path) -> list[str]:
+    """Of shards that have a commit, whole or not, in alphabetical order."""
+    return sorted(p.stem for p in (root / COMMITS).glob("*.json") if _NAME.fullmatch(p.stem))
+
+
+_NAME = re.compile(r"\d+x\d+_\w+-\d+")
 
 
 def commit_name(shard: str) -> str:

@@ -121,7 +121,9 @@ def _require_unchanged(places: Iterable[Place], sources: Mapping[str, tuple[int,
     """Place, labels and split of a slice were decided for what the file was when it was scanned."""
     for place in places:
         known, now = sources.get(place.path), file_stamp(place.path)
-        if known and now and known != now:
+        if known and not now:  # what reads it might call it a file without a mask
+            raise DicomError("FILE_UNREADABLE", "it was there when the archive was scanned")
+        if known and known != now:
             raise DicomError("SOURCE_CHANGED", "the file changed after the archive was scanned")
 
 

@@ -87,13 +87,12 @@ def nifti_masks(series: Sequence[Series], data: DataConfig) -> tuple[list[Series
     """
     found: list[Series] = []
     reasons: Reasons = {}
+    root = data.labels or data.archive
     for number, item in enumerate(series):
         masks: tuple[Place, ...] = ()
         try:
-            path = mask_path(
-                data.labels or data.archive, data.label_pattern, item.first, data.archive
-            )
-            masks = (Place(str(path)),) if _is_there(path) else ()
+            path = mask_path(root, data.label_pattern, item.first, data.archive)
+            masks = (Place(str(path)),) if is_there(path, root) else ()
         except LabelError as error:
             reasons[number] = (error.code, error.detail)
         except (OSError, ValueError) as error:  # its text would hold the PatientID
@@ -110,16 +109,18 @@ def nifti_masks(series: Sequence[Series], data: DataConfig) -> tuple[list[Series
 _NO_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path, root: Path) -> bool:
     """Whether there is a file.
 
     Raises:
-        OSError: It cannot be told, or a link leads nowhere: it may be there another time.
+        OSError: It cannot be told, or a link on the way leads nowhere: it may be there another
+            time.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        if path.is_symlink():
+        way = [path, *(p for p in path.parents if p != root and p.is_relative_to(root))]
+        if any(place.is_symlink() and not place.exists() for place in way):
             raise
         return False
 

@@ -21,6 +21,7 @@ from shards.index import file_sha256, write_bytes_durably
 from shards.layout import FORMAT
 from shards.partstore import private_folder
 from shards.planfile import Gathered, Plan, meaning
+from shards.reach import unread
 from shards.sealed import SealError, read_sealed, sealed_bytes
 from shards.seriesfile import SeriesFile
 from shards.slots import PLAN, write_slots
@@ -40,7 +41,7 @@ def write_plan(plan: Plan, data: DataConfig, key: bytes, root: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    write_slots(root / PLAN, plan.gathered.planned, meaning(data, key))
+    write_slots(root / PLAN, plan.gathered.planned, meaning(data, key), unread(plan))
     _write_state(plan, data, key, root)
 
 

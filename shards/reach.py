@@ -7,12 +7,16 @@ from pathlib import Path
 
 from medpsp.dicom.walk import NOWHERE
 from medpsp.errors import ShardError
-from shards.commit import COMMITS, PASSING, read_commit
+from shards.commit import PASSING, committed_names, read_commit
 from shards.index import OBJECTS
 from shards.planfile import Plan
+from shards.slots import PLAN, read_unread
 
 CODES = PASSING - {"SOURCE_CHANGED"} | {"FOLDER_UNREADABLE"}
 """Of objects that may be there, and readable the next time."""
+_FURTHER = ("SAME_FILE", "SYMLINK_DUPLICATE", "SYMLINK_FOLDER", "SYMLINK_LOOP", "SYMLINK_OUTSIDE")
+"""Of names that gave no slice: with nothing behind them now, nothing is missing."""
+_SHOWN = 3
 
 
 def require_reach(plan: Plan, root: Path, settings: str) -> None:
@@ -29,44 +33,52 @@ def require_reach(plan: Plan, root: Path, settings: str) -> None:
     Raises:
         ShardError: With the codes of what cannot be read.
     """
-    lost = _lost(plan, root)
+    found = unread(plan)
+    known = _known(root) if found else set()
+    lost = {file_id: code for file_id, code in found.items() if file_id not in known}
     if not lost:
         return
     planned = {entry.name: entry.digest(settings) for entry in plan.shards}
-    written = [path.stem for path in (root / COMMITS).glob("*.json")]
+    written = committed_names(root)
     changed = 0
     for name in written:
         commit = read_commit(root, name)
         changed += commit is None or planned.get(name) != commit.digest
     if changed:
-        codes = ", ".join(f"{count} {code}" for code, count in sorted(lost.items()))
+        codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(lost.values()).items()))
+        some = ", ".join([*sorted(lost)[:_SHOWN], *["..."] * (len(lost) > _SHOWN)])
         raise ShardError(
-            f"data.archive: {lost.total()} objects cannot be read that the last run did not miss "
-            f"({codes}), and {changed} of {len(written)} shards would change or go; make them "
-            "readable, or move them out of the archive"
+            f"data.archive: {len(lost)} objects cannot be read that the last run did not miss "
+            f"({codes}; {some}), and {changed} of {len(written)} shards would change or go; make "
+            "them readable, move them out of the archive, or take another `out`"
         )
 
 
-def _lost(plan: Plan, root: Path) -> Counter[str]:
-    """Codes of the objects that cannot be read, and could for the last run."""
+def unread(plan: Plan) -> dict[str, str]:
+    """``file_id`` and code of what cannot be read now, as far as that may pass."""
     found: dict[str, str] = {}
     for batch in plan.gathered.rows.batches():
         names = ("file_id", "code", "detail")
         for file_id, code, detail in zip(*(batch[n].to_pylist() for n in names), strict=True):
             if code in CODES or (code == "NOT_REGULAR" and detail == NOWHERE):
                 found[file_id] = code
-    known = _known(root) if found else set()
-    return Counter(code for file_id, code in found.items() if (file_id, code) not in known)
+    return found
 
 
-def _known(root: Path) -> set[tuple[str, str]]:
-    """Objects that the last run could not read either, and its codes of them."""
+def _known(root: Path) -> set[str]:
+    """What the last plan could not read either, and names that never were files of their own.
+
+    Shards of an earlier version say only what gave no slice.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    told = read_unread(root / PLAN)
+    only: list[tuple[str, str, object]] = [("kept", "==", 0)]
+    if told is not None:
+        only.append(("code", "in", _FURTHER))
     try:
-        only = [("code", "in", [*CODES, "NOT_REGULAR"])]
-        table = pq.read_table(root / OBJECTS, columns=["file_id", "code"], filters=only)
+        table = pq.read_table(root / OBJECTS, columns=["file_id"], filters=only)
     except (OSError, pa.ArrowException):
-        return set()
-    return set(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+        return told or set()
+    return (told or set()) | set(table["file_id"].to_pylist())

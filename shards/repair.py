@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from shards.build import build_shards
-from shards.commit import commit_name, read_commit
+from shards.commit import commit_name, committed_names, read_commit
 from shards.index import Manifest
 from shards.inventory import shard_of_path
 from shards.planfile import Plan
@@ -73,7 +72,7 @@ def _forget(config: Config, plan: Plan, damaged: Sequence[str]) -> None:
     """Delete the commits of damaged shards, if the archive still gives what is in all shards."""
     root, text = config.shards, write_settings(config.data).text
     planned = {entry.name: entry.digest(text) for entry in plan.shards}
-    for name in [*damaged, *sorted(_committed(root) - set(damaged))]:
+    for name in [*damaged, *sorted(set(committed_names(root)) - set(damaged))]:
         commit = read_commit(root, name)
         if name in planned and (commit is None or commit.digest == planned[name]):
             continue
@@ -89,8 +88,3 @@ def _forget(config: Config, plan: Plan, damaged: Sequence[str]) -> None:
         )
     for name in damaged:
         (root / commit_name(name)).unlink(missing_ok=True)
-
-
-def _committed(root: Path) -> set[str]:
-    folder = (root / commit_name("x")).parent
-    return {path.stem for path in folder.glob("*.json")} if folder.is_dir() else set()

@@ -8,32 +8,36 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.commit import COMMITS, read_commit
+from shards.commit import committed_names, read_commit
 from shards.index import write_bytes_durably
 from shards.layout import Ints
 from shards.seriesfile import SeriesFile
 
 log = logging.getLogger("medpsp")
 PLAN = "plan.parquet"
-_DIGEST = "sha256"
+_DIGEST, _UNREAD = "sha256", "unread"
 Numbers = NDArray[Any]
 Slots = dict[str, tuple[Numbers, Numbers, Numbers]]
 """Bucket to (names as numbers, first slots, lengths), ordered by name."""
 
 
-def write_slots(path: Path, planned: SeriesFile, meaning: dict[str, str]) -> None:
+def write_slots(
+    path: Path, planned: SeriesFile, meaning: dict[str, str], unread: Iterable[str] = ()
+) -> None:
     """Write the table, durably.
 
     Args:
         path: Of the file.
         planned: Laid out.
         meaning: What must be equal for slots to mean the same.
+        unread: ``file_id`` of what could not be read.
 
     Raises:
         OSError: It cannot be written.
@@ -53,7 +57,8 @@ def write_slots(path: Path, planned: SeriesFile, meaning: dict[str, str]) -> Non
     }
     sink = pa.BufferOutputStream()
     table = pa.table(columns)
-    table = table.replace_schema_metadata({**meaning, _DIGEST: _digest(table, meaning)})
+    said = {**meaning, _UNREAD: json.dumps(sorted(unread))}
+    table = table.replace_schema_metadata({**said, _DIGEST: _digest(table, said)})
     pq.write_table(table, sink, compression="zstd")
     write_bytes_durably(path, sink.getvalue().to_pybytes())
 
@@ -83,7 +88,7 @@ def read_slots(path: Path, meaning: dict[str, str]) -> Slots | None:
         found = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         if found.pop(_DIGEST, "") != _digest(table, found):
             raise ValueError("not what was written")
-        if found != meaning:
+        if {key: value for key, value in found.items() if key != _UNREAD} != meaning:
             return {}
         slots: Slots = {}
         for bucket in pc.unique(table["bucket"]).to_pylist():
@@ -95,6 +100,18 @@ def read_slots(path: Path, meaning: dict[str, str]) -> Slots | None:
         return slots
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         log.warning("%s is damaged (%s)", path.name, type(error).__name__)
+        return None
+
+
+def read_unread(path: Path) -> set[str] | None:
+    """What could not be read for the last plan; None where it does not say."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        said = (pq.read_schema(path).metadata or {}) if path.is_file() else {}
+        return set(json.loads(said[_UNREAD.encode()]))
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
         return None
 
 
@@ -119,8 +136,8 @@ def slots_of_commits(root: Path, meaning: dict[str, str]) -> Slots:
         meaning: As of `write_slots`; commits of another layout say nothing.
     """
     ranges: dict[str, dict[int, list[int]]] = {}
-    for path in sorted((root / COMMITS).glob("*.json")):
-        commit = read_commit(root, path.stem)
+    for name in committed_names(root):
+        commit = read_commit(root, name)
         if commit is None or commit.layout != meaning:
             continue
         here = ranges.setdefault(commit.name.rpartition("-")[0], {})

@@ -22,6 +22,7 @@ from medpsp.identity import pseudonym
 from shards.build import build_shards, convert_part, plan_shards
 from shards.check import check_shards
 from shards.index import REPORT, SliceRow, read_index
+from shards.masks import is_there
 from shards.planfile import meaning
 from shards.slots import PLAN, read_slots, stay
 from tests.damage import flip
@@ -241,7 +242,7 @@ def test_a_folder_that_cannot_be_listed_takes_no_patient_away(
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(
-        ShardError, match=r"\(1 FOLDER_UNREADABLE\), and 1 of 8 shards would change"
+        ShardError, match=r"\(1 FOLDER_UNREADABLE; .*\), and 1 of 8 shards would change"
     ):
         build_shards(grown)
     monkeypatch.undo()
@@ -300,15 +301,39 @@ def test_what_cannot_be_read_today_takes_no_slice_away(
     assert contents(grown.shards) == before
 
 
+def test_masks_that_vanish_after_the_plan_are_asked_for_again(
+    archive: Path, make_config: Make, tmp_path: Path, ray_once: None
+):
+    shutil.copytree(archive, tmp_path / "archive")
+    config = make_config(tmp_path / "archive", tmp_path / "out", index=tmp_path / "index")
+    plan_shards(config)
+    (tmp_path / "archive/masks").rename(tmp_path / "elsewhere")
+    convert_part(config, 1, 2)
+    (tmp_path / "elsewhere").rename(tmp_path / "archive/masks")
+    build_shards(config)
+    assert len(read_index(config.shards)) == 32
+    assert list(check_shards(config.shards)) == []
+
+
+@pytest.mark.parametrize("link", ["PHANTOM000.nii.gz", "PHANTOM000"])
+def test_a_link_on_the_way_to_a_mask(tmp_path: Path, link: str):
+    path = tmp_path / "PHANTOM000" / "a.nii.gz" if link == "PHANTOM000" else tmp_path / link
+    assert not is_there(path, tmp_path)
+    (tmp_path / link).symlink_to("/mnt/store/gone")
+    with pytest.raises(FileNotFoundError):
+        is_there(path, tmp_path)
+
+
 def test_what_was_out_of_reach_all_along_stops_nobody(grown: Config):
     (grown.data.archive / "IM9").symlink_to("/mnt/store/gone")
     build_shards(grown)  # no shard changes
     shutil.rmtree(grown.data.archive / "~")
     build_shards(grown)  # known from the last run
     assert len(by_patient(read_index(grown.shards))) == 9
+    (grown.shards / "objects.parquet").unlink()  # the plan says it as well
     (grown.data.archive / "IM8").symlink_to("/mnt/store/gone")
     shutil.rmtree(grown.data.archive / "!")
-    with pytest.raises(ShardError, match=r"1 objects .* \(1 NOT_REGULAR\), and 1 of 7 shards"):
+    with pytest.raises(ShardError, match=r"1 objects .* \(1 NOT_REGULAR; .*\), and 1 of 7 shards"):
         build_shards(grown)
 
 
@@ -337,9 +362,13 @@ def test_links_to_folders_are_followed_where_arrays_may_lie_alone(grown: Config,
     assert image.is_symlink()
     assert [p.path for p in check_shards(grown.shards)] == [f"{BUCKET}/image/c/99"]
     (image / "c/99").unlink()
-    (grown.shards / "64x64_int16").symlink_to(mine)
     before = contents(grown.shards)
-    with pytest.raises(ShardError, match="64x64_int16 is a link, and no slice goes there any more"):
-        build_shards(grown)
+    for spare in ("64x64_int16", "65x64_int16/image"):
+        place = grown.shards / spare
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(mine)
+        with pytest.raises(ShardError, match=f"{spare} is a link, and no slice goes there any mo"):
+            build_shards(grown)
+        place.unlink()
     assert contents(grown.shards) == before
     assert (mine / "b/x.json").read_bytes() == b"mine"

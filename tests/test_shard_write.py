@@ -240,7 +240,7 @@ def test_a_bad_source_leaves_an_empty_slot_and_a_row(tmp_path: Path):
     commit = write_shard(root, plan, SETTINGS)
     assert [row["slot"] for row in commit.rows] == [0, 2]
     assert [(r["file_id"], r["status"], r["code"]) for r in commit.refused] == [
-        (f"{1:016x}", "quarantined", "IMAGE_UNREADABLE")
+        (f"{1:016x}", "quarantined", "FILE_UNREADABLE")
     ]
     image = zarr.open_array(root / "2x3_int16/image", mode="r")[:]
     assert image.tolist() == [[[0, 1, 2], [3, 4, 5]], [[0] * 3] * 2, [[255] * 3] * 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import zlib
@@ -79,8 +80,10 @@ def read_nifti_mask(
     except LabelError:
         raise
     except _NIBABEL_RAISES as error:
-        if isinstance(error, OSError) and error.errno:
-            raise LabelError("FILE_UNREADABLE", f"the mask: {os.strerror(error.errno)}") from None
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise LabelError(
+                "FILE_UNREADABLE", f"the mask: {os.strerror(error.errno or 0)}"
+            ) from None
         raise LabelError("MASK_UNREADABLE", f"not a NIfTI file ({type(error).__name__})") from None
     if ras is None:
         return _by_index(values, image, grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import defaultdict
@@ -128,6 +129,8 @@ def read_image(path: Path) -> NDArray[np.generic]:
     except DicomError:  # a ValueError, too
         raise
     except _PILLOW_RAISES as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise DicomError("FILE_UNREADABLE", os.strerror(error.errno or 0)) from None
         raise DicomError("IMAGE_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
         if (values != values[..., :1]).any():
@@ -161,8 +164,10 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
             keep = image.mode == "P" or _is_grey(image)
             values = np.asarray(image if keep else image.convert("RGB"))
     except _PILLOW_RAISES as error:
-        if isinstance(error, OSError) and error.errno:
-            raise LabelError("FILE_UNREADABLE", f"the mask: {os.strerror(error.errno)}") from None
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise LabelError(
+                "FILE_UNREADABLE", f"the mask: {os.strerror(error.errno or 0)}"
+            ) from None
         raise LabelError("MASK_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
         if (values != values[..., :1]).any():
@@ -181,8 +186,8 @@ def _image_ref(path: Path, name: str, patient: str, read: Read | None) -> SliceR
             grey = _is_grey(image)
             frames = int(getattr(image, "n_frames", 1))
     except _PILLOW_RAISES as error:
-        if isinstance(error, OSError) and error.errno:
-            raise DicomError("FILE_UNREADABLE", os.strerror(error.errno)) from None
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise DicomError("FILE_UNREADABLE", os.strerror(error.errno or 0)) from None
         raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
     if frames != 1:
         raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")
@@ -237,6 +242,9 @@ def _read_lists(folder: Path) -> dict[str, set[Split]]:
     listed: dict[str, set[Split]] = defaultdict(set)
     for name, split in _LISTS.items():
         path = folder / f"{name}.txt"
+        for place in (path, folder):
+            if place.is_symlink() and not place.exists():
+                raise ConfigError(f"split list {path}: a link to nowhere; is its disk mounted?")
         if path.is_file():
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
