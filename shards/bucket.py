@@ -9,10 +9,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from medpsp.errors import ShardError
 from medpsp.types import IGNORE
 from shards.codec import LABEL, Codec, image_codec
 from shards.commit import COMMITS, commit_name
@@ -129,6 +130,27 @@ def _parts(bucket: str) -> tuple[int, int, str]:
     if found is None:
         raise ValueError(f"bucket {bucket}: expected <rows>x<columns>_<dtype>")
     return int(found[1]), int(found[2]), found[3]
+
+
+def require_no_spare_links(root: Path, buckets: Container[str]) -> None:
+    """What lies behind a link cannot be told to be ours.
+
+    Args:
+        root: Folder of the shards.
+        buckets: That a plan needs; their arrays may lie on another disk.
+
+    Raises:
+        ShardError: A bucket that goes is a link, or holds one.
+    """
+    for bucket in [path for path in root.iterdir() if BUCKET.fullmatch(path.name)]:
+        if bucket.name in buckets:
+            continue
+        inside = ("", "image", "label", "image/c", "label/c")
+        for path in [bucket / name for name in inside if (bucket / name).is_symlink()]:
+            raise ShardError(
+                f"out: {path} is a link, and no slice goes there any more; delete what it leads "
+                "to, if it is nothing else, and the link"
+            )
 
 
 def clear_stale(root: Path, plans: Iterable[Named]) -> None:

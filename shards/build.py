@@ -20,7 +20,7 @@ from medpsp.dataconfig import DataConfig
 from medpsp.errors import ConfigError, ShardError
 from medpsp.identity import load_key
 from medpsp.progress import Bar
-from shards.bucket import BUCKET, clear_partials, clear_stale, create_bucket
+from shards.bucket import clear_partials, clear_stale, create_bucket, require_no_spare_links
 from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
@@ -79,7 +79,7 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(gathered, data, key, root)
     require_reach(plan, root, write_settings(data).text)
-    _require_no_spare_links(plan, root)
+    require_no_spare_links(root, plan.slots)
     approve(plan)
     if data.crosswalk:
         write_crosswalk(data, key)
@@ -89,19 +89,6 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
         create_bucket(root, bucket, slots, write_settings(data))
     write_plan(plan, data, key, root)
     return plan
-
-
-def _require_no_spare_links(plan: Plan, root: Path) -> None:
-    """What lies behind a link cannot be told to be ours."""
-    for bucket in [path for path in root.iterdir() if BUCKET.fullmatch(path.name)]:
-        if bucket.name in plan.slots:
-            continue
-        inside = ("", "image", "label", "image/c", "label/c")
-        for path in [bucket / name for name in inside if (bucket / name).is_symlink()]:
-            raise ShardError(
-                f"out: {path} is a link, and no slice goes there any more; delete what it leads "
-                "to, if it is nothing else, and the link"
-            )
 
 
 def _withdraw(root: Path) -> None:
