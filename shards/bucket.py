@@ -145,8 +145,7 @@ def require_no_spare_links(root: Path, buckets: Container[str]) -> None:
     for bucket in [path for path in root.iterdir() if BUCKET.fullmatch(path.name)]:
         if bucket.name in buckets:
             continue
-        inside = ("", "image", "label", "image/c", "label/c")
-        for path in [bucket / name for name in inside if (bucket / name).is_symlink()]:
+        for path in [p for name in _LINKED if (p := Path(f"{bucket}{name}")).is_symlink()]:
             raise ShardError(
                 f"out: {path} is a link, and no slice goes there any more; delete what it leads "
                 "to, if it is nothing else, and the link"
@@ -172,14 +171,16 @@ def clear_stale(root: Path, plans: Iterable[Named]) -> None:
             path.unlink()
 
 
+_LINKED = ("", "/image", "/label", "/image/c", "/label/c")
+"""Places of a bucket that may be links: arrays may lie on another disk."""
+_CHUNK = rf"{BUCKET.pattern}/(?:image|label)/c/\d+/0"
 _PARTIAL = re.compile(
-    rf"(?:(?:{COMMITS}|\d+x\d+_\w+(?:/(?:image|label)(?:/c/\d+/0(?:/0)?)?)?)/)?\.[^/]+\.partial",
+    rf"(?:(?:{COMMITS}|{BUCKET.pattern}|{BUCKET.pattern}/(?:image|label)|{_CHUNK}(?:/0)?)/)?"
+    r"\.[^/]+\.partial",
     re.DOTALL,
 )
-_OURS = re.compile(
-    rf"\d+x\d+_\w+/(?:image|label)/c/\d+/0/.+|{COMMITS}/\d+x\d+_\w+-\d+\.json", re.DOTALL
-)
-_MAY_BE_LINKS = re.compile(rf"\d+x\d+_\w+(?:/(?:image|label)(?:/c)?)?|{COMMITS}")
+_OURS = re.compile(rf"{_CHUNK}/.+|{COMMITS}/{BUCKET.pattern}-\d+\.json", re.DOTALL)
+_MAY_BE_LINKS = re.compile(rf"{BUCKET.pattern}(?:{'|'.join(_LINKED)})|{COMMITS}")
 
 
 def files_below(root: Path, folder: Path | None = None) -> Iterator[Path]:

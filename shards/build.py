@@ -29,7 +29,7 @@ from shards.planfile import Plan, ShardEntry, make_plan, meaning
 from shards.planstate import open_plan, write_plan
 from shards.preflight import no_cluster, no_ray, require_means, require_places
 from shards.publish import publish, write_crosswalk
-from shards.reach import require_reach
+from shards.reach import require_reach, unread
 from shards.settings import WriteSettings, write_settings
 from shards.write import write_shard
 
@@ -78,7 +78,8 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     gathered = gather(data, key)
     root.mkdir(parents=True, exist_ok=True)
     plan = make_plan(gathered, data, key, root)
-    require_reach(plan, root, write_settings(data).text)
+    missed = unread(plan)
+    require_reach(plan, missed, root, write_settings(data).text)
     require_no_spare_links(root, plan.slots)
     approve(plan)
     if data.crosswalk:
@@ -87,7 +88,7 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     clear_stale(root, plan.shards)
     for bucket, slots in plan.slots.items():
         create_bucket(root, bucket, slots, write_settings(data))
-    write_plan(plan, data, key, root)
+    write_plan(plan, data, key, root, missed)
     return plan
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from shards.index import file_sha256, write_bytes_durably
 from shards.layout import FORMAT
 from shards.partstore import private_folder
 from shards.planfile import Gathered, Plan, meaning
-from shards.reach import unread
 from shards.sealed import SealError, read_sealed, sealed_bytes
 from shards.seriesfile import SeriesFile
 from shards.slots import PLAN, write_slots
@@ -35,13 +35,21 @@ _NOT_THE_PLAN = frozenset(
 )
 
 
-def write_plan(plan: Plan, data: DataConfig, key: bytes, root: Path) -> None:
+def write_plan(
+    plan: Plan, data: DataConfig, key: bytes, root: Path, unread: Iterable[str] = ()
+) -> None:
     """Write ``plan.parquet``, durably, and with ``data.index`` all that `open_plan` needs.
+
+    Args:
+        plan: To write.
+        data, key: That it was made with.
+        root: Folder of the shards.
+        unread: As for `write_slots`.
 
     Raises:
         OSError: It cannot be written.
     """
-    write_slots(root / PLAN, plan.gathered.planned, meaning(data, key), unread(plan))
+    write_slots(root / PLAN, plan.gathered.planned, meaning(data, key), unread)
     _write_state(plan, data, key, root)
 
 

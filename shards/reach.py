@@ -19,7 +19,7 @@ _FURTHER = ("SAME_FILE", "SYMLINK_DUPLICATE", "SYMLINK_FOLDER", "SYMLINK_LOOP", 
 _SHOWN = 3
 
 
-def require_reach(plan: Plan, root: Path, settings: str) -> None:
+def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) -> None:
     """Refuse a plan that changes what is written while something is out of reach that was not.
 
     Only new shards may be added then: images, label objects or masks that are missing for a while
@@ -27,13 +27,13 @@ def require_reach(plan: Plan, root: Path, settings: str) -> None:
 
     Args:
         plan: That is to be carried out.
+        found: Of `unread`.
         root: Folder of the shards.
         settings: ``WriteSettings.text``.
 
     Raises:
         ShardError: With the codes of what cannot be read.
     """
-    found = unread(plan)
     known = _known(root) if found else set()
     lost = {file_id: code for file_id, code in found.items() if file_id not in known}
     if not lost:

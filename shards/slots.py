@@ -105,27 +105,26 @@ def read_slots(path: Path, meaning: dict[str, str]) -> Slots | None:
 
 def read_unread(path: Path) -> set[str] | None:
     """What could not be read for the last plan; None where it does not say."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        said = (pq.read_schema(path).metadata or {}) if path.is_file() else {}
-        return set(json.loads(said[_UNREAD.encode()]))
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+        return set(json.loads(_metadata(path)[_UNREAD.encode()]))
+    except (KeyError, ValueError, TypeError):
         return None
 
 
 def is_plan(path: Path) -> bool:
     """Whether a file is a plan, whatever it means."""
+    return _DIGEST.encode() in _metadata(path)
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    """What a table says of itself; nothing where there is none that can be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.is_file():
-        return False
     try:
-        return _DIGEST.encode() in (pq.read_schema(path).metadata or {})
+        return (pq.read_schema(path).metadata or {}) if path.is_file() else {}
     except (OSError, pa.ArrowException):
-        return False
+        return {}
 
 
 def slots_of_commits(root: Path, meaning: dict[str, str]) -> Slots:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import zlib
@@ -25,6 +24,7 @@ from medpsp.dicom.placement import (
     place_mask,
     unsheared,
 )
+from medpsp.dicom.walk import system_said
 from medpsp.errors import ConfigError, LabelError
 from medpsp.types import IGNORE, SliceRef
 
@@ -80,10 +80,8 @@ def read_nifti_mask(
     except LabelError:
         raise
     except _NIBABEL_RAISES as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise LabelError(
-                "FILE_UNREADABLE", f"the mask: {os.strerror(error.errno or 0)}"
-            ) from None
+        if why := system_said(error):
+            raise LabelError("FILE_UNREADABLE", f"the mask: {why}") from None
         raise LabelError("MASK_UNREADABLE", f"not a NIfTI file ({type(error).__name__})") from None
     if ras is None:
         return _by_index(values, image, grid)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from medpsp.dataconfig import VocConfig
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.labels import integral
+from medpsp.dicom.walk import system_said
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
 from medpsp.types import PixelDtype, Place, ScanRow, Series, SliceRef, Split
 
@@ -129,8 +128,8 @@ def read_image(path: Path) -> NDArray[np.generic]:
     except DicomError:  # a ValueError, too
         raise
     except _PILLOW_RAISES as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise DicomError("FILE_UNREADABLE", os.strerror(error.errno or 0)) from None
+        if why := system_said(error):
+            raise DicomError("FILE_UNREADABLE", why) from None
         raise DicomError("IMAGE_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
         if (values != values[..., :1]).any():
@@ -164,10 +163,8 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
             keep = image.mode == "P" or _is_grey(image)
             values = np.asarray(image if keep else image.convert("RGB"))
     except _PILLOW_RAISES as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise LabelError(
-                "FILE_UNREADABLE", f"the mask: {os.strerror(error.errno or 0)}"
-            ) from None
+        if why := system_said(error):
+            raise LabelError("FILE_UNREADABLE", f"the mask: {why}") from None
         raise LabelError("MASK_UNREADABLE", f"not decodable ({type(error).__name__})") from None
     if values.ndim == 3:
         if (values != values[..., :1]).any():
@@ -186,8 +183,8 @@ def _image_ref(path: Path, name: str, patient: str, read: Read | None) -> SliceR
             grey = _is_grey(image)
             frames = int(getattr(image, "n_frames", 1))
     except _PILLOW_RAISES as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise DicomError("FILE_UNREADABLE", os.strerror(error.errno or 0)) from None
+        if why := system_said(error):
+            raise DicomError("FILE_UNREADABLE", why) from None
         raise DicomError("IMAGE_UNREADABLE", f"no image ({type(error).__name__})") from None
     if frames != 1:
         raise DicomError("MULTIFRAME_UNSUPPORTED", f"{frames} frames, expected 1")

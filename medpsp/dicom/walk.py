@@ -120,6 +120,12 @@ def unreadable(error: OSError) -> DicomError:
     return DicomError("FILE_UNREADABLE", known)
 
 
+def system_said(error: Exception) -> str:
+    """Why a file could not be read, in the system's words; empty where its content is at fault."""
+    known = error.errno if isinstance(error, OSError) else None
+    return os.strerror(known) if known and known != errno.EINVAL else ""  # of offsets no file has
+
+
 def _listed(folder: str) -> list[os.DirEntry[str]]:
     def scan() -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
