@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +18,7 @@ from medpsp.types import IGNORE
 from shards.codec import LABEL, Codec, image_codec
 from shards.commit import COMMITS, commit_name
 from shards.index import write_bytes_durably
-from shards.layout import FORMAT
+from shards.layout import BUCKET, FORMAT
 from shards.settings import WriteSettings
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from zarr.storage import MemoryStore
 
 _MARK = "medpsp.format"
-BUCKET = re.compile(r"(\d+)x(\d+)_(int16|float32|uint8)")
 
 
 class Named(Protocol):
@@ -152,34 +151,57 @@ def require_no_spare_links(root: Path, buckets: Container[str]) -> None:
             )
 
 
+def require_no_dead_links(root: Path) -> None:
+    """What is written behind a link to nowhere must not be taken for missing.
+
+    Raises:
+        ShardError: The commits, or a part of a bucket, are such a link.
+    """
+    buckets = [path for path in root.iterdir() if BUCKET.fullmatch(path.name)]
+    places = [Path(f"{bucket}{name}") for bucket in buckets for name in _LINKED]
+    for path in [root / COMMITS, *places]:
+        if path.is_symlink() and not path.exists():
+            raise ShardError(f"out: {path} is a link to nowhere; is its disk mounted?")
+
+
 def clear_stale(root: Path, plans: Iterable[Named]) -> None:
     """Delete what earlier runs left: shards of no plan, their commits, half-written files.
 
-    A patient taken out of the archive is gone from the shards after the next run.
+    A patient taken out of the archive is gone from the shards after the next run. Only files of the
+    names that ours have go, and folders that are empty then.
     """
     keep: set[str] = set()
     buckets: set[str] = set()
     for plan in plans:
         buckets.add(plan.bucket)
         keep.update([*shard_files(plan.bucket, plan.number), commit_name(plan.name)])
-    for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
-        if folder.name not in buckets:
-            shutil.rmtree(folder)
     for path in files_below(root):
         name = path.relative_to(root).as_posix()
-        if _PARTIAL.fullmatch(name) or (_OURS.fullmatch(name) and name not in keep):
+        if is_partial(name) or (_OURS.fullmatch(name) and name not in keep):
             path.unlink()
+    for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
+        if folder.name not in buckets:
+            for name in metadata_files(folder.name)[1:]:
+                (root / name).unlink(missing_ok=True)
+            for place, _, _ in os.walk(folder, topdown=False):
+                with suppress(OSError):  # it holds what is not ours
+                    os.rmdir(place)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a path relative to the root is that of a file that we began to write."""
+    return _PARTIAL.fullmatch(name) is not None
 
 
 _LINKED = ("", "/image", "/label", "/image/c", "/label/c")
 """Places of a bucket that may be links: arrays may lie on another disk."""
-_CHUNK = rf"{BUCKET.pattern}/(?:image|label)/c/\d+/0"
+_CHUNKS = rf"{BUCKET.pattern}/(?:image|label)/c/\d+/0"
 _PARTIAL = re.compile(
-    rf"(?:(?:{COMMITS}|{BUCKET.pattern}|{BUCKET.pattern}/(?:image|label)|{_CHUNK}(?:/0)?)/)?"
-    r"\.[^/]+\.partial",
+    rf"(?:(?:{COMMITS}|{BUCKET.pattern}|{BUCKET.pattern}/(?:image|label)|{_CHUNKS}(?:/0)?)/)?"
+    r"\.[^/]+\.[0-9a-f]+\.partial",
     re.DOTALL,
 )
-_OURS = re.compile(rf"{_CHUNK}/.+|{COMMITS}/{BUCKET.pattern}-\d+\.json", re.DOTALL)
+_OURS = re.compile(rf"{_CHUNKS}/0(?:/0)?|{COMMITS}/{BUCKET.pattern}-\d+\.json")
 _MAY_BE_LINKS = re.compile(rf"{BUCKET.pattern}(?:{'|'.join(_LINKED)})|{COMMITS}")
 
 

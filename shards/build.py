@@ -20,14 +20,20 @@ from medpsp.dataconfig import DataConfig
 from medpsp.errors import ConfigError, ShardError
 from medpsp.identity import load_key
 from medpsp.progress import Bar
-from shards.bucket import clear_partials, clear_stale, create_bucket, require_no_spare_links
+from shards.bucket import (
+    clear_partials,
+    clear_stale,
+    create_bucket,
+    require_no_dead_links,
+    require_no_spare_links,
+)
 from shards.commit import committed
 from shards.gather import gather
 from shards.index import MANIFEST, REPORT, Manifest
 from shards.partstore import locked
 from shards.planfile import Plan, ShardEntry, make_plan, meaning
 from shards.planstate import open_plan, write_plan
-from shards.preflight import no_cluster, no_ray, require_means, require_places
+from shards.preflight import no_cluster, no_ray, require_means, require_places, task_error
 from shards.publish import publish, write_crosswalk
 from shards.reach import require_reach, unread
 from shards.settings import WriteSettings, write_settings
@@ -77,6 +83,7 @@ def plan_shards(config: Config, approve: Approve = lambda plan: None) -> Plan:
 def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     gathered = gather(data, key)
     root.mkdir(parents=True, exist_ok=True)
+    require_no_dead_links(root)
     plan = make_plan(gathered, data, key, root)
     missed = unread(plan)
     require_reach(plan, missed, root, write_settings(data).text)
@@ -129,6 +136,8 @@ def publish_shards(config: Config) -> Manifest:
     key = load_key(config.data.key_file)
     root = config.shards
     plan = open_plan(config.data, key, root)
+    require_no_dead_links(root)
+    require_no_spare_links(root, plan.slots)
     text = write_settings(config.data).text
     missing = [
         e.name for e in plan.shards if not committed(root, e.name, e.digest(text), final=True)
@@ -145,6 +154,7 @@ def publish_shards(config: Config) -> Manifest:
 def _convert(config: Config, plan: Plan, places: range) -> None:
     """Write the shards of a range that are not there."""
     settings, root = write_settings(config.data), config.shards
+    require_no_dead_links(root)
     entries = (plan.shards[place] for place in places)
     missing = [
         entry.name
@@ -218,7 +228,7 @@ def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
         try:
             refused += ray.get(ready[0])
         except ray.exceptions.RayError as error:
-            raise ShardError(f"shard {name}: {_cause(error)}; mend it and run again") from None
+            raise ShardError(f"shard {name}: {task_error(error)}; mend it and run again") from None
         del running[ready[0]]
         bar.advance(note=f"{refused} refused" if refused else "")
 
@@ -281,11 +291,3 @@ def _ray(data: DataConfig) -> Iterator[tuple[Any, int]]:
             ray.shutdown()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-
-
-def _cause(error: Exception) -> str:
-    """The kind of a task's error; its text may hold source paths, so an OSError's number only."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, OSError):
-        return f"{os.strerror(cause.errno) if cause.errno else 'I/O error'}"
-    return f"worker failed ({type(cause).__name__})"

@@ -13,6 +13,7 @@ from typing import Any
 
 from medpsp.errors import ShardError
 from shards.index import SliceRow, write_bytes_durably
+from shards.layout import BUCKET
 from shards.sealed import read_sealed, sealed_bytes
 
 COMMITS = "commits"
@@ -66,7 +67,7 @@ def committed_names(root: Path) -> list[str]:
     return sorted(p.stem for p in (root / COMMITS).glob("*.json") if _NAME.fullmatch(p.stem))
 
 
-_NAME = re.compile(r"\d+x\d+_\w+-\d+")
+_NAME = re.compile(rf"{BUCKET.pattern}-\d+")
 
 
 def commit_name(shard: str) -> str:
@@ -106,9 +107,18 @@ def committed(root: Path, name: str, digest: str, *, final: bool = False) -> boo
     commit = read_commit(root, name)
     if commit is None or commit.digest != digest:
         return False
-    codes = ({row["code"], row["detail"].split(":")[0]} for row in commit.refused)
-    if not final and any(code & PASSING for code in codes):
+    if not final and any(may_pass(row["code"], row["detail"]) for row in commit.refused):
         return False
+    return files_there(root, commit)
+
+
+def may_pass(code: str, detail: str) -> bool:
+    """Whether what was refused may be readable the next time."""
+    return bool({code, detail.split(":", maxsplit=1)[0]} & PASSING)
+
+
+def files_there(root: Path, commit: Commit) -> bool:
+    """Whether the files of a shard have the sizes that they were written with."""
     return all(_size(root / path) == size for path, (_, size) in commit.files.items())
 
 

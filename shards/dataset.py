@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from shards.reader import ShardReader
 from shards.samples import Sample, Sampler, Stream, Wanted, stage_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from medpsp.config import Config
     from shards.index import SliceRow
 
@@ -149,13 +151,23 @@ def _made(
     for (image, label), draws in run_task(task, specs, wanted(), workers):
         item, names = waiting.popleft()
         yield Batch(
-            image=torch.from_numpy(image.copy()),  # theirs is used again
-            label=torch.from_numpy(label.copy()),
+            image=_own(image),
+            label=_own(label),
             patients=names,
             keys=torch.tensor([key_number(sample.key) for sample in item.samples]),
             samples=tuple(sample.name for sample in item.samples),
             draws=draws,
         )
+
+
+def _own(array: NDArray[Any]) -> Tensor:
+    """A copy, as the memory of the loader is used again; where a GPU is in use it can fetch it
+    while we go on, which it can from pinned memory alone."""
+    import torch
+
+    theirs = torch.from_numpy(array)
+    pinned = torch.cuda.is_initialized()
+    return torch.empty(theirs.shape, dtype=theirs.dtype, pin_memory=pinned).copy_(theirs)
 
 
 def key_number(key: tuple[int, ...]) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards.bucket import files_below
+from shards.bucket import files_below, is_partial
 from shards.commit import COMMITS
 from shards.problem import Problem
 
@@ -33,13 +33,13 @@ def surplus_files(root: Path, shards: set[str], known: set[str]) -> Iterator[Pro
     """
     buckets = {name.rpartition("-")[0] for name in shards}
     for place in files_below(root):
-        path, name = place.relative_to(root).as_posix(), place.name
+        path = place.relative_to(root).as_posix()
         array = _ARRAY.fullmatch(path)
         if path in known or path == "zarr.json" or (array and array["bucket"] in buckets):
             continue
         if place.is_symlink() and place.is_dir():
             yield Problem(kind="surplus", path=path, text="a link to a folder; delete it")
-        elif name.startswith(".") and name.endswith(".partial"):
+        elif is_partial(path):
             yield Problem(kind="partial", path=path, text="a half-written file")
         elif shard_of_path(path) not in shards:
             yield Problem(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from medpsp.types import PixelDtype, Series, Split
 
 FORMAT = 4
 """Version of manifest and index; a reader refuses others."""
+BUCKET = re.compile(r"(\d+)x(\d+)_(int16|float32|uint8)")
+"""Name of a bucket."""
 
 Ints = NDArray[np.int64]
 

@@ -19,6 +19,7 @@ from medpsp.dicom.labelref import LabelRef, match_series
 from medpsp.dicom.labels import mask_path
 from medpsp.dicom.sandbox import Sandbox, SandboxPool
 from medpsp.dicom.scan import LabelFile
+from medpsp.dicom.walk import leads_nowhere
 from medpsp.errors import LabelError, SourceError
 from medpsp.types import MaskKind, Place, ScanRow, Series
 from shards.components import Link, link_of
@@ -119,8 +120,7 @@ def is_there(path: Path, root: Path) -> bool:
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        way = [path, *(p for p in path.parents if p != root and p.is_relative_to(root))]
-        if any(place.is_symlink() and not place.exists() for place in way):
+        if leads_nowhere(path, root):
             raise
         return False
 

@@ -14,10 +14,12 @@ from functools import partial
 from typing import NamedTuple
 
 from medpsp.dataconfig import DataConfig
+from medpsp.dicom.codes import refusal
 from medpsp.dicom.sandbox import shared_sandbox
 from medpsp.dicom.walk import Stamp
 from medpsp.errors import ShardError, SourceError
 from medpsp.types import ScanRow, SliceRef
+from shards.commit import PASSING
 from shards.headers import RowReader, file_id
 from shards.masks import Aim
 from shards.partition import lists
@@ -64,17 +66,35 @@ class Planner:
             columns = lists(batch)
             refs += reader.refs(columns)
             stamps.update(reader.stamps(columns))
-        series, rows = series_of_part(refs, task.aims, self.robbed, self.data, self._same_pixels)
+        missed: dict[str, SourceError] = {}
+        same = partial(self._same_pixels, missed)
+        series, rows = series_of_part(refs, task.aims, self.robbed, self.data, same)
         found = [entry_of(planned_series(item, self.data, self.key, stamps)) for item in series]
-        return Made(found, rows, [])
+        return Made(found, [_asked_again(row, missed) for row in rows], [])
 
-    def _same_pixels(self, refs: Sequence[SliceRef]) -> bool:
-        """Whether frames decode to the same values; one that does not decode is like no other."""
+    def _same_pixels(self, missed: dict[str, SourceError], refs: Sequence[SliceRef]) -> bool:
+        """Whether frames decode to the same values; one that does not decode is like no other.
+
+        Args:
+            missed: Takes up ``file_id`` of what may decode another time.
+            refs: The frames.
+        """
         box = shared_sandbox(self.data.decode_seconds, self.data.decode_memory_mib)
-        try:
-            return len({box.digest(ref) for ref in refs}) == 1
-        except SourceError:
-            return False
+        digests: set[str] = set()
+        for ref in refs:
+            try:
+                digests.add(box.digest(ref))
+            except SourceError as error:
+                if error.code in PASSING:
+                    missed[ref.file_id] = error
+                return False
+        return len(digests) == 1
+
+
+def _asked_again(row: ScanRow, missed: dict[str, SourceError]) -> ScanRow:
+    """A row that says what was in the way: no copy and no rival, until it is known."""
+    error = missed.get(row.file_id)
+    return refusal(row.file_id, error.code, error.detail, row.frame) if error else row
 
 
 def planned_parts(planner: Planner, tasks: Iterator[Task], workers: int) -> Iterator[Made]:

@@ -172,3 +172,13 @@ def no_ray(error: Exception) -> ShardError:
         f"be writable, have some room (ulimit -f, too) and a short path ({len(folder)} characters; "
         "a socket below it has 107 in all); set RAY_TMPDIR to another folder"
     )
+
+
+def task_error(error: Exception) -> str:
+    """Why a shard task failed: our own words, else the kind alone, as others may hold paths."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, ShardError):
+        return str(cause)
+    if isinstance(cause, OSError):
+        return f"{os.strerror(cause.errno) if cause.errno else 'I/O error'}"
+    return f"worker failed ({type(cause).__name__})"

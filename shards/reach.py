@@ -8,13 +8,13 @@ from pathlib import Path
 from medpsp.dicom.walk import NOWHERE
 from medpsp.errors import ShardError
 from shards.commit import PASSING, committed_names, read_commit
-from shards.index import OBJECTS
+from shards.index import OBJECTS, file_sha256, read_manifest
 from shards.planfile import Plan
 from shards.slots import PLAN, read_unread
 
 CODES = PASSING - {"SOURCE_CHANGED"} | {"FOLDER_UNREADABLE"}
 """Of objects that may be there, and readable the next time."""
-_FURTHER = ("SAME_FILE", "SYMLINK_DUPLICATE", "SYMLINK_FOLDER", "SYMLINK_LOOP", "SYMLINK_OUTSIDE")
+_FURTHER = ("SYMLINK_DUPLICATE", "SYMLINK_FOLDER", "SYMLINK_LOOP", "SYMLINK_OUTSIDE")
 """Of names that gave no slice: with nothing behind them now, nothing is missing."""
 _SHOWN = 3
 
@@ -68,9 +68,9 @@ def unread(plan: Plan) -> dict[str, str]:
 def _known(root: Path) -> set[str]:
     """What the last plan could not read either, and names that never were files of their own.
 
-    Shards of an earlier version say only what gave no slice.
+    Shards of an earlier version say only what gave no slice. A table that is not of what is
+    written, because a later run was not published, says nothing.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     told = read_unread(root / PLAN)
@@ -78,7 +78,9 @@ def _known(root: Path) -> set[str]:
     if told is not None:
         only.append(("code", "in", _FURTHER))
     try:
-        table = pq.read_table(root / OBJECTS, columns=["file_id"], filters=only)
-    except (OSError, pa.ArrowException):
+        if read_manifest(root).tables[OBJECTS] != file_sha256(root / OBJECTS):
+            return told or set()
+    except (OSError, ShardError, KeyError):
         return told or set()
+    table = pq.read_table(root / OBJECTS, columns=["file_id"], filters=only)
     return (told or set()) | set(table["file_id"].to_pylist())

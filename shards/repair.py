@@ -35,16 +35,12 @@ def repair_shards(config: Config, problems: Sequence[Problem]) -> Manifest:
             gone.
         ArchiveError, ConfigError: As `build_shards`.
     """
-    root = config.shards
     damaged = damaged_shards(problems)
     if not config.data.archive.is_dir():
         raise ShardError(
             "data.archive: no such folder; repair converts the sources of a shard again, so mount "
             "it where the configuration says"
         )
-    for problem in problems:
-        if problem.kind == "partial":
-            (root / problem.path).unlink(missing_ok=True)
     manifest = build_shards(config, lambda plan: _forget(config, plan, damaged))
     log.info(
         "repair: %d shards converted again%s; tables, plan and manifest written anew",

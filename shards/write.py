@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.sandbox import Answer, shared_sandbox
-from medpsp.errors import SourceError
+from medpsp.errors import ShardError, SourceError
 from medpsp.intensity import ValueCounts, needs_series_values, series_window
 from medpsp.types import ScanRow, Series, Window
 from shards.bucket import shard_files
-from shards.commit import Commit, columns_of, write_commit
+from shards.commit import Commit, columns_of, files_there, may_pass, read_commit, write_commit
 from shards.encode import Encoded
 from shards.layout import Part, PlannedSeries, ShardPlan
 from shards.record import record_text
@@ -44,10 +45,14 @@ def write_shard(
         settings: Of the conversion.
         layout: See `Commit`.
 
+    Returns:
+        What is written now; the commit that was there stays where the new one would lose slices.
+
     Raises:
         OSError: The shard cannot be written (disk full, no permission).
+        ShardError: As `_kept`.
     """
-    paths = shard_files(plan.bucket, plan.number)
+    paths, digest = shard_files(plan.bucket, plan.number), plan.digest(settings.text)
     writers = [ShardWriter(root / path, settings.shard_slices) for path in paths]
     rows: list[dict[str, Any]] = []
     refused: list[ScanRow] = []
@@ -62,13 +67,15 @@ def write_shard(
                 if _by_values(part.planned, item.number, settings):
                     name = part.planned.name
                     values.setdefault(name, ValueCounts()).add_counts(item.values)
+        if kept := _kept(root, plan.name, digest, refused):
+            return kept
         files = {path: writer.commit() for path, writer in zip(paths, writers, strict=True)}
     finally:
         for writer in writers:
             writer.abort()
     commit = Commit(
         name=plan.name,
-        digest=plan.digest(settings.text),
+        digest=digest,
         layout=dict(layout or {}),
         series=[(part.planned.name, part.slot, part.stop - part.start) for part in plan.parts],
         files=files,
@@ -78,6 +85,26 @@ def write_shard(
     )
     write_commit(root, commit)
     return commit
+
+
+def _kept(root: Path, name: str, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
+    """The shard that is there, if slices that it holds cannot be read now, but may be again.
+
+    Raises:
+        ShardError: It cannot stay: it is of another plan, or damaged.
+    """
+    old = read_commit(root, name)
+    held = set(zip(old.columns["file_id"], old.columns["frame"], strict=True)) if old else set()
+    lost = [r for r in refused if may_pass(r.code, r.detail) and (r.file_id, r.frame) in held]
+    if old is None or not lost:
+        return None
+    if old.digest == digest and files_there(root, old):
+        return old
+    codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(r.code for r in lost).items()))
+    raise ShardError(
+        f"{len(lost)} of its slices cannot be read now ({codes}; {lost[0].file_id}), and it must "
+        "be made anew; make them readable, or move them out of the archive"
+    )
 
 
 def _slices(

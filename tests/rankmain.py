@@ -81,7 +81,7 @@ def scenario(name: str, world: World, folder: Path) -> dict[str, Any]:
     if kind == "curve":
         return trained(curve(rest[0]), world, here)
     if kind == "start":
-        return trained(curve(rest[0], MOVE_STEPS), world, here)
+        return trained(curve(rest[0], MOVE_STEPS, channels_last=True), world, here)
     if kind == "long":
         return trained(long(), world, here)
     # move:ENGINE:SOURCE goes on from the checkpoint of another engine and number of ranks
@@ -91,8 +91,9 @@ def scenario(name: str, world: World, folder: Path) -> dict[str, Any]:
     if world.rank == 0:
         shutil.copytree(source, here / "checkpoints" / source.name)
     barrier()
-    again = curve(rest[0], MOVE_STEPS, resume="must") if kind == "move" else long(resume="must")
-    return trained(again, world, here)
+    if kind == "move":
+        return trained(curve(rest[0], MOVE_STEPS, channels_last=True, resume="must"), world, here)
+    return trained(long(resume="must"), world, here)
 
 
 def main(folder: Path, scenarios: list[str]) -> None:

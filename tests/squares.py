@@ -114,6 +114,8 @@ def make_run(config: Config, folder: Path, world: World | None = None, **more: A
 def network(config: Config, seed: int = 0) -> PSPNet:
     torch.manual_seed(seed)
     model = build_model(config.model, 2)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.double() if config.train.precision == "fp64" else model
 
 

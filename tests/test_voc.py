@@ -359,3 +359,11 @@ def test_links_to_nowhere_are_told(tmp_path: Path, folder: str) -> None:
     assert [s.first.patient_id for s in series] == ["p1"]
     assert (row.file_id, row.code) == ("id of JPEGImages/p2-a.png", "FILE_UNREADABLE")
     assert "No such file or directory" in row.detail
+
+
+def test_a_link_above_the_lists_that_leads_nowhere(tmp_path: Path) -> None:
+    """All patients would change sides."""
+    archive(tmp_path, "p1-a", "p2-a")
+    (tmp_path / "ImageSets").symlink_to("/mnt/store/gone")
+    with pytest.raises(ConfigError, match=r"split list .*: a link to nowhere; is its disk mounted"):
+        scan(tmp_path)

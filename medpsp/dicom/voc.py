@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from medpsp.dataconfig import VocConfig
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.labels import integral
-from medpsp.dicom.walk import system_said
+from medpsp.dicom.walk import leads_nowhere, system_said
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
 from medpsp.types import PixelDtype, Place, ScanRow, Series, SliceRef, Split
 
@@ -66,7 +66,7 @@ def scan_voc(
         raise ConfigError(f"data.voc.patient_pattern: not a regular expression ({error})") from None
     if pattern.groups < 1:
         raise ConfigError("data.voc.patient_pattern: needs one group, for example ^(p[0-9]+)-")
-    listed = _read_lists(root / voc.lists)
+    listed = _read_lists(root / voc.lists, root)
     groups: _Groups = defaultdict(list)
     splits: dict[str, set[Split]] = defaultdict(set)
     rows: list[ScanRow] = []
@@ -235,13 +235,12 @@ def _is_grey(image: Image.Image) -> bool:
     return len(image.getbands()) == 1 and image.mode != "P"
 
 
-def _read_lists(folder: Path) -> dict[str, set[Split]]:
+def _read_lists(folder: Path, root: Path) -> dict[str, set[Split]]:
     listed: dict[str, set[Split]] = defaultdict(set)
     for name, split in _LISTS.items():
         path = folder / f"{name}.txt"
-        for place in (path, folder):
-            if place.is_symlink() and not place.exists():
-                raise ConfigError(f"split list {path}: a link to nowhere; is its disk mounted?")
+        if leads_nowhere(path, root):
+            raise ConfigError(f"split list {path}: a link to nowhere; is its disk mounted?")
         if path.is_file():
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -39,6 +39,15 @@ def file_stamp(path: str) -> Stamp | None:
     return Stamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def leads_nowhere(path: Path, root: Path) -> bool:
+    """Whether a path that is not there, or a folder of it below ``root``, is a link to nowhere.
+
+    What lies behind may be there another time: its disk is not mounted, say.
+    """
+    way = [path, *(p for p in path.parents if p != root and p.is_relative_to(root))]
+    return any(place.is_symlink() and not place.exists() for place in way)
+
+
 class Entry(NamedTuple):
     """One name that the walk met.
 

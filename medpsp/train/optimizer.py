@@ -67,8 +67,9 @@ def load_moments(
             state: dict[str, Tensor] = {
                 "step": torch.tensor(count, dtype=torch.float32, device=parameter.device)
             }
-            for key in MOMENTS:
-                state[key] = moments[key][name].to(parameter, copy=True).view_as(parameter)
+            for key in MOMENTS:  # in the layout of the parameter: the fused step walks memory
+                state[key] = torch.empty_like(parameter, requires_grad=False)
+                state[key].copy_(moments[key][name].view_as(parameter))
             optimizer.state[parameter] = state
 
 

@@ -53,6 +53,8 @@ class ZeroEngine:
         self._names = [
             (name, p, group_of[id(p)]) for name, p in model.named_parameters() if p.requires_grad
         ]
+        for parameter in model.parameters():  # its broadcast cannot view channels_last as bytes
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it insists on it
         deepspeed = _deepspeed(self._device)
         with quiet():
