@@ -166,7 +166,7 @@ def _own(array: NDArray[Any]) -> Tensor:
     import torch
 
     theirs = torch.from_numpy(array)
-    pinned = torch.cuda.is_initialized()
+    pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return torch.empty(theirs.shape, dtype=theirs.dtype, pin_memory=pinned).copy_(theirs)
 
 
