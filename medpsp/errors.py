@@ -56,6 +56,10 @@ class ShardError(MedpspError, RuntimeError):
     """Shards or their manifest are missing, incomplete or damaged."""
 
 
+class Unreachable(ShardError):
+    """A shard must be made anew, and slices that it holds cannot be read now."""
+
+
 class TrainError(MedpspError, RuntimeError):
     """Training cannot start or go on."""
 

@@ -160,7 +160,7 @@ def require_no_dead_links(root: Path) -> None:
     buckets = [path for path in root.iterdir() if BUCKET.fullmatch(path.name)]
     places = [Path(f"{bucket}{name}") for bucket in buckets for name in _LINKED]
     for path in [root / COMMITS, *places]:
-        if path.is_symlink() and not path.exists():
+        if path.is_symlink() and not os.path.exists(path):
             raise ShardError(f"out: {path} is a link to nowhere; is its disk mounted?")
 
 
@@ -181,8 +181,9 @@ def clear_stale(root: Path, plans: Iterable[Named]) -> None:
             path.unlink()
     for folder in [f for f in root.iterdir() if BUCKET.fullmatch(f.name) and f.is_dir()]:
         if folder.name not in buckets:
-            for name in metadata_files(folder.name)[1:]:
-                (root / name).unlink(missing_ok=True)
+            for path in [root / name for name in metadata_files(folder.name)[1:]]:
+                if path.is_file():
+                    path.unlink()
             for place, _, _ in os.walk(folder, topdown=False):
                 with suppress(OSError):  # it holds what is not ours
                     os.rmdir(place)

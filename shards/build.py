@@ -10,14 +10,14 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from medpsp.config import Config
 from medpsp.dataconfig import DataConfig
-from medpsp.errors import ConfigError, ShardError
+from medpsp.errors import ConfigError, ShardError, Unreachable
 from medpsp.identity import load_key
 from medpsp.progress import Bar
 from shards.bucket import (
@@ -44,12 +44,15 @@ _RETRIES = 3
 Approve = Callable[[Plan], None]
 
 
-def build_shards(config: Config, approve: Approve = lambda plan: None) -> Manifest:
+def build_shards(
+    config: Config, approve: Approve = lambda plan: None, again: Collection[str] = ()
+) -> Manifest:
     """Convert the archive of ``config.data``; a second run repeats only what is missing.
 
     Args:
         config: What to convert, and where to.
         approve: See the plan before anything is changed; it may raise.
+        again: Names of shards that are there, and damaged.
 
     Raises:
         ArchiveError: Archive missing, empty, or without usable slices for training and
@@ -59,7 +62,7 @@ def build_shards(config: Config, approve: Approve = lambda plan: None) -> Manife
         ShardError: A shard could not be written.
     """
     plan = plan_shards(config, approve)
-    _convert(config, plan, range(len(plan.shards)))
+    _convert(config, plan, range(len(plan.shards)), again)
     return publish(config, load_key(config.data.key_file), plan)
 
 
@@ -151,15 +154,15 @@ def publish_shards(config: Config) -> Manifest:
     return publish(config, key, plan)
 
 
-def _convert(config: Config, plan: Plan, places: range) -> None:
-    """Write the shards of a range that are not there."""
+def _convert(config: Config, plan: Plan, places: range, again: Collection[str] = ()) -> None:
+    """Write the shards of a range that are not there, or that are named."""
     settings, root = write_settings(config.data), config.shards
     require_no_dead_links(root)
     entries = (plan.shards[place] for place in places)
     missing = [
         entry.name
         for entry in entries
-        if not committed(root, entry.name, entry.digest(settings.text))
+        if entry.name in again or not committed(root, entry.name, entry.digest(settings.text))
     ]
     with Bar("shards", len(places), "shards") as bar:
         bar.resume_at(len(places) - len(missing))
@@ -168,7 +171,7 @@ def _convert(config: Config, plan: Plan, places: range) -> None:
             wanted = set(missing)
             queue = (e for place in places if (e := plan.shards[place]).name in wanted)
             layout = meaning(config.data, load_key(config.data.key_file))
-            work = _Work(plan, queue, (root.absolute(), settings, layout))
+            work = _Work(plan, queue, (root.absolute(), settings, layout, again))
             try:
                 with _ray(config.data) as (ray, memory):
                     task = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_write)
@@ -184,10 +187,9 @@ class _Work:
         self,
         plan: Plan,
         queue: Iterator[ShardEntry],
-        means: tuple[Path, WriteSettings, dict[str, str]],
+        means: tuple[Path, WriteSettings, dict[str, str], Collection[str]],
     ) -> None:
-        self._plan, self._queue = plan, queue
-        self._root, self._settings, self._layout = means
+        self._plan, self._queue, self._means = plan, queue, means
         self.running: dict[Any, ShardEntry] = {}
 
     def start(self, task: Any) -> bool:
@@ -195,14 +197,15 @@ class _Work:
         entry = next(self._queue, None)
         if entry is None:
             return False
-        result = task.remote(self._root, self._plan.load(entry), self._settings, self._layout)
+        root, settings, layout, again = self._means
+        result = task.remote(root, self._plan.load(entry), settings, layout, entry.name in again)
         self.running[result] = entry
         return True
 
     def sweep(self) -> None:
         """Remove what tasks that were ended have half written: on a full disk it is in the way."""
         for entry in self.running.values():
-            clear_partials(self._root, entry)
+            clear_partials(self._means[0], entry)
 
 
 def _write(*arguments: Any) -> int:
@@ -212,25 +215,29 @@ def _write(*arguments: Any) -> int:
 
 def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
     """Keep two tasks for each core in flight: records of the others stay on disk."""
-    running, refused = work.running, 0
+    running, refused, waiting = work.running, 0, list[ShardError]()
     while True:
         cores = int(ray.cluster_resources().get("CPU", 1))  # a cluster may grow and shrink
         while len(running) < 2 * cores and work.start(task):
             pass
         if not running:
-            return
+            break
         ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
         if _heard:
             raise SystemExit(128 + _heard[0])
         if not ready:
             continue
-        name = running[ready[0]].name
         try:
             refused += ray.get(ready[0])
         except ray.exceptions.RayError as error:
-            raise ShardError(f"shard {name}: {task_error(error)}; mend it and run again") from None
+            found = task_error(running[ready[0]].name, error)
+            if not isinstance(found, Unreachable):
+                raise found from None
+            waiting.append(found)  # the other shards need not wait for its sources
         del running[ready[0]]
         bar.advance(note=f"{refused} refused" if refused else "")
+    if waiting:
+        raise ShardError(f"{waiting[0]} ({len(waiting)} shards wait in all)")
 
 
 _heard: list[int] = []

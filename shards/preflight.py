@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from medpsp.dataconfig import DataConfig
-from medpsp.errors import ConfigError, ShardError
+from medpsp.errors import ConfigError, ShardError, Unreachable
 from shards.bucket import is_marked
 from shards.commit import COMMITS
 from shards.index import MANIFEST
@@ -174,11 +174,12 @@ def no_ray(error: Exception) -> ShardError:
     )
 
 
-def task_error(error: Exception) -> str:
-    """Why a shard task failed: our own words, else the kind alone, as others may hold paths."""
+def task_error(name: str, error: Exception) -> ShardError:
+    """Why the task of a shard failed: our own words, else the kind alone, as others hold paths."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(cause, ShardError):
-        return str(cause)
+    if isinstance(cause, Unreachable):
+        return Unreachable(f"shard {name}: {cause}")
+    said = f"worker failed ({type(cause).__name__})"
     if isinstance(cause, OSError):
-        return f"{os.strerror(cause.errno) if cause.errno else 'I/O error'}"
-    return f"worker failed ({type(cause).__name__})"
+        said = os.strerror(cause.errno) if cause.errno else "I/O error"
+    return ShardError(f"shard {name}: {said}; mend it and run again")

@@ -1,7 +1,7 @@
 """Damaged shards are made anew from the archive, and nothing else is.
 
-A shard without its commit is one that was never written: what `build` does about those is the
-repair. Tables and manifest it writes every time.
+They are written as any others, but what cannot be read now is an error. Tables and manifest
+`build_shards` writes every time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from shards.build import build_shards
-from shards.commit import commit_name, committed_names, read_commit
+from shards.commit import committed_names, read_commit
 from shards.index import Manifest
 from shards.inventory import shard_of_path
 from shards.planfile import Plan
@@ -32,7 +32,7 @@ def repair_shards(config: Config, problems: Sequence[Problem]) -> Manifest:
     Raises:
         ShardError: The archive is not there or not what the shards were made from: then nothing
             is deleted but half-written files and a damaged plan; or a source of a damaged shard is
-            gone.
+            gone or out of reach: then the shard stays as it is.
         ArchiveError, ConfigError: As `build_shards`.
     """
     damaged = damaged_shards(problems)
@@ -41,7 +41,7 @@ def repair_shards(config: Config, problems: Sequence[Problem]) -> Manifest:
             "data.archive: no such folder; repair converts the sources of a shard again, so mount "
             "it where the configuration says"
         )
-    manifest = build_shards(config, lambda plan: _forget(config, plan, damaged))
+    manifest = build_shards(config, lambda plan: _require_same(config, plan, damaged), damaged)
     log.info(
         "repair: %d shards converted again%s; tables, plan and manifest written anew",
         len(damaged),
@@ -64,8 +64,12 @@ def damaged_shards(problems: Sequence[Problem]) -> list[str]:
     )
 
 
-def _forget(config: Config, plan: Plan, damaged: Sequence[str]) -> None:
-    """Delete the commits of damaged shards, if the archive still gives what is in all shards."""
+def _require_same(config: Config, plan: Plan, damaged: Sequence[str]) -> None:
+    """Whether the archive still gives what is in all shards.
+
+    Raises:
+        ShardError: It does not.
+    """
     root, text = config.shards, write_settings(config.data).text
     planned = {entry.name: entry.digest(text) for entry in plan.shards}
     for name in [*damaged, *sorted(set(committed_names(root)) - set(damaged))]:
@@ -82,5 +86,3 @@ def _forget(config: Config, plan: Plan, damaged: Sequence[str]) -> None:
             "repair would change it; bring the sources back as they were, or run `medpsp shards` "
             "to take the change over"
         )
-    for name in damaged:
-        (root / commit_name(name)).unlink(missing_ok=True)

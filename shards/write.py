@@ -15,7 +15,7 @@ from typing import Any
 
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.sandbox import Answer, shared_sandbox
-from medpsp.errors import ShardError, SourceError
+from medpsp.errors import SourceError, Unreachable
 from medpsp.intensity import ValueCounts, needs_series_values, series_window
 from medpsp.types import ScanRow, Series, Window
 from shards.bucket import shard_files
@@ -35,7 +35,11 @@ _REFUSAL = 3  # values of a refused slice: number, code, detail
 
 
 def write_shard(
-    root: Path, plan: ShardPlan, settings: WriteSettings, layout: Mapping[str, str] | None = None
+    root: Path,
+    plan: ShardPlan,
+    settings: WriteSettings,
+    layout: Mapping[str, str] | None = None,
+    damaged: bool = False,
 ) -> Commit:
     """Decode, label, encode and commit one shard; a bad source becomes a row, not an error.
 
@@ -44,13 +48,14 @@ def write_shard(
         plan: Of the shard.
         settings: Of the conversion.
         layout: See `Commit`.
+        damaged: Whether the shard that is there cannot stay.
 
     Returns:
         What is written now; the commit that was there stays where the new one would lose slices.
 
     Raises:
         OSError: The shard cannot be written (disk full, no permission).
-        ShardError: As `_kept`.
+        Unreachable: As `_kept`.
     """
     paths, digest = shard_files(plan.bucket, plan.number), plan.digest(settings.text)
     writers = [ShardWriter(root / path, settings.shard_slices) for path in paths]
@@ -67,7 +72,9 @@ def write_shard(
                 if _by_values(part.planned, item.number, settings):
                     name = part.planned.name
                     values.setdefault(name, ValueCounts()).add_counts(item.values)
-        if kept := _kept(root, plan.name, digest, refused):
+        if kept := _kept(root, plan, digest, refused):
+            if damaged or kept.digest != digest or not files_there(root, kept):
+                raise _unreachable(refused)
             return kept
         files = {path: writer.commit() for path, writer in zip(paths, writers, strict=True)}
     finally:
@@ -87,23 +94,38 @@ def write_shard(
     return commit
 
 
-def _kept(root: Path, name: str, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
+def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
     """The shard that is there, if slices that it holds cannot be read now, but may be again.
 
-    Raises:
-        ShardError: It cannot stay: it is of another plan, or damaged.
+    They are known by their file, or by their place in their series where that was moved.
     """
-    old = read_commit(root, name)
-    held = set(zip(old.columns["file_id"], old.columns["frame"], strict=True)) if old else set()
-    lost = [r for r in refused if may_pass(r.code, r.detail) and (r.file_id, r.frame) in held]
-    if old is None or not lost:
+    passing = {(row.file_id, row.frame) for row in refused if may_pass(row.code, row.detail)}
+    old = read_commit(root, plan.name) if passing else None
+    if old is None:
         return None
-    if old.digest == digest and files_there(root, old):
-        return old
-    codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(r.code for r in lost).items()))
-    raise ShardError(
-        f"{len(lost)} of its slices cannot be read now ({codes}; {lost[0].file_id}), and it must "
-        "be made anew; make them readable, or move them out of the archive"
+    lost = passing & _pairs(old, "file_id", "frame")
+    places = {
+        (part.planned.name, part.planned.series.grid_index[number])
+        for part in plan.parts
+        for number in range(part.start, part.stop)
+        if (ref := part.planned.series.slices[number]) and (ref.file_id, ref.frame) in passing
+    }
+    return old if lost or places & _pairs(old, "series", "slice_index") else None
+
+
+def _pairs(commit: Commit, *names: str) -> set[tuple[Any, ...]]:
+    return set(zip(*(commit.columns[name] for name in names), strict=True))
+
+
+def _unreachable(refused: Sequence[ScanRow]) -> Unreachable:
+    """The shard must be made anew, and slices that it holds cannot be read."""
+    rows = [row for row in refused if may_pass(row.code, row.detail)]
+    codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(r.code for r in rows).items()))
+    return Unreachable(
+        f"must be made anew, and slices that it holds cannot be read now ({codes}; "
+        f"{rows[0].file_id}); make them readable and run again (DEC_*: with more "
+        "data.decode_seconds or decode_memory_mib; SOURCE_CHANGED: with a new plan), or move them "
+        "out of the archive; data.crosswalk tells their names"
     )
 
 

@@ -6,8 +6,10 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydicom import dcmread
 
 from launch.jobs import check_job
 from launch.phantom import Phantom, draw, write_mask, write_series
@@ -16,9 +18,10 @@ from medpsp.dicom.sandbox import Sandbox
 from medpsp.errors import DicomError, ShardError
 from medpsp.identity import pseudonym
 from medpsp.types import SliceRef
+from shards import repair
 from shards.build import build_shards, convert_part, plan_shards, publish_shards
 from shards.check import check_shards
-from shards.index import read_index
+from shards.index import REPORT, read_index
 from shards.slots import PLAN
 from tests.damage import flip
 from tests.killing import contents
@@ -79,13 +82,57 @@ def test_a_shard_that_must_change_waits_for_what_it_holds(
     second.rename(tmp_path / "away")
     with pytest.raises(
         ShardError,
-        match=rf"shard {BUCKET}-\d: \d of its slices cannot be read now \(\d FILE_UNREADABLE; ",
+        match=rf"shard {BUCKET}-\d: must be made anew, and slices that it holds cannot be read now "
+        r"\(\d FILE_UNREADABLE; .* \(\d shards wait in all\)",
     ):
         convert_part(own, 1, 1)
     (tmp_path / "away").rename(second)
     build_shards(own)
     assert slices(own) == before
     assert list(check_shards(own.shards)) == []
+
+
+def test_a_moved_study_is_known_by_its_place(own: Config, key: bytes, tmp_path: Path) -> None:
+    """Its files have other names; while its mask is out of reach the old slices stay."""
+    first, *_ = masks_of_shard(own, key, 0)
+    before = slices(own)
+    patient = first.name.split(".")[0]
+    for file in [f for f in own.data.archive.rglob("IM*") if dcmread(f).PatientID == patient]:
+        file.rename(file.with_name(f"renamed-{file.name}"))
+    plan_shards(own)
+    first.rename(tmp_path / "away")
+    with pytest.raises(ShardError, match="slices that it holds cannot be read now"):
+        convert_part(own, 1, 1)
+    (tmp_path / "away").rename(first)
+    build_shards(own)
+    assert slices(own) == before
+
+
+def test_repair_keeps_what_it_cannot_read(
+    own: Config, key: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks go away between its plan and its conversion."""
+    first, *_ = masks_of_shard(own, key, 0)
+    whole = contents(own.shards)
+    flip(own.shards / BUCKET / "image/c/0/0/0", 99)
+    damaged, real = contents(own.shards), repair._require_same
+
+    def planned(*arguments: Any) -> None:
+        real(*arguments)
+        first.rename(tmp_path / "away")
+
+    monkeypatch.setattr(repair, "_require_same", planned)
+    with pytest.raises(ShardError, match="slices that it holds cannot be read now"):
+        check_job(own, repair=True)
+    monkeypatch.undo()
+    now = contents(own.shards)
+    assert {k: v for k, v in now.items() if BUCKET in k} == {
+        k: v for k, v in damaged.items() if BUCKET in k
+    }
+    (tmp_path / "away").rename(first)
+    build_shards(own)  # writes manifest and tables only
+    check_job(own, repair=True)
+    assert {k: v for k, v in contents(own.shards).items() if k != REPORT} == whole
 
 
 def test_a_copy_that_cannot_be_compared_now_is_no_conflict(
@@ -199,6 +246,8 @@ def test_what_is_not_ours_stays(own: Config, tmp_path: Path) -> None:
         f"{BUCKET}/image/c/99/0/film.mkv",
         "commits/12x12_uint16-0.json",
         "commits/notes.txt",
+        "65x65_int16/image",
+        "66x66_int16/zarr.json/notes.txt",
     )
     ours = (
         f"{BUCKET}/image/c/99/0/0",
@@ -213,7 +262,7 @@ def test_what_is_not_ours_stays(own: Config, tmp_path: Path) -> None:
     (tmp_path / "disk/.film.mkv.partial").write_bytes(b"film")
     (root / "away").symlink_to(tmp_path / "disk")
     flip(root / BUCKET / "image/c/0/0/0", 99)
-    with pytest.raises(ShardError, match=r"9 problems, the first: \.mine"):
+    with pytest.raises(ShardError, match=r"11 problems, the first: \.mine"):
         check_job(own, repair=True)
     assert [name for name in theirs if not (root / name).exists()] == []
     write(root, ours)

@@ -367,3 +367,10 @@ def test_a_link_above_the_lists_that_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "ImageSets").symlink_to("/mnt/store/gone")
     with pytest.raises(ConfigError, match=r"split list .*: a link to nowhere; is its disk mounted"):
         scan(tmp_path)
+
+
+def test_lists_elsewhere_that_are_a_link_to_nowhere(tmp_path: Path) -> None:
+    archive(tmp_path / "a", "p1-a", "p2-a")
+    (tmp_path / "lists").symlink_to("/mnt/store/gone")
+    with pytest.raises(ConfigError, match="a link to nowhere"):
+        scan(tmp_path / "a", PATIENTS.model_copy(update={"lists": str(tmp_path / "lists")}))

@@ -239,7 +239,7 @@ def _read_lists(folder: Path, root: Path) -> dict[str, set[Split]]:
     listed: dict[str, set[Split]] = defaultdict(set)
     for name, split in _LISTS.items():
         path = folder / f"{name}.txt"
-        if leads_nowhere(path, root):
+        if leads_nowhere(path, root) or leads_nowhere(folder, root):
             raise ConfigError(f"split list {path}: a link to nowhere; is its disk mounted?")
         if path.is_file():
             try:

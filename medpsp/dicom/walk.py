@@ -45,7 +45,7 @@ def leads_nowhere(path: Path, root: Path) -> bool:
     What lies behind may be there another time: its disk is not mounted, say.
     """
     way = [path, *(p for p in path.parents if p != root and p.is_relative_to(root))]
-    return any(place.is_symlink() and not place.exists() for place in way)
+    return any(place.is_symlink() and not os.path.exists(place) for place in way)
 
 
 class Entry(NamedTuple):
