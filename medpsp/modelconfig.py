@@ -13,7 +13,7 @@ from medpsp.dataconfig import Fraction, Node, WindowConfig
 BACKBONES = ("mobilenetv3_large_100", "efficientnet_b0", "resnet18", "convnext_tiny")
 OTHER = "timm/"
 """In front of the name of any other timm model that gives feature maps."""
-STRIDE_OF_HEAD = {"refine": 32, "classic": 8, "shallow": 8}
+STRIDE_OF_HEAD = {"refine": 16, "classic": 8, "shallow": 8}
 """Where ``model.output_stride`` is not given."""
 
 
@@ -26,12 +26,12 @@ class ModelConfig(Node):
     )
     head: Literal["refine", "classic", "shallow"] = Field(
         default="refine",
-        description="classic: dilated backbone and direct upsampling; shallow: the backbone ends "
-        "at the output stride; refine: a light decoder from the pyramid to the finest map of "
-        "stride >= 2.",
+        description="refine: the backbone ends at the output stride, the pyramid stands in for the "
+        "rest, and a light decoder goes down to the finest map; shallow: the same without the "
+        "decoder; classic: a dilated backbone and direct upsampling, as Zhao et al. 2017.",
     )
     output_stride: Literal[8, 16, 32] = Field(
-        default=32, description="Of the map that is pooled; not given: 32 for refine, else 8."
+        default=16, description="Of the map that is pooled; not given: 16 for refine, else 8."
     )
     bins: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = Field(
         default=(1, 3, 5, 7), description="(1, 2, 3, 6) are those of Zhao et al. 2017."
@@ -39,14 +39,20 @@ class ModelConfig(Node):
     psp_channels: Annotated[int, Field(ge=8)] = Field(
         default=128, description="Of the pyramid; Zhao et al. 2017 have 512."
     )
-    decoder_channels: Annotated[int, Field(ge=8)] = 64
+    decoder_channels: Annotated[int, Field(ge=8)] = Field(
+        default=32,
+        description="Of the finest map of refine; each coarser one has twice as many, up to "
+        "psp_channels: so all cost about the same.",
+    )
     norm: Literal["batch", "group", "sync"] = Field(
         default="batch",
         description="group: GroupNorm, the same for any batch and any number of ranks; sync: "
         "BatchNorm over all ranks, on CUDA only.",
     )
     dropout: Fraction = 0.2
-    aux: bool = True
+    aux: bool = Field(
+        default=False, description="A second loss on a middle map; not given: for classic only."
+    )
     pretrained: bool | Path = False
     in_channels: Annotated[int, Field(ge=1, le=3)] = Field(
         default=1, description="Of one slice. 3: RGB; grey slices are repeated."
@@ -66,11 +72,12 @@ class ModelConfig(Node):
 
     @model_validator(mode="before")
     @classmethod
-    def _stride_of_head(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and "output_stride" not in tree:
-            stride = STRIDE_OF_HEAD.get(str(tree.get("head")))
-            return {**tree, "output_stride": stride} if stride else tree
-        return tree
+    def _of_head(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("head", "refine") not in STRIDE_OF_HEAD:
+            return tree  # the field itself says what is wrong
+        head = str(tree.get("head", "refine"))
+        usual = {"output_stride": STRIDE_OF_HEAD[head], "aux": head == "classic"}
+        return {**usual, **tree}
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:

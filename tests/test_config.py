@@ -102,8 +102,8 @@ def test_wrong_types_and_ranges(tmp_path: Path, override: str, expected: str) ->
 
 def test_one_value_per_channel_is_refused_before_batch_norm_does(tmp_path: Path) -> None:
     tiny = ("train.size=[32, 32]", "train.batch_size=2", "train.ranks=2")
-    assert "BatchNorm needs two values" in reason(tmp_path, SMALL, *tiny)
-    assert load(tmp_path, SMALL, *tiny, "model.output_stride=16").train.size == (32, 32)
+    assert "BatchNorm needs two" in reason(tmp_path, SMALL, *tiny, "model.output_stride=32")
+    assert load(tmp_path, SMALL, *tiny).train.size == (32, 32)
     assert load(tmp_path, SMALL, *tiny, "train.batch_size=4").train.batch_size == 4
 
 
@@ -212,9 +212,9 @@ def test_what_does_not_fit_together(tmp_path: Path, override: str, expected: str
 
 
 def test_stride_and_channels_follow_from_the_rest(tmp_path: Path) -> None:
-    heads = {"refine": 32, "classic": 8, "shallow": 8}
-    found = {h: load(tmp_path, SMALL, f"model.head={h}").model.output_stride for h in heads}
-    assert found == heads
+    heads = {"refine": (16, False), "classic": (8, True), "shallow": (8, False)}
+    models = {head: load(tmp_path, SMALL, f"model.head={head}").model for head in heads}
+    assert {head: (m.output_stride, m.aux) for head, m in models.items()} == heads
     windows = "[{center: 40, width: 400}, {center: 600, width: 2000}]"
     model = load(tmp_path, SMALL, f"model.windows={windows}", "model.context=2").model
     assert model.channels == 2 * 5

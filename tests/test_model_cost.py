@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def small(**changes: object) -> ModelConfig:
-    return ModelConfig(**{"psp_channels": 16, "decoder_channels": 8, **changes})
+    return ModelConfig(**{"psp_channels": 16, "decoder_channels": 8, "aux": True, **changes})
 
 
 def test_multiply_adds_by_hand() -> None:
@@ -28,10 +28,11 @@ def test_multiply_adds_by_hand() -> None:
 
 
 def test_cost_of_a_resnet() -> None:
-    cost = model_cost(small(backbone="resnet18", aux=False), 2, (64, 64))
+    whole = small(backbone="resnet18", aux=False, output_stride=32)
+    cost = model_cost(whole, 2, (64, 64))
     # 11,689,512 as published, without its classifier (513,000) and two of three stem planes
     assert cost.backbone_params == pytest.approx((11_689_512 - 513_000 - 2 * 64 * 49) / 1e6)
-    model: PSPNet = build_model(small(backbone="resnet18", aux=False), 2)
+    model: PSPNet = build_model(whole, 2)
     head = sum(p.numel() for p in model.part_parameters("head"))
     assert cost.params - cost.backbone_params == pytest.approx(head / 1e6)
     # the stem alone: 32 x 32 outputs of 64 channels, 49 products each

@@ -23,7 +23,7 @@ SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 13, 32, 33)
 
 
 def small(**changes: object) -> ModelConfig:
-    return ModelConfig(**{"psp_channels": 16, "decoder_channels": 8, **changes})
+    return ModelConfig(**{"psp_channels": 16, "decoder_channels": 8, "aux": True, **changes})
 
 
 def test_bins_by_hand() -> None:
@@ -116,19 +116,22 @@ def parameters(module: nn.Module | None) -> int:
 def test_parameters_of_the_heads_by_hand() -> None:
     """ResNet18 gives 64, 64, 128, 256, 512 channels; branches: weights, and 2 for GroupNorm."""
     wide = {"backbone": "resnet18", "psp_channels": 512}
-    classic = build_model(ModelConfig(head="classic", **wide), 5)
+    classic = build_model(ModelConfig(head="classic", **wide), 5)  # the one with aux by default
     assert parameters(classic.pyramid) == 4 * (512 * 128 + 2 * 128) + 1024 * 512 * 9 + 2 * 512
     assert parameters(classic.classify) == 512 * 5 + 5
     assert parameters(classic.aux) == 256 * 512 * 9 + 2 * 512 + 512 * 5 + 5
-    shallow = build_model(ModelConfig(head="shallow", **wide), 5)
+    shallow = build_model(ModelConfig(head="shallow", aux=True, **wide), 5)
     assert parameters(shallow.pyramid) == 4 * (128 * 32 + 2 * 32) + 256 * 512 + 2 * 512
     assert parameters(shallow.aux) == 64 * 512 * 9 + 2 * 512 + 512 * 5 + 5
     assert parameters(shallow.decoder) == parameters(classic.decoder) == 0
     refine = build_model(ModelConfig(backbone="resnet18"), 5)
-    assert parameters(refine.pyramid) == 4 * (512 * 32 + 2 * 32) + 640 * 128 * 9 + 2 * 128
-    lateral = (256 + 128 + 64 + 64) * 64 + 4 * 64
-    assert parameters(refine.decoder) == 128 * 64 + 64 + lateral + 4 * (64 * 64 * 9 + 2 * 64)
-    assert parameters(refine.classify) == 64 * 5 + 5
+    assert parameters(refine.pyramid) == 4 * (256 * 32 + 2 * 32) + 384 * 128 * 9 + 2 * 128
+    levels = ((128, 128, 128), (128, 64, 64), (64, 64, 32))  # from below, the skip, the width
+    assert parameters(refine.decoder) == sum(
+        (below + 1) * w + (skip + 1) * w + w * w * 9 + 2 * w for below, skip, w in levels
+    )
+    assert parameters(refine.classify) == 32 * 5 + 5
+    assert refine.aux is None
 
 
 @pytest.mark.parametrize(
@@ -213,12 +216,12 @@ def test_odd_sizes_are_padded_by_the_edge_and_cropped(size: tuple[int, int]) -> 
 def test_strides_of_the_maps_and_of_the_logits() -> None:
     refine = build_model(small(backbone="resnet18"), 2)
     reductions = refine.backbone.feature_info.reduction()
-    assert [reductions[i] for i in refine.skips] == [16, 8, 4, 2]
+    assert [reductions[i] for i in refine.skips] == [8, 4, 2]
     assert refine.stride == 2
     assert build_model(small(backbone="convnext_tiny"), 2).stride == 4
-    dilated = build_model(small(backbone="mobilenetv3_large_100", output_stride=8), 2)
-    assert dilated.backbone.feature_info.reduction() == [2, 4, 8, 8, 8]
-    assert dilated.skips == [1, 0]  # never a map as coarse as the deepest
+    short = build_model(small(backbone="mobilenetv3_large_100", output_stride=8), 2)
+    assert short.backbone.feature_info.reduction() == [2, 4, 8]
+    assert short.skips == [1, 0]
     for head in ("classic", "shallow"):
         model = build_model(small(backbone="resnet18", head=head, output_stride=16), 2)
         assert model.decoder is None

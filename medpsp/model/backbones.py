@@ -94,10 +94,12 @@ def timm_name(backbone: str) -> str:
 
 
 def _strides(config: ModelConfig, name: str) -> dict[str, Any]:
-    """Arguments of timm for the output stride: dilation, or for ``shallow`` fewer maps."""
+    """Arguments of timm for the output stride: dilation for ``classic``, else fewer maps."""
     stride = config.output_stride
-    if config.head != "shallow":
-        return {"output_stride": stride} if stride < 32 else {}  # not all models know of strides
+    if stride == 32:
+        return {}  # not all models know of strides
+    if config.head == "classic":
+        return {"output_stride": stride}
     try:
         with torch.device("meta"):
             info = timm.create_model(name, features_only=True).feature_info

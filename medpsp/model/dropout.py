@@ -20,13 +20,17 @@ class KeyedDropout2d(nn.Module):
     Args:
         p: Share of channels that are dropped.
         salt: Tells two layers of one network apart.
+        channels: C.
     """
 
-    def __init__(self, p: float, salt: int) -> None:
+    words: Tensor
+
+    def __init__(self, p: float, salt: int, channels: int) -> None:
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"p {p}: expected 0 <= p < 1")
-        self.p, self.salt = p, salt
+        self.p, self.salt, self.mixed = p, salt, int(mix(torch.tensor(salt)))
+        self.register_buffer("words", channel_words(channels), persistent=False)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """(N, C, H, W) and (N,) int64 keys, which only training asks for.
@@ -43,7 +47,7 @@ class KeyedDropout2d(nn.Module):
                 f"dropout of {len(x)} samples needs int64 keys ({len(x)},), got {found}; give "
                 "forward the keys, use eval() or set model.dropout=0"
             )
-        keep = keep_channels(keys, x.shape[1], self.p, self.salt)
+        keep = keep_channels(keys, self.words, self.p, self.mixed)
         return x * (keep.to(x.dtype) / (1 - self.p))[:, :, None, None]
 
     def extra_repr(self) -> str:
@@ -51,11 +55,25 @@ class KeyedDropout2d(nn.Module):
         return f"p={self.p}, salt={self.salt}"
 
 
-def keep_channels(keys: Tensor, channels: int, p: float, salt: int) -> Tensor:
-    """(N, C) booleans from (N,) int64 keys; integers only, so CPU and GPU have the same bits."""
-    count = torch.arange(1, channels + 1, device=keys.device)
-    seeds = mix(keys ^ mix(torch.full_like(keys, salt)))
-    bits = mix(seeds[:, None] + count * GOLDEN)  # splitmix64 with a seed for each sample
+def channel_words(channels: int) -> Tensor:
+    """(C,) int64: what splitmix64 adds for each channel.
+
+    Made once: torch.compile for GPUs does arithmetic on `arange` in 32 bits, and fails here.
+    """
+    return torch.arange(1, channels + 1) * GOLDEN
+
+
+def keep_channels(keys: Tensor, words: Tensor, p: float, mixed: int) -> Tensor:
+    """(N, C) booleans from (N,) int64 keys; integers only, so CPU and GPU have the same bits.
+
+    Args:
+        keys: Of the samples.
+        words: (C,) of `channel_words`.
+        p: Share that is not kept.
+        mixed: `mix` of the salt.
+    """
+    seeds = mix(keys ^ mixed)
+    bits = mix(seeds[:, None] + words)  # splitmix64 with a seed for each sample
     return _shift(bits, 11).ge(round(p * 2**53))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,7 +36,13 @@ class Loss:
 
 
 def segmentation_loss(
-    logits: Tensor, target: Tensor, config: LossConfig, weights: Tensor, reduce: Reduce
+    logits: Tensor,
+    target: Tensor,
+    config: LossConfig,
+    weights: Tensor,
+    reduce: Reduce,
+    *,
+    compiled: bool = False,
 ) -> Loss:
     """``dice`` * (1 - Dice) + ``focal`` * Focal.
 
@@ -46,6 +53,7 @@ def segmentation_loss(
         weights: (K,) class weights of the focal part.
         reduce: Sums a vector over all ranks, with gradient; the identity for one rank. Dice is a
             ratio of sums, so averaging it over ranks would make it depend on their number.
+        compiled: By torch.compile: in place of two dozen walks over the pixels a few.
 
     Returns:
         The loss of the global batch, equal on all ranks. Dice is the mean over the foreground
@@ -53,15 +61,33 @@ def segmentation_loss(
         batch without valid pixels gives 0.
     """
     classes = logits.shape[1]
+    sums = (_compiled_sums() if compiled else _sums)(logits, target, weights, config.gamma)
+    sums = reduce(sums)
+    # without background: its Dice is close to 1 and dilutes the gradient
+    overlap, predicted, true = sums[: 3 * classes].view(3, classes)[:, 1:]
+    scores = (2 * overlap + EPS) / (predicted + true + EPS)
+    present = true > 0
+    count = present.sum().clamp_min(1)
+    dice = torch.where(present, 1 - scores, 0).sum() / count
+    focal = sums[-2] / sums[-1].clamp_min(1e-6)
+    return Loss(total=config.dice * dice + config.focal * focal, dice=dice, focal=focal)
+
+
+def _sums(logits: Tensor, target: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    """(3 K + 2,): of each class overlap, predicted and true pixels; of focal loss and its weights.
+
+    Everything that walks over the pixels.
+    """
+    labels = torch.arange(logits.shape[1], device=target.device, dtype=target.dtype)
+    truth = target[:, None] == labels[:, None, None]  # (N, K, H, W)
     valid = target != IGNORE
     safe = torch.where(valid, target, 0).long()
     log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
-    truth = F.one_hot(safe, classes).permute(0, 3, 1, 2) * valid[:, None]  # (N, K, H, W)
     p = log_p.exp() * valid[:, None]
     log_pt = log_p.gather(1, safe[:, None])[:, 0]  # p_t from the unweighted softmax
     pixel_weight = weights.to(log_p.dtype)[safe] * valid
-    focal_sum = -(focal_factor(log_pt, config.gamma) * log_pt * pixel_weight).sum()
-    sums = torch.cat(
+    focal_sum = -(focal_factor(log_pt, gamma) * log_pt * pixel_weight).sum()
+    return torch.cat(
         [
             (p * truth).sum((0, 2, 3)),
             p.sum((0, 2, 3)),
@@ -69,15 +95,11 @@ def segmentation_loss(
             torch.stack([focal_sum, pixel_weight.sum()]),
         ]
     )
-    sums = reduce(sums)
-    overlap, predicted, true = sums[: 3 * classes].view(3, classes)
-    scores = (2 * overlap + EPS) / (predicted + true + EPS)
-    present = true > 0
-    present[0] = False  # background: its Dice is close to 1 and dilutes the gradient
-    count = present.sum().clamp_min(1)
-    dice = torch.where(present, 1 - scores, 0).sum() / count
-    focal = sums[-2] / sums[-1].clamp_min(1e-6)
-    return Loss(total=config.dice * dice + config.focal * focal, dice=dice, focal=focal)
+
+
+@functools.cache
+def _compiled_sums() -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    return torch.compile(_sums)
 
 
 def focal_factor(log_pt: Tensor, gamma: float) -> Tensor:

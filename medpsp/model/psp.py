@@ -119,21 +119,30 @@ def branch_widths(total: int, count: int) -> list[int]:
 
 
 class RefineDecoder(nn.Module):
-    """Adds finer backbone maps one after another, a 3 x 3 convolution at each size."""
+    """Adds finer backbone maps one after another, a 3 x 3 convolution at each size.
 
-    def __init__(self, deep: int, skips: list[int], channels: int) -> None:
+    Args:
+        deep: Channels of the deepest map.
+        skips: Of the finer ones, from coarse to fine.
+        widths: Of what is made of each of them.
+    """
+
+    def __init__(self, deep: int, skips: list[int], widths: list[int]) -> None:
         super().__init__()
-        self.enter = nn.Conv2d(deep, channels, 1)
-        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in skips)
-        self.smooth = nn.ModuleList(conv_block(channels, channels, 3) for _ in skips)
+        coarser = [deep, *widths[:-1]]
+        self.enter = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(coarser, widths, strict=True))
+        self.lateral = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(skips, widths, strict=True))
+        self.smooth = nn.ModuleList(conv_block(w, w, 3) for w in widths)
 
     def forward(self, deep: Tensor, skips: list[Tensor]) -> Tensor:
         """Deepest map and skips from coarse to fine, to the size of the last skip."""
-        x = self.enter(deep)
-        for skip, lateral, smooth in zip(skips, self.lateral, self.smooth, strict=True):
+        x = deep
+        levels = zip(skips, self.enter, self.lateral, self.smooth, strict=True)
+        for skip, enter, lateral, smooth in levels:
+            x = enter(x)  # before it grows
             x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
             x = smooth(x + lateral(skip))
-        return x  # type: ignore[no-any-return]
+        return x
 
 
 class AuxHead(nn.Module):
@@ -142,7 +151,7 @@ class AuxHead(nn.Module):
     def __init__(self, channels: int, width: int, classes: int, dropout: float) -> None:
         super().__init__()
         self.reduce = conv_block(channels, width, 3)
-        self.dropout = KeyedDropout2d(dropout, salt=2)
+        self.dropout = KeyedDropout2d(dropout, salt=2, channels=width)
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
@@ -166,15 +175,19 @@ class PSPNet(nn.Module):
         width = config.psp_channels
         kernel = 1 if config.head == "shallow" else 3
         self.pyramid = PyramidModule(channels[-1], config.bins, width, kernel)
-        self.dropout = KeyedDropout2d(config.dropout, salt=1)
+        self.dropout = KeyedDropout2d(config.dropout, salt=1, channels=config.psp_channels)
         self.skips: list[int] = []
         self.decoder: RefineDecoder | None = None
         if config.head == "refine":
             finer = {s: i for i, s in enumerate(strides) if s < strides[-1]}  # last map of a stride
             self.skips = [finer[s] for s in sorted(finer, reverse=True)]
-            width = config.decoder_channels
+            width, finest = config.decoder_channels, min(finer)
+            widths = [
+                min(width * strides[i] // finest, max(width, config.psp_channels))
+                for i in self.skips
+            ]
             self.decoder = RefineDecoder(
-                config.psp_channels, [channels[i] for i in self.skips], width
+                config.psp_channels, [channels[i] for i in self.skips], widths
             )
         self.stride = strides[self.skips[-1]] if self.skips else strides[-1]
         self.classify = nn.Conv2d(width, classes, 1)

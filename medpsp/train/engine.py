@@ -78,7 +78,8 @@ class DdpEngine:
         self._optimizer: Any = build_adamw(model, train)
         load_moments(self._optimizer, model.named_parameters(), moments)
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
-        net: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
+        mode = "default" if train.compile is True else train.compile
+        net: nn.Module = torch.compile(model, mode=mode) if mode else model  # type: ignore[assignment]
         self._ddp: DistributedDataParallel | None = None
         if world.size > 1:
             self._ddp = DistributedDataParallel(

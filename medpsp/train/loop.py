@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -185,15 +186,16 @@ def train_step(
         The mean loss of the micro-batches, and the norm of the gradient; both on the device.
     """
     config, parts, own = run.config, [], torch.zeros((), device=run.device)
-    count = config.train.accumulate
+    count, compiled = config.train.accumulate, bool(config.train.compile)
+    measure = partial(segmentation_loss, reduce=sum_over_ranks, compiled=compiled)
     for number, micro in enumerate(batch.micro(count)):
         last = number + 1 == count
         image, label, keys = to_device(micro, run)
         logits, aux = engine.forward(image, keys, last)
-        loss = segmentation_loss(logits, label, config.loss, run.weights, sum_over_ranks)
+        loss = measure(logits, label, config.loss, run.weights)
         total = loss.total
         if aux is not None:
-            extra = segmentation_loss(aux, label, config.loss, run.weights, sum_over_ranks)
+            extra = measure(aux, label, config.loss, run.weights)
             total = total + config.loss.aux * extra.total
         engine.backward(total / count if count > 1 else total, last)
         parts.append(loss.detach())

@@ -52,7 +52,8 @@ from shards.dataset import stage_rows, train_batches, whole_slices
 from shards.index import class_pixels, read_index
 from shards.reader import ShardReader
 
-SEEDS = (0, 1, 2)
+SEEDS = (1, 2, 7)
+"""The first whose key leaves each set a validation and a test patient, and half for training."""
 RATES = (1e-3, 3e-3)
 BATCH, LONG = 8, 100_000
 ENCODERS = {"resnet18": "resnet18", "mobilenetv3_large_100": "tu-mobilenetv3_large_100"}

@@ -1,0 +1,315 @@
+"""A training step on one GPU: ours by DDP's engine and by ZeRO-1, and smp.PSPNet, in turn.
+
+    python tests/bench/gpu.py [--batch 16] [--size 512] [--steps 20] [--rounds 5]
+        [--backbones resnet18 ...] [--profile resnet18] [--eager]
+
+bf16 autocast, channels_last, 1 grey channel, 4 classes, Dice + Focal, clipping at 1, AdamW; the
+batch comes from the CPU's memory at every step. Ours is everything that `fit` does in a step. The
+peer has a bare loop around it with the same loss, clipping and optimizer. Wall time between two
+points where the GPU is idle. MFU: 6 times the multiply-adds of a forward pass, over the data
+sheet's dense bf16. Memory: peak above what was there before, weights and optimizer included.
+Waits of the host for the GPU are counted by torch's own sync warnings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / ".venv-bench" / "smp"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+
+from medpsp.config import Config
+from medpsp.model.cost import count_macs
+from medpsp.model.loss import segmentation_loss
+from medpsp.model.psp import build_model
+from medpsp.modelconfig import BACKBONES
+from medpsp.train.batch import Batch
+from medpsp.train.ema import Average
+from medpsp.train.guard import Guard
+from medpsp.train.loop import Progress, Run, enter_stage, train_step
+from medpsp.train.optimizer import no_moments
+from medpsp.train.ranks import process_group
+from medpsp.train.timing import PEAK_TFLOPS, Clock
+from medpsp.types import World
+
+CLASSES, CLIP, GIB = 4, 1.0, 2**30
+PEERS = {
+    "resnet18": "resnet18",
+    "mobilenetv3_large_100": "tu-mobilenetv3_large_100",
+    "efficientnet_b0": "efficientnet-b0",
+    "convnext_tiny": "tu-convnext_tiny",
+}
+BASE = {
+    "ours, ddp": "smp.PSPNet",
+    "ours, ddp, not pinned": "ours, ddp",
+    "ours, zero1": "ours, ddp",
+    "ours, ddp, compiled": "smp.PSPNet, compiled",
+    "ours, ddp, graphs": "smp.PSPNet, compiled",
+}
+"""What a row is compared with."""
+Step = Callable[[int], None]
+"""One step, by its number."""
+
+
+def config_of(args: argparse.Namespace, backbone: str, engine: str, compiled: bool | str) -> Config:
+    train = {
+        "stages": [{"name": "a", "steps": 10**6, "lr": 1e-3}],
+        "size": [args.size, args.size],
+        "batch_size": args.batch,
+        "engine": engine,
+        "precision": "bf16",
+        "channels_last": True,
+        "compile": compiled,
+    }
+    tree = {
+        "data": {"archive": "none", "classes": ["a", "b", "c", "d"]},
+        "model": {"backbone": backbone},
+        "train": train,
+    }
+    return Config.model_validate(tree)
+
+
+def batch_of(args: argparse.Namespace) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    side, count = args.size, args.batch
+    return Batch(
+        image=torch.rand(count, 1, side, side, generator=generator),
+        label=torch.randint(0, CLASSES, (count, side, side), generator=generator).to(torch.uint8),
+        patients=("p",) * count,
+        keys=torch.arange(count),
+        samples=tuple(f"s{n}" for n in range(count)),
+    )
+
+
+def ours(config: Config, batch: Batch, device: torch.device) -> tuple[nn.Module, Step]:
+    torch.manual_seed(0)
+    model = build_model(config.model, CLASSES).to(device, memory_format=torch.channels_last)
+    empty: Any = None
+    run = Run(
+        config=config,
+        world=World(),
+        device=device,
+        checkpoints=Path(),
+        board=empty,
+        batches=empty,
+        val_batches=empty,
+        examples=None,
+        weights=torch.ones(CLASSES, device=device),
+    )
+    progress = Progress(
+        model=model,
+        average=Average(model, config.train),
+        state=empty,
+        moments=no_moments(),
+        guard=Guard(device, 5),
+        clock=Clock(config, model, device, World()),
+    )
+    engine = enter_stage(model, config.train.stages[0], run, no_moments())
+    return model, lambda number: train_step(run, engine, progress, batch, number) and None
+
+
+def theirs(
+    backbone: str, compiled: bool, batch: Batch, config: Config, device: torch.device
+) -> tuple[nn.Module, Step]:
+    import segmentation_models_pytorch as smp
+
+    torch.manual_seed(0)
+    model = smp.PSPNet(PEERS[backbone], encoder_weights=None, in_channels=1, classes=CLASSES)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    net: Any = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
+    weights = torch.ones(CLASSES, device=device)
+
+    def step(number: int) -> None:
+        image = batch.image.to(device, non_blocking=True)
+        label = batch.label.to(device, non_blocking=True)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = net(image.contiguous(memory_format=torch.channels_last))
+        loss = segmentation_loss(
+            logits, label, config.loss, weights, lambda x: x, compiled=compiled
+        )
+        loss.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    return model, step
+
+
+class Row:
+    """One way to train, warmed up, with what it takes.
+
+    Args:
+        make: Network and step.
+        side: Of the image, for the multiply-adds.
+    """
+
+    def __init__(self, make: Callable[[], tuple[nn.Module, Step]], side: int) -> None:
+        before, began = allocated(), time.perf_counter()
+        self.model, self.step = make()
+        for number in range(5):
+            self.step(number)
+        settle()
+        self.started = time.perf_counter() - began
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.step(5)
+        settle()
+        self.gib = (peak() - before) / GIB
+        self.waits = self._waits()
+        plain = copy.deepcopy(self.model).eval()
+        one = torch.zeros(1, 1, side, side, device=next(plain.parameters()).device)
+        self.macs = count_macs(plain, one)
+        self.times: list[float] = []
+
+    def _waits(self) -> str:
+        if not torch.cuda.is_available():
+            return "0"
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            self.step(6)
+            torch.cuda.set_sync_debug_mode("default")
+        places = {f"{Path(w.filename).name}:{w.lineno}" for w in found}
+        return f"{len(found)} ({' '.join(sorted(places)[:4])})"
+
+    def round(self, steps: int) -> None:
+        settle()
+        began = time.perf_counter()
+        for number in range(steps):
+            self.step(10 + number)
+        settle()
+        self.times.append((time.perf_counter() - began) / steps)
+
+
+def settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def rows_of(args: argparse.Namespace, backbone: str, device: torch.device) -> dict[str, Any]:
+    paged = batch = batch_of(args)
+    if device.type == "cuda":
+        batch = Batch(
+            image=batch.image.pin_memory(),
+            label=batch.label.pin_memory(),
+            patients=batch.patients,
+            keys=batch.keys,
+            samples=batch.samples,
+        )
+    plain = config_of(args, backbone, "ddp", False)
+    rows = {
+        "ours, ddp": lambda: ours(plain, batch, device),
+        "ours, ddp, not pinned": lambda: ours(plain, paged, device),
+        "smp.PSPNet": lambda: theirs(backbone, False, batch, plain, device),
+        "ours, zero1": lambda: ours(config_of(args, backbone, "zero1", False), batch, device),
+    }
+    if not args.eager:
+        rows["ours, ddp, compiled"] = lambda: ours(
+            config_of(args, backbone, "ddp", True), batch, device
+        )
+        if backbone in args.graphs:
+            rows["ours, ddp, graphs"] = lambda: ours(
+                config_of(args, backbone, "ddp", "reduce-overhead"), batch, device
+            )
+        rows["smp.PSPNet, compiled"] = lambda: theirs(backbone, True, batch, plain, device)
+    return rows
+
+
+def compare(args: argparse.Namespace, backbone: str, device: torch.device) -> None:
+    print(f"{backbone}, {args.size} x {args.size}, batch {args.batch}", flush=True)
+    rows: dict[str, Row] = {}
+    for name, make in rows_of(args, backbone, device).items():
+        try:
+            rows[name] = Row(make, args.size)
+        except Exception as error:  # noqa: BLE001 - a peer or an engine that does not run costs its own row only
+            print(f"  {name}: {type(error).__name__} {str(error)[:300]}", flush=True)
+    for number in range(args.rounds):
+        for name in list(rows) if number % 2 else list(rows)[::-1]:
+            rows[name].round(args.steps)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    most = next((v for k, v in PEAK_TFLOPS.items() if k in gpu), float("nan"))
+    for name, row in rows.items():
+        seconds = statistics.median(row.times)
+        base = rows.get(
+            name.replace("ours, ddp", "smp.PSPNet")
+            .replace("graphs", "compiled")
+            .replace("ours, zero1", "ours, ddp")
+        )
+        ratio = (
+            statistics.median(b / a for a, b in zip(row.times, base.times, strict=True))
+            if base
+            else float("nan")
+        )
+        tflops = 6 * row.macs * args.batch / seconds / 1e12
+        print(
+            f"  {name:22s} {args.batch / seconds:7.0f} img/s, {1e3 * seconds:7.2f} ms a step, "
+            f"{row.macs / 1e9:6.2f} GMACs, MFU {tflops / most:5.1%}, {row.gib:5.2f} GiB, "
+            f"{row.waits} waits, start {row.started:4.0f} s, its base over it {ratio:.2f}",
+            flush=True,
+        )
+
+
+def profile(args: argparse.Namespace, device: torch.device) -> None:
+    """Where a step of ours spends its time, by kernels and by calls of the host."""
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as recorder
+
+    for compiled in (False, True)[: 1 if args.eager else 2]:
+        _, step = ours(config_of(args, args.profile, "ddp", compiled), batch_of(args), device)
+        for number in range(5):
+            step(number)
+        settle()
+        with recorder(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            for number in range(10):
+                with record_function("step"):
+                    step(number)
+            settle()
+        print(f"profile of 10 steps, {args.profile}, compiled: {compiled}")
+        for key in ("self_cuda_time_total", "self_cpu_time_total"):
+            print(found.key_averages().table(sort_by=key, row_limit=24, max_name_column_width=70))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backbones", nargs="*", default=list(BACKBONES))
+    parser.add_argument("--graphs", nargs="*", default=list(BACKBONES))
+    parser.add_argument("--profile", default="")
+    parser.add_argument("--eager", action="store_true")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"torch {torch.__version__}, timm {version('timm')}, {name}")
+    with process_group(World(), 2, alone=True) as device:
+        for backbone in args.backbones:
+            compare(args, backbone, device)
+        if args.profile:
+            profile(args, device)
+
+
+if __name__ == "__main__":
+    main()
