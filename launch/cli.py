@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from launch import chaincli, sweepcli
+from launch.chaincli import ConfigArg, Overrides
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
 
 app = typer.Typer(
@@ -22,10 +24,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From a DICOM archive to an ONNX file that segments DICOM.",
 )
-ConfigArg = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes, for example train.batch_size=8.")
-]
 
 
 class Step(enum.StrEnum):
@@ -106,6 +104,7 @@ for _name, _help in (
     ("export", "Write checked fp32 and int8 ONNX files."),
 ):
     app.command(_name, help=_help)(_job(_name))
+app.command("measure", hidden=True)(_job("measure"))  # for the ranks of `scale`
 
 
 @app.command()
@@ -117,32 +116,6 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
 
     setup_logging()
     typer.echo(str(write_report(open_run(config, tuple(overrides or ()))[0].shards)))
-
-
-@app.command()
-def run(
-    config: ConfigArg,
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the jobs and stop.")] = False,
-) -> None:
-    """Run the whole chain: shards, check, train, evaluate, export."""
-    from launch.jobs import setup_logging
-    from launch.plan import describe, plan_jobs
-    from launch.rundir import RunDir, find_config, open_run
-    from medpsp.configio import load_config
-
-    setup_logging()
-    changes = tuple(overrides or ())
-    if dry_run:  # writes nothing
-        planned = load_config(find_config(config), changes)
-        typer.echo(describe(plan_jobs(planned), RunDir(planned.out).config))
-        return
-    resolved, folder = open_run(config, changes)
-    plan = plan_jobs(resolved)
-    from launch.submit import submit_plan
-
-    submit_plan(plan, folder)
-    typer.echo(f"onnx fp32    {folder.fp32}\nonnx int8    {folder.int8}")
 
 
 @app.command()
@@ -224,6 +197,11 @@ def backbones(
 
     rows, columns, count, model = setting(config, tuple(overrides or ()))
     show_backbones(height or rows, width or columns, classes or count, model)
+
+
+_chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
+for _command in (*_chain, sweepcli.sweep, sweepcli.compare, sweepcli.scale):
+    app.command()(_command)
 
 
 key_app = typer.Typer(no_args_is_help=True, help="The key of the pseudonyms.")

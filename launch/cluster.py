@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
+import socket
+import subprocess
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from medpsp.errors import LaunchError
@@ -38,7 +42,23 @@ def detect_world() -> World:
 def end_time() -> float | None:
     """When the scheduler ends this job, seconds since 1970; None where nothing says so."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(text) if text.isdecimal() else None
+    if text.isdecimal():
+        return float(text)
+    number = os.environ.get("SLURM_JOB_ID", "")
+    if not number:
+        return None
+    try:  # SLURM before 23 sets no variable
+        done = subprocess.run(
+            ["scontrol", "show", "job", "-o", number],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r" EndTime=(\d{4}-\S+)", done.stdout)
+    return datetime.fromisoformat(found[1]).timestamp() if found else None
 
 
 def oom_kills(root: Path = Path("/")) -> int | None:
@@ -85,3 +105,22 @@ def _group_file(root: Path, name: str) -> str:
                 with suppress(OSError):
                     return (folder / name).read_text(encoding="utf-8")
     return ""
+
+
+def own_address() -> str:
+    """The address by which other nodes reach this one; nothing is sent to find it."""
+    with suppress(OSError):
+        for *_, place in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET):
+            if not str(place[0]).startswith("127."):
+                return str(place[0])
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # TEST-NET-1 (RFC 5737)
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.chain import Told, depends_on, label_of, tell
 from launch.diagnose import diagnosis
 from launch.evaluate import evaluate_job
 from launch.export import export_job
+from launch.measure import measure_job
+from launch.preflight import preflight_job
+from launch.ranks import log_job
 from launch.rundir import RunDir, keep_private, told_path
 from launch.train import train_job
 from medpsp.config import Config
@@ -27,8 +32,13 @@ FILE_ONLY = "file_only"
 """Attribute of a log record that is for the log file alone."""
 
 
-def run_command(name: str, config_path: Path) -> tuple[int, str]:
+def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) -> tuple[int, str]:
     """Run one job of the chain in this process.
+
+    Args:
+        name: Of the job.
+        config_path: Resolved configuration.
+        part: Which of how many, of a job that is an array.
 
     Returns:
         0 and nothing, or an exit code and the one line a user needs, which is also in
@@ -38,11 +48,38 @@ def run_command(name: str, config_path: Path) -> tuple[int, str]:
     config = load_config(config_path)
     keep_private(config.data.archive, config.data.labels)
     run = RunDir(config.out)
-    run.log_to(name)
-    marker = run.logs / f"{name}.failed"
+    label = label_of(name, *part)
+    log_job(run, label)
+    marker = run.logs / f"{label}.failed"
     marker.unlink(missing_ok=True)
+    told = Told.begun(os.environ, depends_on(config, name))
+    config = _on_this_node(config)
+    leads = os.environ.get("RANK", "0") == "0"
+    if leads:
+        tell(run, label, told)
+    code, reason = _run(name, config, part)
+    if reason and code != EXIT_AGAIN:
+        marker.write_text(reason + "\n", encoding="utf-8")
+    if leads or (code and code != EXIT_AGAIN):
+        tell(run, label, told.ended_with(code, reason))
+    return code, reason
+
+
+def _on_this_node(config: Config) -> Config:
+    """In a SLURM job as many workers as it has cores for."""
+    cores = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if "SLURM_JOB_ID" not in os.environ or not cores.isdecimal():
+        return config
+    data = config.data.model_copy(update={"workers": int(cores)})
+    return config.model_copy(update={"data": data})
+
+
+def _run(name: str, config: Config, part: tuple[int, int]) -> tuple[int, str]:
     try:
-        JOBS[name](config)
+        if part[1] > 1:
+            convert_job(config, *part)
+        else:
+            JOBS[name](config)
     except Interrupted as stop:
         log.warning("%s", one_line(stop))
         return EXIT_AGAIN, one_line(stop)
@@ -52,7 +89,6 @@ def run_command(name: str, config_path: Path) -> tuple[int, str]:
             raise
         reason = known or one_line(error)
         log.error("%s", reason)
-        marker.write_text(reason + "\n", encoding="utf-8")
         return EXIT_CONFIG if isinstance(error, ConfigError) else 1, reason
     return 0, ""
 
@@ -109,7 +145,7 @@ def plan_job(config: Config) -> None:
     log.info("plan: %d shards", len(plan_shards(config).shards))
 
 
-def convert_job(config: Config, part: int, parts: int) -> None:
+def convert_job(config: Config, part: int = 1, parts: int = 1) -> None:
     """Second step: the shards of part ``part`` of ``parts``, on any machine that sees the files."""
     from shards.build import convert_part
 
@@ -188,10 +224,23 @@ def _problems(config: Config, quick: bool) -> list[Problem]:
     return problems
 
 
+def compare_job(config: Config) -> None:
+    """The table of a sweep, of what its members have reached."""
+    from launch.sweep import write_table
+
+    log.info("table: %s", write_table(config.out))
+
+
 JOBS: dict[str, Any] = {
+    "preflight": preflight_job,
     "shards": shards_job,
+    "plan": plan_job,
+    "convert": convert_job,
+    "publish": publish_job,
     "check": check_job,
     "train": train_job,
     "evaluate": evaluate_job,
     "export": export_job,
+    "compare": compare_job,
+    "measure": measure_job,
 }

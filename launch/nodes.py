@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from launch.cluster import free_port, own_address
 from medpsp.errors import LaunchError
 
 START_S = 120.0
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     meeting = Path(arguments[0]) / f".ray-{os.environ.get('SLURM_JOB_ID', 'local')}.json"
     if os.environ.get("SLURM_NODEID", "0") != "0":
         return _lend(meeting)
-    address, token = f"{_own_address()}:{_free_port()}", secrets.token_hex(32)
+    address, token = f"{own_address()}:{free_port()}", secrets.token_hex(32)
     with _ray(token, "--head", f"--port={address.rsplit(':', 1)[1]}", _node_ip(address)) as head:
         _wait_for(head, address)
         _write_private(meeting, json.dumps([address, token]))
@@ -132,20 +133,6 @@ def _write_private(path: Path, text: str) -> None:
 
 def _node_ip(address: str) -> str:
     return f"--node-ip-address={address.rsplit(':', 1)[0]}"
-
-
-def _own_address() -> str:
-    """The address by which other nodes reach this one; nothing is sent to find it."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # TEST-NET-1 (RFC 5737)
-        return str(probe.getsockname()[0])
-    return "127.0.0.1"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

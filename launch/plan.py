@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from launch.profile import Profile
 from medpsp.config import Config
+from medpsp.errors import ConfigError
+
+GPU_JOBS = ("preflight", "train", "evaluate")
+"""Run where the GPUs are, if the site has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
-    """One job: ``medpsp <name> <config>``.
+    """One job: ``medpsp <name> <config>``, or a step of ``medpsp shards``.
 
     Attributes:
-        name: Command to run.
+        name: What to run, a key of `launch.jobs.JOBS`.
         after: Jobs that must have succeeded.
-        cores: CPU cores wanted.
+        cores: CPU cores of a task.
         minutes: Wall-clock limit.
+        nodes: That it spans.
+        tasks: Processes on each node; ranks of training.
+        parts: Elements of an array, each of which does its part.
+        gpu: Whether it runs where the GPUs are.
+        anyway: It runs, too, where those before it have failed.
     """
 
     name: str
     after: tuple[str, ...]
     cores: int
     minutes: int
+    nodes: int = 1
+    tasks: int = 1
+    parts: int = 1
+    gpu: bool = False
+    anyway: bool = False
 
 
 CHAIN = ("shards", "check", "train", "evaluate", "export")
+STEPS = ("plan", "convert", "publish")
+"""Of shards, where they are jobs of their own."""
 
 
 def plan_jobs(config: Config) -> tuple[JobSpec, ...]:
-    """shards, check, train, evaluate, export, each after the one before."""
+    """shards, check, train, evaluate, export on one machine, each after the one before."""
     workers = config.data.workers
     cores = {"shards": workers, "check": workers, "train": config.train.ranks}
     return tuple(
@@ -41,6 +59,74 @@ def plan_jobs(config: Config) -> tuple[JobSpec, ...]:
         )
         for index, name in enumerate(CHAIN)
     )
+
+
+def plan_cluster(config: Config, profile: Profile) -> tuple[JobSpec, ...]:
+    """The chain for SLURM: shards in an array of parts, ranks as tasks, a preflight beside them.
+
+    Raises:
+        ConfigError: As `spread`.
+    """
+    after = {
+        "preflight": (),
+        "plan": (),
+        "convert": ("plan",),
+        "publish": ("convert",),
+        "check": ("publish",),
+        "train": ("check", "preflight"),
+        "evaluate": ("train",),
+        "export": ("evaluate",),
+    }
+    spans = spread(config, profile)
+    shapes: dict[str, dict[str, Any]] = {
+        "preflight": spans,
+        "train": spans,
+        "convert": {"parts": profile.parts},
+    }
+    jobs = []
+    for name, before in after.items():
+        kind = profile.kind(name in GPU_JOBS)
+        minutes = profile.minutes.get(name, 10 if name == "preflight" else kind.minutes)
+        gpu = name in GPU_JOBS
+        shape = shapes.get(name, {})
+        jobs.append(
+            JobSpec(name=name, after=before, cores=kind.cpus, minutes=minutes, gpu=gpu, **shape)
+        )
+    return tuple(jobs)
+
+
+def spread(config: Config, profile: Profile) -> dict[str, Any]:
+    """Nodes, and tasks on each, of a job of ranks.
+
+    Raises:
+        ConfigError: ``train.ranks`` do not fill whole nodes.
+    """
+    ranks, on_node = config.train.ranks, min(profile.ranks_per_node, config.train.ranks)
+    if ranks % on_node:
+        raise ConfigError(
+            f"train.ranks {ranks}: the profile has {on_node} on a node (ranks_per_node), which "
+            "leaves a node half empty; take a multiple"
+        )
+    return {"nodes": ranks // on_node, "tasks": on_node}
+
+
+def starting_at(plan: tuple[JobSpec, ...], name: str) -> tuple[JobSpec, ...]:
+    """A job, and all that come after it.
+
+    Args:
+        plan: In order.
+        name: Of a job, or ``shards`` for its first step.
+
+    Raises:
+        ConfigError: No such job.
+    """
+    names = [job.name for job in plan]
+    first = "plan" if name == "shards" and "plan" in names else name
+    if first not in names:
+        raise ConfigError(f"--from {name}: no such job; there are {', '.join(names)}")
+    kept = plan[names.index(first) :]
+    left = {job.name for job in kept}
+    return tuple(replace(job, after=tuple(n for n in job.after if n in left)) for job in kept)
 
 
 def describe(plan: tuple[JobSpec, ...], config: Path) -> str:

@@ -38,10 +38,14 @@ _PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 
 
-def start_ranks(config: Config) -> None:
-    """Run `medpsp train` in ``train.ranks`` processes; rank 0 shows, the others write to logs.
+def start_ranks(config: Config, command: str = "train") -> None:
+    """Run a command in ``train.ranks`` processes; rank 0 shows, the others write to logs.
 
     torchrun picks a free port and stops all ranks when one fails.
+
+    Args:
+        config: In its run folder.
+        command: Of ``medpsp``.
 
     Raises:
         Interrupted: The ranks were asked to end, and saved.
@@ -66,7 +70,7 @@ def start_ranks(config: Config) -> None:
         f"--log-dir={folder}",
         "-m",
         "launch.cli",
-        "train",
+        command,
         str(run_dir.config),
     ]
     killed = oom_kills()

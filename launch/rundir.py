@@ -61,6 +61,11 @@ class RunDir:
         return self.root / "logs"
 
     @property
+    def jobs(self) -> Path:
+        """What was submitted to a cluster, and what its jobs say."""
+        return self.root / "jobs"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints of the run."""
         return self.root / "checkpoints"

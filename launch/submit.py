@@ -7,12 +7,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launch.chain import Chain, Submitted, write_chain
 from launch.jobs import run_command
+from launch.ontask import Task
 from launch.plan import JobSpec
+from launch.profile import Profile
 from launch.rundir import RunDir
+from launch.sbatch import check_folder, parameters
+from launch.slurmstate import cancel_jobs
 from medpsp.errors import ConfigError, LaunchError
 
 log = logging.getLogger("medpsp")
@@ -48,6 +54,82 @@ def submit_plan(plan: tuple[JobSpec, ...], run: RunDir) -> None:
         code, reason = _outcome(job)
         if reason:
             raise (ConfigError if code == 2 else LaunchError)(f"{spec.name}: {reason}")
+
+
+def submit_cluster(
+    plan: tuple[JobSpec, ...],
+    profile: Profile,
+    cluster: str,
+    run: RunDir,
+    before: tuple[Submitted, ...] = (),
+    keep: bool = False,
+) -> Chain:
+    """Give a plan to SLURM, each job after those before it; returns at once.
+
+    Args:
+        plan: In order.
+        profile: Of the cluster.
+        cluster: Its name, for the record.
+        run: Where it runs.
+        before: Jobs of other plans that these wait for.
+        keep: Those are of this run, too.
+
+    Raises:
+        LaunchError: SLURM refuses a job, or is not there. What was submitted before is cancelled.
+        ConfigError: The run folder has a name that sbatch cannot take.
+    """
+    import submitit
+
+    check_folder(run.root.absolute())
+    run.jobs.mkdir(parents=True, exist_ok=True)
+    folder, config = run.logs / "jobs", run.config.absolute()
+    jobs: list[Submitted] = []
+    try:
+        for spec in plan:
+            executor: Any = submitit.SlurmExecutor(
+                folder=folder.absolute() / "%j", python=profile.python
+            )
+            ids = {job.name: job.id for job in (*before, *jobs)}
+            executor.update_parameters(**parameters(spec, profile, ids, run))
+            ranks = spec.nodes * spec.tasks > 1
+            tasks = [
+                Task(spec.name, config, part + 1, spec.parts, ranks) for part in range(spec.parts)
+            ]
+            with _outside_any_job():
+                sent = (
+                    executor.map_array(Task.__call__, tasks)
+                    if len(tasks) > 1
+                    else [executor.submit(tasks[0])]
+                )
+            number = str(sent[0].job_id).split("_")[0]
+            jobs.append(Submitted(name=spec.name, id=number, after=spec.after, parts=spec.parts))
+            log.info(
+                "%s: job %s%s", spec.name, number, f", {spec.parts} parts" if spec.parts > 1 else ""
+            )
+    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+        cancel_jobs([job.id for job in jobs])
+        raise LaunchError(f"{spec.name}: not submitted: {_last_line(error)}") from None
+    chain = Chain(cluster=cluster, at=time.time(), jobs=(*(before if keep else ()), *jobs))
+    write_chain(run, chain)
+    return chain
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Variables of a job that submits must not be those of the one submitted."""
+    from submitit.helpers import clean_env
+
+    conf = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if conf is not None:  # which cluster it is
+            os.environ["SLURM_CONF"] = conf
+        yield
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(("sbatch:", "srun:"))]
+    return (said or lines or [type(error).__name__])[-1]
 
 
 def run_with_devices(name: str, config: Path, devices: str | None) -> tuple[int, str]:

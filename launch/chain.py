@@ -1,0 +1,173 @@
+"""What a run folder says of its jobs: which were submitted, and what each says of itself.
+
+``jobs/chain.json`` is written by the process that submits, ``jobs/NAME.json`` by the job's first
+rank. Both are whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from launch.plan import JobSpec
+from launch.rundir import RunDir
+from medpsp.config import Config
+from medpsp.errors import EXIT_AGAIN, LaunchError
+
+SHARD_JOBS = ("preflight", "shards", "plan", "convert", "publish", "check")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """One job of the chain as SLURM knows it."""
+
+    name: str
+    id: str
+    after: tuple[str, ...]
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """All of them.
+
+    Attributes:
+        cluster: Profile by name or path.
+        at: Seconds since 1970.
+        jobs: In order.
+    """
+
+    cluster: str
+    at: float
+    jobs: tuple[Submitted, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a job says of itself.
+
+    Attributes:
+        state: running, done, again (queued once more) or failed.
+        job: Its id.
+        node: Of its first rank.
+        restarts: How often it was queued again.
+        began: Seconds since 1970; of this try.
+        ended: 0 while it runs.
+        code: Exit code.
+        reason: The one line.
+        digest: Of the configuration that it depends on.
+    """
+
+    state: str
+    job: str
+    node: str
+    restarts: int
+    began: float = field(default_factory=time.time)
+    ended: float = 0.0
+    code: int = 0
+    reason: str = ""
+    digest: str = ""
+
+    @classmethod
+    def begun(cls, env: Mapping[str, str], digest: str) -> Told:
+        """A job that begins now."""
+        return cls(
+            state="running",
+            digest=digest,
+            job=env.get("SLURM_JOB_ID", ""),
+            node=env.get("SLURMD_NODENAME") or os.uname().nodename,
+            restarts=int(env.get("SLURM_RESTART_COUNT") or 0),
+        )
+
+    def ended_with(self, code: int, reason: str) -> Told:
+        """The same, at its end."""
+        state = {0: "done", EXIT_AGAIN: "again"}.get(code, "failed")
+        return replace(self, state=state, ended=time.time(), code=code, reason=reason)
+
+
+def depends_on(config: Config, name: str) -> str:
+    """Digest of what a job and those before it are made from."""
+    sections = {"data": True}
+    later = {"train": ("model", "loss", "train", "seed"), "evaluate": ("evaluate",)}
+    for job in ("train", "evaluate", "export"):
+        if name in SHARD_JOBS:
+            break
+        sections |= dict.fromkeys(later.get(job, (job,)), True)
+        if name == job:
+            break
+    tree = config.model_dump(mode="json", include=set(sections))
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[JobSpec, ...]:
+    """The plan from the first job on that did not end well with this configuration."""
+    for place, job in enumerate(plan):
+        if job.name == "preflight":
+            continue
+        labels = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
+        told = [told_by(run, label) for label in labels]
+        wanted = depends_on(config, job.name)
+        if not all(t and t.state == "done" and t.digest == wanted for t in told):
+            kept = plan[place:]
+            needs_ranks = any(j.name == "train" for j in kept) and job.name != "preflight"
+            first = tuple(j for j in plan if j.name == "preflight") if needs_ranks else ()
+            left = {j.name for j in (*first, *kept)}
+            return tuple(
+                replace(j, after=tuple(n for n in j.after if n in left)) for j in (*first, *kept)
+            )
+    return ()
+
+
+def label_of(name: str, part: int, parts: int) -> str:
+    """A job, or an element of an array, in names of files."""
+    return name if parts == 1 else f"{name}.{part}of{parts}"
+
+
+def write_chain(run: RunDir, chain: Chain) -> None:
+    """Keep what was submitted."""
+    _write(run.jobs / "chain.json", asdict(chain))
+
+
+def read_chain(run: RunDir) -> Chain:
+    """What was submitted last.
+
+    Raises:
+        LaunchError: Nothing was, or the file is damaged.
+    """
+    path = run.jobs / "chain.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        jobs = tuple(Submitted(**{**job, "after": tuple(job["after"])}) for job in tree["jobs"])
+        return Chain(cluster=tree["cluster"], at=tree["at"], jobs=jobs)
+    except FileNotFoundError:
+        raise LaunchError(
+            f"run {run.root}: nothing was submitted to a cluster; `medpsp run CONFIG --cluster "
+            "PROFILE` does"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{path}: damaged ({type(error).__name__}); submit again") from None
+
+
+def tell(run: RunDir, name: str, told: Told) -> None:
+    """Say what a job is at."""
+    _write(run.jobs / f"{name}.json", asdict(told))
+
+
+def told_by(run: RunDir, name: str) -> Told | None:
+    """What a job said last; None where it never ran."""
+    try:
+        return Told(**json.loads((run.jobs / f"{name}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(path: Path, tree: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    partial.replace(path)

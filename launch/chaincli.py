@@ -1,0 +1,212 @@
+"""Commands on the whole chain; heavy things are imported when one of them runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medpsp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.plan import JobSpec
+    from launch.rundir import RunDir
+    from launch.status import Row
+    from medpsp.config import Config
+
+ConfigArg = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes, for example train.batch_size=8.")
+]
+RunArg = Annotated[Path, typer.Argument(help="Folder of the run (`out`).")]
+POLL_S = 5.0
+
+
+def run(
+    config: ConfigArg,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(help="Submit to SLURM: a profile, YAML file or shipped name.")
+    ] = "",
+    start: Annotated[
+        str, typer.Option("--from", help="Begin at this job; those before it are done.")
+    ] = "",
+    wait: Annotated[bool, typer.Option(help="Follow a submitted run to its end.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the jobs and stop.")] = False,
+) -> None:
+    """Run the whole chain: shards, check, train, evaluate, export."""
+    from launch.jobs import setup_logging
+
+    setup_logging()
+    changes = tuple(overrides or ())
+    if cluster:
+        _run_on(cluster, config, changes, start, dry=dry_run, wait=wait)
+        return
+    from launch.plan import describe, plan_jobs, starting_at
+    from launch.rundir import RunDir, find_config, open_run
+    from medpsp.configio import load_config
+
+    if dry_run:  # writes nothing
+        planned = load_config(find_config(config), changes)
+        plan = starting_at(plan_jobs(planned), start or "shards")
+        typer.echo(describe(plan, RunDir(planned.out).config))
+        return
+    resolved, folder = open_run(config, changes)
+    from launch.submit import submit_plan
+
+    submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
+    typer.echo(f"onnx fp32    {folder.fp32}\nonnx int8    {folder.int8}")
+
+
+def _run_on(
+    cluster: str, config: str, changes: tuple[str, ...], start: str, *, dry: bool, wait: bool
+) -> None:
+    from launch.plan import plan_cluster
+    from launch.profile import load_profile
+    from launch.rundir import RunDir, find_config, open_run
+    from medpsp.configio import load_config
+
+    profile = load_profile(cluster)
+    changes = with_index(config, changes)
+    planned = load_config(find_config(config), changes)
+    if dry:
+        from launch.estimate import estimates
+        from launch.sbatch import describe_scripts
+
+        plan = wanted(plan_cluster(planned, profile), planned, RunDir(planned.out), start)
+        typer.echo("\n".join(estimates(planned, profile, RunDir(planned.out))) + "\n")
+        typer.echo(describe_scripts(plan, profile, RunDir(planned.out)))
+        return
+    resolved, folder = open_run(config, changes)
+    plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
+    if not plan:
+        typer.echo(f"{folder.root}: every job is done; --from JOB runs one again")
+        return
+    from launch.submit import submit_cluster
+
+    submit_cluster(plan, profile, cluster, folder)
+    typer.echo(f"medpsp status {folder.root}")
+    if wait:
+        follow_run(folder)
+
+
+def with_index(config: str, changes: tuple[str, ...]) -> tuple[str, ...]:
+    """On a cluster the steps of shards are jobs of their own, which need an index."""
+    from launch.rundir import find_config
+    from medpsp.configio import load_config
+
+    planned = load_config(find_config(config), changes)
+    if planned.data.index is not None:
+        return changes
+    return (*changes, f"data.index={json.dumps(str(planned.out / 'index'))}")
+
+
+def runs_of(folder: RunDir) -> list[RunDir]:
+    """A run, and the members of its sweep that were submitted."""
+    from launch.rundir import RunDir
+    from launch.sweep import FOLDER
+
+    found = sorted(path.parents[1] for path in folder.root.glob(f"{FOLDER}/*/jobs/chain.json"))
+    return [folder, *(RunDir(path) for path in found)]
+
+
+def wanted(
+    plan: tuple[JobSpec, ...], config: Config, folder: RunDir, start: str
+) -> tuple[JobSpec, ...]:
+    """The plan from a job on, or without the jobs that are done."""
+    from launch.chain import unfinished
+    from launch.plan import starting_at
+
+    return starting_at(plan, start) if start else unfinished(plan, config, folder)
+
+
+def follow_run(folder: RunDir) -> None:
+    """Show a run until nothing will run any more.
+
+    Raises:
+        LaunchError: A job did not end well.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    from launch.status import follow, require_success, table
+
+    console = Console()
+    if not console.is_terminal:
+        seen: list[Row] = []
+
+        def say(rows: list[Row]) -> None:
+            for row in rows:
+                if row not in seen:
+                    typer.echo(f"{row.name} {row.id}: {row.state} {row.nodes} {row.note}".rstrip())
+            seen[:] = rows
+
+        require_success(follow(folder, POLL_S, say))
+        return
+    with Live(console=console) as live:
+        rows = follow(folder, POLL_S, lambda rows: live.update(table(folder, rows)))
+    require_success(rows)
+
+
+def status(
+    out: RunArg,
+    watch: Annotated[bool, typer.Option(help="Go on until nothing will run any more.")] = False,
+) -> None:
+    """What the jobs of a run on a cluster are at."""
+    from rich.console import Console
+
+    from launch.rundir import RunDir
+    from launch.status import status_of, table
+
+    for folder in runs_of(RunDir(out)):
+        if watch:
+            follow_run(folder)
+        else:
+            Console().print(table(folder, status_of(folder)))
+    if not watch:
+        typer.echo(f"tensorboard --logdir {out}")
+
+
+def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")]) -> None:
+    """Print the logs of a job."""
+    from launch.chain import read_chain
+    from launch.rundir import RunDir
+    from launch.status import log_files
+
+    folder = RunDir(out)
+    for path in log_files(folder, read_chain(folder), job):
+        typer.echo(f"== {path}")
+        typer.echo(path.read_text(encoding="utf-8", errors="replace").rstrip())
+
+
+def cancel(out: RunArg) -> None:
+    """End the jobs of a run that wait or run."""
+    from launch.chain import read_chain
+    from launch.rundir import RunDir
+    from launch.slurmstate import cancel_jobs, job_states
+
+    jobs = {job.id: job for run in runs_of(RunDir(out)) for job in read_chain(run).jobs}
+    states = job_states(jobs)
+    left = [job for job in jobs.values() if not states[job.id].ended]
+    cancel_jobs(job.id for job in left)
+    typer.echo(f"cancelled: {', '.join(job.name for job in left) or 'nothing was left'}")
+
+
+def resume(out: RunArg) -> None:
+    """Submit again what is not done, to the same cluster and with the same configuration."""
+    from launch.chain import read_chain
+    from launch.jobs import setup_logging
+    from launch.rundir import RunDir
+    from launch.slurmstate import job_states
+
+    setup_logging()
+    folder = RunDir(out)
+    chain = read_chain(folder)
+    states = job_states(job.id for job in chain.jobs)
+    if at_work := [job.name for job in chain.jobs if not states[job.id].ended]:
+        raise ConfigError(
+            f"resume {out}: {', '.join(at_work)} still waits or runs; cancel it first"
+        )
+    _run_on(chain.cluster, str(folder.config), (), "", dry=False, wait=False)

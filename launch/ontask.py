@@ -1,0 +1,99 @@
+"""What runs in each task of a SLURM job: who this rank is, then the job, then its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cluster import free_port, own_address
+from launch.rundir import RunDir
+from medpsp.errors import LaunchError
+
+MEET_S = 600.0
+"""For all ranks to start: nodes boot, containers load."""
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, or a part of one; pickled by name and values, so it holds no state.
+
+    Attributes:
+        name: Key of `launch.jobs.JOBS`.
+        config: Resolved configuration of the run.
+        part: Which part of an array, from 1.
+        parts: Of how many.
+        ranks: Whether its tasks are ranks that meet.
+    """
+
+    name: str
+    config: Path
+    part: int = 1
+    parts: int = 1
+    ranks: bool = False
+
+    def __call__(self) -> None:
+        """Run; ends the process with the exit code of the job."""
+        from launch.jobs import run_command
+        from medpsp.configio import load_config
+
+        jobs = RunDir(load_config(self.config).out).jobs
+        try:
+            if self.ranks:
+                os.environ.update(meet(jobs, os.environ))
+            code, reason = run_command(self.name, self.config, (self.part, self.parts))
+        except LaunchError as error:
+            code, reason = 1, str(error)
+        if reason:
+            sys.stderr.write(f"medpsp: {reason}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # threads of a peer that is gone must not keep the node
+
+
+def meet(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """RANK and its like from SLURM's variables; rank 0 says in a file where it listens.
+
+    So names need not resolve, and the port is one that was free a moment ago.
+
+    Args:
+        folder: That all nodes see.
+        env: Of the task.
+
+    Raises:
+        LaunchError: Rank 0 does not say so in time.
+    """
+    rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    restart, step = env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_STEP_ID", "0")
+    path = folder / f".meet-{env['SLURM_JOB_ID']}-{restart}-{step}.json"
+    if rank == 0:
+        port = free_port()
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps([own_address(), port]), encoding="utf-8")
+        partial.replace(path)
+    until = time.monotonic() + MEET_S
+    found = None
+    while found is None:
+        with suppress(OSError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            break
+        if time.monotonic() > until:
+            raise LaunchError(
+                f"ranks: {path} did not appear within {MEET_S:.0f} s; is {folder} on all nodes?"
+            )
+        time.sleep(_POLL_S)
+    nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1"))
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": str(size // nodes),
+        "MASTER_ADDR": str(found[0]),
+        "MASTER_PORT": str(found[1]),
+    }

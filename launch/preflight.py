@@ -1,0 +1,112 @@
+"""A short job before the long ones: do the nodes, ranks and folders work together?"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.cluster import detect_world
+from launch.rundir import RunDir
+from medpsp.config import Config
+from medpsp.errors import LaunchError
+
+log = logging.getLogger("medpsp")
+MOST_SKEW_S = 5.0
+LEAST_FREE = 5 * 2**30
+"""Bytes; a checkpoint of the largest backbone with its moments has 0.4 GB, and five are kept."""
+SEEN_S = 60.0
+
+
+def preflight_job(config: Config) -> None:
+    """Check what a job of several nodes needs; each rank says what it finds.
+
+    Raises:
+        LaunchError: Naming the node and what to do.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from medpsp.train.ranks import process_group
+
+    world, run = detect_world(), RunDir(config.out)
+    if world.size != config.train.ranks:
+        raise LaunchError(
+            f"preflight: SLURM started {world.size} ranks, train.ranks is {config.train.ranks}; "
+            "set nodes and tasks of the profile to it"
+        )
+    folder = run.jobs / f".preflight-{os.environ.get('SLURM_JOB_ID', 'local')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with process_group(world, threads=1, seconds=300):
+        total = torch.ones(1)
+        if dist.is_initialized():
+            dist.all_reduce(total)  # behind it all ranks are at the same moment
+        mine = _facts(run.root)
+        if int(total) != world.size:
+            raise LaunchError(f"preflight: an all-reduce over {world.size} ranks gave {int(total)}")
+        _say(folder / f"{world.rank}.json", mine)
+        everyone = [_heard(folder / f"{rank}.json", mine["node"]) for rank in range(world.size)]
+        if dist.is_initialized():
+            dist.barrier()
+    if world.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        for line in faults(everyone):
+            raise LaunchError(line)
+        nodes = sorted({facts["node"] for facts in everyone})
+        log.info("preflight: %d ranks on %s see each other and %s", world.size, nodes, run.root)
+
+
+def faults(everyone: list[dict[str, Any]]) -> list[str]:
+    """What does not fit, worst first.
+
+    Args:
+        everyone: Of each rank: node, time, free bytes, whether scontrol is there, GPUs.
+    """
+    lines = []
+    for facts in everyone:
+        where = f"preflight: node {facts['node']}"
+        if facts["free"] < LEAST_FREE:
+            lines.append(f"{where}: {facts['free'] / 2**30:.1f} GiB free in out; make room")
+        if not facts["scontrol"]:
+            lines.append(f"{where}: no scontrol, so a job there cannot queue itself again")
+    times = [facts["time"] for facts in everyone]
+    if max(times) - min(times) > MOST_SKEW_S:
+        lines.append(f"preflight: clocks differ by {max(times) - min(times):.0f} s; set up NTP")
+    return lines
+
+
+def _facts(root: Path) -> dict[str, Any]:
+    import torch
+
+    return {
+        "node": os.uname().nodename,
+        "time": time.time(),
+        "free": shutil.disk_usage(root).free,
+        "scontrol": shutil.which("scontrol") is not None,
+        "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    }
+
+
+def _say(path: Path, facts: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts), encoding="utf-8")
+    partial.replace(path)
+
+
+def _heard(path: Path, node: str) -> dict[str, Any]:
+    """What another rank wrote into the shared folder."""
+    until = time.monotonic() + SEEN_S
+    while time.monotonic() < until:
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        except (OSError, ValueError):
+            time.sleep(0.2)  # network file systems show a new file late
+    raise LaunchError(
+        f"preflight: node {node} does not see {path.name} of another rank; is {path.parent} a "
+        "folder that all nodes share?"
+    )

@@ -1,0 +1,163 @@
+"""What a run on a cluster is at: SLURM's word first, then what the jobs say of themselves."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from launch.chain import Chain, Submitted, Told, label_of, read_chain, told_by
+from launch.rundir import RunDir
+from launch.slurmstate import ENDED, GONE, JobState, job_states
+from medpsp.errors import LaunchError
+
+STALE_S = 120.0
+"""A rank that wrote nothing for this long is not shown as at work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A job of the chain.
+
+    Attributes:
+        name: Of the job.
+        id: SLURM's.
+        state: SLURM's word; ``done`` and ``failed`` are the job's own where SLURM forgot it.
+        nodes: Where it runs or ran.
+        restarts: How often it was queued again.
+        at: What it is at.
+        note: Why it waits, or ended.
+    """
+
+    name: str
+    id: str
+    state: str
+    nodes: str
+    restarts: int
+    at: str
+    note: str
+
+
+def status_of(run: RunDir) -> list[Row]:
+    """Rows in the order of the chain.
+
+    Raises:
+        LaunchError: Nothing was submitted, or no SLURM answers.
+    """
+    chain = read_chain(run)
+    states = job_states(job.id for job in chain.jobs)
+    return [_row(run, job, states[job.id]) for job in chain.jobs]
+
+
+def ended(rows: list[Row]) -> bool:
+    """Whether nothing will run any more."""
+    return all(row.state in ENDED | {GONE, "done", "failed"} for row in rows)
+
+
+def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
+    told = _told(run, job)
+    word = state.state
+    if word == GONE and told:
+        word = {"done": "done", "failed": "failed"}.get(told[-1].state, GONE)
+    failed = next((t for t in told if t.state == "failed"), None)
+    note = failed.reason if failed and word not in ("COMPLETED", "done") else ""
+    if job.parts > 1 and len(state.counts) > 1:
+        word = ", ".join(f"{count} {name}" for name, count in sorted(state.counts.items()))
+    return Row(
+        name=job.name,
+        id=job.id,
+        state=word,
+        nodes=",".join(sorted(state.nodes)),
+        restarts=max([state.restarts, *(t.restarts for t in told)]),
+        at=_at(run, job) if "RUNNING" in word else "",
+        note=note or (state.reason if word != "COMPLETED" else ""),
+    )
+
+
+def _told(run: RunDir, job: Submitted) -> list[Told]:
+    names = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
+    return [told for name in names if (told := told_by(run, name)) and _is_of(told, job)]
+
+
+def _is_of(told: Told, job: Submitted) -> bool:
+    """Whether it is of this submission; elements of an array have ids of their own."""
+    return job.parts > 1 or told.job == job.id
+
+
+def _at(run: RunDir, job: Submitted) -> str:
+    """The last line of progress in its log."""
+    if job.name == "train" and (note := heartbeat(run)):
+        return note
+    name = label_of(job.name, 1, job.parts)
+    with suppress(OSError):
+        lines = (run.logs / f"{name}.log").read_text(encoding="utf-8").splitlines()
+        return lines[-1].split(" ", 2)[-1] if lines else ""
+    return ""
+
+
+def heartbeat(run: RunDir) -> str:
+    """Step and phase of the rank that is furthest behind; empty where none was heard lately."""
+    notes: list[dict[str, Any]] = []
+    for path in (run.logs / "ranks").glob("heartbeat-*.json"):
+        with suppress(OSError, ValueError):
+            notes.append(json.loads(path.read_text(encoding="utf-8")))
+    fresh = [note for note in notes if time.time() - note["time"] < STALE_S]
+    if not fresh:
+        return ""
+    last = min(fresh, key=lambda note: int(note["step"]))
+    return f"step {last['step']} ({last['phase']}), {len(fresh)} ranks"
+
+
+def table(run: RunDir, rows: list[Row]) -> Table:
+    """For the terminal."""
+    shown = Table(title=str(run.root), title_justify="left", pad_edge=False)
+    for name in ("job", "id", "state", "nodes", "again", "at", ""):
+        shown.add_column(name, overflow="fold")
+    for row in rows:
+        again = str(row.restarts or "")
+        shown.add_row(row.name, row.id, row.state, row.nodes, again, row.at, row.note)
+    return shown
+
+
+def follow(run: RunDir, seconds: float, show: Any) -> list[Row]:
+    """Show until nothing will run any more; asks SLURM every ``seconds``."""
+    while True:
+        rows = status_of(run)
+        show(rows)
+        if ended(rows):
+            return rows
+        time.sleep(seconds)
+
+
+def require_success(rows: list[Row]) -> None:
+    """Raise where a job did not end well.
+
+    Raises:
+        LaunchError: Naming the first that failed, and why.
+    """
+    bad = [row for row in rows if row.state not in ("COMPLETED", "done")]
+    if bad:
+        row = next((r for r in bad if "CANCELLED" not in r.state), bad[0])
+        raise LaunchError(
+            f"{row.name}: {row.state} ({row.note or 'no reason given'}), job {row.id}"
+        )
+
+
+def log_files(run: RunDir, chain: Chain, name: str) -> list[Path]:
+    """Logs of a job, ours and SLURM's.
+
+    Raises:
+        LaunchError: No such job.
+    """
+    job = next((job for job in chain.jobs if job.name == name), None)
+    if job is None:
+        known = ", ".join(job.name for job in chain.jobs)
+        raise LaunchError(f"logs {name}: no such job; there are {known}")
+    own = sorted(run.logs.glob(f"{name}*.log"))
+    theirs = sorted((run.logs / "jobs").glob(f"{job.id}*/*_log.out"))
+    return [*own, *theirs]

@@ -1,0 +1,162 @@
+"""Commands on several runs; heavy things are imported when one of them runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launch.chaincli import ConfigArg, Overrides, follow_run, runs_of, wanted, with_index
+
+if TYPE_CHECKING:
+    from launch.rundir import RunDir
+    from medpsp.config import Config
+
+
+def sweep(
+    config: ConfigArg,
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None, typer.Option(help="KEY=A,B to vary; several make all combinations.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="As for `run`.")] = "",
+    wait: Annotated[bool, typer.Option(help="As for `run`.")] = False,
+) -> None:
+    """Train one configuration with several values, on the same shards, and compare them."""
+    from rich.console import Console
+
+    from launch.compare import compare, comparison_table
+    from launch.jobs import setup_logging
+    from launch.rundir import open_run
+    from launch.sweep import members, open_members, write_table
+
+    setup_logging()
+    chosen = members(tuple(over or ()))
+    changes = with_index(config, tuple(overrides or ())) if cluster else tuple(overrides or ())
+    base, folder = open_run(config, changes)
+    opened = open_members(folder, chosen)
+    if cluster:
+        _sweep_on(cluster, base, folder, opened)
+        typer.echo(f"medpsp status {folder.root}")
+        if not wait:
+            return
+        for run in runs_of(folder):
+            follow_run(run)
+    else:
+        from launch.plan import plan_jobs
+        from launch.submit import submit_plan
+        from launch.sweep import own_part, shared_part
+
+        plan = plan_jobs(base)
+        submit_plan(wanted(shared_part(plan), base, folder, ""), folder)
+        for member, run in opened:
+            submit_plan(own_part(plan, member, run), run)
+        write_table(folder.root)
+    roots: list[RunDir] = [run for _, run in opened]
+    Console().print(comparison_table(compare([run.root for run in roots])))
+
+
+def _sweep_on(
+    cluster: str, base: Config, folder: RunDir, opened: list[tuple[Config, RunDir]]
+) -> None:
+    from launch.chain import Submitted, unfinished
+    from launch.plan import JobSpec, plan_cluster
+    from launch.profile import load_profile
+    from launch.submit import submit_cluster
+    from launch.sweep import own_part, shared_part
+
+    profile = load_profile(cluster)
+    shared = unfinished(shared_part(plan_cluster(base, profile)), base, folder)
+    first = submit_cluster(shared, profile, cluster, folder)
+    last: list[Submitted] = []
+    for member, run in opened:
+        plan = own_part(plan_cluster(member, profile), member, run, [j.name for j in first.jobs])
+        if plan:
+            chain = submit_cluster(plan, profile, cluster, run, first.jobs)
+            end = chain.jobs[-1]
+            last.append(Submitted(name=f"{run.root.name}/{end.name}", id=end.id, after=end.after))
+    job = JobSpec(
+        name="compare",
+        after=tuple(job.name for job in last),
+        cores=1,
+        minutes=10,
+        anyway=True,
+    )
+    submit_cluster((job,), profile, cluster, folder, (*first.jobs, *last), keep=True)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs (`out`).")],
+) -> None:
+    """Put runs beside each other, the best first."""
+    from rich.console import Console
+
+    from launch.compare import compare as rows_of
+    from launch.compare import comparison_table
+
+    Console().print(comparison_table(rows_of(runs)))
+
+
+def scale(
+    config: ConfigArg,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks to try.")] = "1,2",
+    backbones: Annotated[
+        str, typer.Option(help="Names, or all; empty: that of the configuration.")
+    ] = "",
+    link_gb: Annotated[
+        float, typer.Option(min=0.001, help="GB/s of a GPU's link, for the calculated table.")
+    ] = 12.5,
+    cluster: Annotated[str, typer.Option(help="As for `run`.")] = "",
+) -> None:
+    """Time short pieces of training at several numbers of ranks; shards must be there."""
+    from rich.console import Console
+
+    from launch.jobs import setup_logging
+    from launch.measure import measured
+    from launch.rundir import open_run
+    from launch.scale import calculated_table, measured_table
+    from launch.sweep import open_members, scale_members
+
+    setup_logging()
+    base, folder = open_run(config, tuple(overrides or ()))
+    opened = open_members(folder, scale_members(base, ranks, backbones), "scale")
+    if cluster:
+        _scale_on(cluster, opened)
+    else:
+        from launch.plan import JobSpec
+        from launch.submit import submit_plan
+
+        for member, run in opened:
+            cores = member.train.ranks
+            submit_plan((JobSpec(name="measure", after=(), cores=cores, minutes=60),), run)
+    found = [one for _, run in opened if (one := measured(run))]
+    console = Console()
+    console.print(measured_table(found))
+    console.print(calculated_table(found, link_gb))
+
+
+def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
+    """One after another, so that no two share a node."""
+    from launch.chain import Submitted
+    from launch.plan import JobSpec, spread
+    from launch.profile import load_profile
+    from launch.submit import submit_cluster
+
+    profile = load_profile(cluster)
+    last: tuple[Submitted, ...] = ()
+    for member, run in opened:
+        job = JobSpec(
+            name="measure",
+            after=tuple(before.name for before in last),
+            cores=profile.gpu.cpus,
+            minutes=profile.minutes.get("measure", 30),
+            gpu=True,
+            anyway=True,
+            **spread(member, profile),
+        )
+        (sent,) = submit_cluster((job,), profile, cluster, run, last).jobs
+        last = (Submitted(name=f"{run.root.name}/measure", id=sent.id, after=sent.after),)
+    for _, run in opened:
+        follow_run(run)

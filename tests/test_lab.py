@@ -1,0 +1,100 @@
+"""The lab: a real SLURM that comes up, loses nodes, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurmlab import HAVE, HAVE_ACCOUNTING, HINT, LAB, cluster
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces take root")
+
+
+@pytest.fixture(autouse=True)
+def slurm(need: Callable[..., None]) -> None:
+    need("slurm", HAVE, HINT)
+
+
+def marks(root: Path) -> list[str]:
+    """Processes that say they are of a lab, but for zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"MEDPSP_LAB={root}".encode() in path.read_bytes():
+                found.append((path.parent / "cmdline").read_bytes().decode())
+        except OSError:
+            continue
+    return found
+
+
+def links() -> str:
+    return subprocess.run(["ip", "link"], capture_output=True, text=True, check=False).stdout
+
+
+@root_only
+def test_nodes_with_namespaces_fail_and_heal_and_leave_nothing() -> None:
+    with cluster("--cpu", "1", "--gpu", "2") as lab:
+        said = lab.run("srun", "-p", "gpu", "-N2", "--gres=gpu:1", "sh", "-c", TASK)
+        assert sorted(said.split()) == ["gpu0:0", "gpu1:0"]
+        lab.lab("fail", "gpu1")
+        lab.until(lambda: "down" in lab.run("sinfo", "-h", "-n", "gpu1", "-o", "%T"), 40, "down")
+        lab.lab("heal", "gpu1")
+        assert lab.run("srun", "-p", "gpu", "-w", "gpu1", "hostname").strip() == "gpu1"
+        lab.lab("fail", "controller")
+        lab.lab("heal", "controller")
+        assert lab.run("srun", "hostname").strip() == "cpu0"
+        assert "mlab" in links()
+        root = lab.root
+    assert marks(root) == []
+    assert not root.exists()
+    assert "mlab" not in links()
+    assert str(root) not in Path("/proc/mounts").read_text()
+
+
+def test_nodes_beside_each_other() -> None:
+    """What a user without rights gets: jobs still running at the end, too."""
+    with cluster("--ports", "--cpu", "1", "--gpu", "1") as lab:
+        said = lab.run(
+            "srun", "-p", "gpu", "--gres=gpu:2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"
+        )
+        assert said.strip() == "0,1"
+        lab.run("sbatch", "-o", "/dev/null", "--wrap", "sleep 1000")
+        lab.until(lambda: "R" in lab.run("squeue", "-h", "-o", "%t"), 20, "the job")
+        root = lab.root
+    assert marks(root) == []
+
+
+def test_accounting(need: Callable[..., None]) -> None:
+    need("slurm", HAVE_ACCOUNTING, "apt install --no-install-recommends slurmdbd mariadb-server")
+    with cluster("--accounting", "--cpu", "1", "--gpu", "1") as lab:
+        number = lab.run("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "exit 3").strip()
+        asked = ("sacct", "-X", "-n", "-P", "-j", number, "-o", "State,ExitCode")
+        lab.until(lambda: lab.run(*asked).strip() == "FAILED|3:0", 30, "sacct")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["down"], "no lab there; `up` makes one"),
+        (["up", "--cpu", "0", "--gpu", "0"], "expected 1 to 200 nodes together"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, words: list[str], told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(LAB), *words, "--force", "--root", str(tmp_path / "l")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "l" / "lab.json").exists()
+
+
+TASK = "echo $(hostname):$CUDA_VISIBLE_DEVICES"

@@ -1,0 +1,218 @@
+"""The chain for SLURM as values: profiles, jobs, options of sbatch, what SLURM's words mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import slurmstate
+from launch.chain import Told, depends_on, label_of, tell, unfinished
+from launch.plan import plan_cluster, starting_at
+from launch.profile import Profile, load_profile, shipped_profiles
+from launch.rundir import RunDir
+from launch.sbatch import check_folder, describe_scripts, parameters
+from medpsp.config import Config
+from medpsp.errors import ConfigError, LaunchError
+
+GOLDEN = Path(__file__).parent / "golden" / "slurm.txt"
+ORDER = ["preflight", "plan", "convert", "publish", "check", "train", "evaluate", "export"]
+
+
+def config(**more: Any) -> Config:
+    tree = {
+        "out": "runs/a",
+        "data": {"archive": "archive", "classes": ["background", "organ"], "index": "runs/a/index"},
+        "train": {"ranks": 4},
+    }
+    return Config.model_validate({**tree, **more})
+
+
+def test_ranks_are_spread_over_nodes():
+    plan = {job.name: job for job in plan_cluster(config(), Profile(ranks_per_node=2, parts=3))}
+    assert list(plan) == ORDER
+    assert (plan["train"].nodes, plan["train"].tasks) == (2, 2)
+    assert (plan["preflight"].nodes, plan["preflight"].tasks) == (2, 2)
+    assert plan["convert"].parts == 3
+    assert plan["train"].after == ("check", "preflight")
+    assert [job.name for job in plan.values() if job.gpu] == ["preflight", "train", "evaluate"]
+    alone = plan_cluster(config(train={"ranks": 1}), Profile(ranks_per_node=8))
+    assert {(job.nodes, job.tasks) for job in alone} == {(1, 1)}
+    with pytest.raises(ConfigError, match="leaves a node half empty"):
+        plan_cluster(config(), Profile(ranks_per_node=3))
+
+
+def test_a_chain_that_starts_later_waits_for_nothing_before():
+    plan = starting_at(plan_cluster(config(), Profile()), "train")
+    assert [job.name for job in plan] == ["train", "evaluate", "export"]
+    assert [job.after for job in plan] == [(), ("train",), ("evaluate",)]
+    whole = plan_cluster(config(), Profile())
+    assert starting_at(whole, "shards")[0].name == "plan"
+    with pytest.raises(ConfigError, match="no such job; there are preflight, plan, convert"):
+        starting_at(whole, "nonsense")
+
+
+def test_what_is_done_with_this_configuration_is_left_out(tmp_path: Path):
+    run, chosen = RunDir(tmp_path), config()
+    plan = plan_cluster(chosen, Profile(parts=2))
+    assert unfinished(plan, chosen, run) == plan
+    for job in plan:
+        for part in range(job.parts):
+            told = Told(
+                state="done", job="1", node="a", restarts=0, digest=depends_on(chosen, job.name)
+            )
+            tell(run, label_of(job.name, part + 1, job.parts), told)
+    assert unfinished(plan, chosen, run) == ()
+    # another rate: the network is trained anew, after a look at the nodes, on the same shards
+    other = config(train={"ranks": 4, "weight_decay": 0.1})
+    again = unfinished(plan_cluster(other, Profile(parts=2)), other, run)
+    assert [job.name for job in again] == ["preflight", "train", "evaluate", "export"]
+    assert again[1].after == ("preflight",)
+    more = config(data={**chosen.data.model_dump(), "unlabelled": "keep"})
+    assert [j.name for j in unfinished(plan, more, run)] == ORDER
+
+
+def test_the_scripts_are_the_golden_ones(monkeypatch: pytest.MonkeyPatch):
+    profile = Profile.model_validate(
+        {
+            "cpu": {"partition": "cpu", "cpus": 2, "memory_gb": 1.5, "minutes": 60},
+            "gpu": {"partition": "gpu", "cpus": 4, "memory_gb": 0, "minutes": 120, "gpus": 1},
+            "ranks_per_node": 2,
+            "parts": 3,
+            "account": "radiology",
+            "exclude": "node[07,12]",
+            "reservation": "night",
+            "setup": ["module load cuda"],
+            "python": "apptainer exec --nv medpsp.sif python3",
+            "scratch": "/local",
+            "extra": {"nice": "10"},
+        }
+    )
+    monkeypatch.chdir("/")
+    found = describe_scripts(plan_cluster(config(), profile), profile, RunDir(Path("/runs/a b")))
+    assert found + "\n" == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_shipped_profiles_load():
+    assert shipped_profiles() == ["container", "generic", "small"]
+    for name in shipped_profiles():
+        assert plan_cluster(config(), load_profile(name))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cpus: 3", "cpus: Extra inputs are not permitted; legal: cpu, gpu"),
+        ("retries: -1", "retries: Input should be greater than or equal to 0"),
+        ('account: "a\\nb"', "account: holds a line break"),
+        ('setup: ["a\\nb"]', "setup: holds a line break"),
+        ("[1", "not YAML"),
+    ],
+)
+def test_a_profile_that_is_wrong_is_one_line(tmp_path: Path, text: str, words: str):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_profile(str(tmp_path / "p.yaml"))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_profile_that_is_not_there_gets_a_hint():
+    with pytest.raises(ConfigError, match=r"no such file .* did you mean 'generic'"):
+        load_profile("generc")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a%jb", "a\\b"])
+def test_folders_that_a_script_cannot_name_are_refused(name: str):
+    with pytest.raises(
+        ConfigError, match="cannot be given to sbatch; take another folder"
+    ) as caught:
+        check_folder(Path("/runs") / name)
+    assert "\n" not in str(caught.value)
+    check_folder(Path('/runs/it\'s a "folder" $HOME ; rm'))
+
+
+def test_a_job_waits_for_those_before_it_and_tries_again():
+    plan = {job.name: job for job in plan_cluster(config(), Profile(retries=7))}
+    ids = {"check": "12", "preflight": "13"}
+    found = parameters(plan["train"], Profile(retries=7), ids, RunDir(Path("/runs/a b")))
+    assert found["dependency"] == "afterok:12:13"
+    assert "-lt 7 ]" in "\n".join(found["teardown"])
+    assert found["additional_parameters"]["requeue"] is True
+
+
+# SLURM's words
+
+SACCT = """\
+12|COMPLETED|cpu0|0:0|None|0
+13_0|FAILED|cpu0|1:0|NonZeroExitCode|0
+13_[1-3%2]|PENDING|None assigned|0:0|Resources|0
+14|CANCELLED by 0|None assigned|0:0|Dependency|2
+"""
+SCONTROL = (
+    "JobId=15 JobName=x UserId=root(0) JobState=RUNNING Reason=None Dependency=(null) "
+    "Restarts=3 ExitCode=0:0 NodeList=gpu[0-1] Command=/a\n"
+)
+ARRAY = (
+    "JobId=16 ArrayJobId=16 ArrayTaskId=0-499%16 JobState=PENDING Reason=Priority Restarts=0 "
+    "ExitCode=0:0 NodeList=(null)\n"
+    "JobId=17 ArrayJobId=16 ArrayTaskId=7 JobState=FAILED Reason=NonZeroExitCode Restarts=0 "
+    "ExitCode=3:0 NodeList=cpu0\n"
+)
+
+
+def test_states_come_from_the_first_that_knows(monkeypatch: pytest.MonkeyPatch):
+    def ask(*command: str) -> str:
+        if command[0] == "sacct":
+            return SACCT
+        if command[0] == "scontrol" and command[-1] in ("15", "16"):
+            return {"15": SCONTROL, "16": ARRAY}[command[-1]]
+        if command[0] == "scontrol":
+            raise LaunchError("scontrol: slurm_load_jobs error: Invalid job id specified")
+        return "18|COMPLETED|cpu0|None\n"
+
+    monkeypatch.setattr(slurmstate, "_ask", ask)
+    found = slurmstate.job_states(["12", "13", "14", "15", "16", "18", "19"])
+    assert (found["12"].state, found["12"].ended) == ("COMPLETED", True)
+    assert dict(found["13"].counts) == {"FAILED": 1, "PENDING": 3}
+    assert (found["13"].state, found["13"].ended) == ("PENDING", False)
+    assert (found["14"].state, found["14"].reason, found["14"].restarts) == (
+        "CANCELLED",
+        "Dependency",
+        2,
+    )
+    assert (found["15"].state, found["15"].nodes, found["15"].restarts) == (
+        "RUNNING",
+        {"gpu[0-1]"},
+        3,
+    )
+    assert dict(found["16"].counts) == {"PENDING": 500, "FAILED": 1}
+    assert found["18"].state == "COMPLETED"
+    assert (found["19"].state, found["19"].ended) == (slurmstate.GONE, True)
+
+
+def test_without_accounting_the_others_are_asked(monkeypatch: pytest.MonkeyPatch):
+    def ask(*command: str) -> str:
+        if command[0] == "sacct":
+            raise LaunchError("sacct: Slurm accounting storage is disabled")
+        if command[0] == "scontrol":
+            raise LaunchError("scontrol: not found; is this a SLURM cluster?")
+        return "20_3|RUNNING|cpu0|None\n20_4|PENDING||Resources\n"
+
+    monkeypatch.setattr(slurmstate, "_ask", ask)
+    found = slurmstate.job_states(["20"])
+    assert dict(found["20"].counts) == {"RUNNING": 1, "PENDING": 1}
+
+
+def test_no_slurm_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LaunchError, match="not found; is this a SLURM cluster"):
+        slurmstate.job_states(["1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("12", 1), ("12_3", 1), ("12_[3-5,9%4]", 4), ("12_[0-8:4]", 3), ("1_[]", 1)]
+)
+def test_elements_of_an_array(name: str, count: int):
+    assert slurmstate.elements(name) == count

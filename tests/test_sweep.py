@@ -1,0 +1,142 @@
+"""Sweeps, tables of runs, and what scaling is calculated from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.chain import Told, depends_on, tell
+from launch.compare import COLUMNS, compare, comparison_text
+from launch.plan import plan_jobs
+from launch.rundir import RunDir
+from launch.scale import bottleneck, calculated_table, efficiency, measured_table, rate
+from launch.sweep import members, open_members, own_part, scale_members, shared_part, write_table
+from medpsp.config import Config
+from medpsp.errors import ConfigError
+
+
+def config(out: Path) -> Config:
+    return Config.model_validate(
+        {"out": out, "data": {"archive": out / "archive", "classes": ["background", "organ"]}}
+    )
+
+
+def test_members_are_all_combinations():
+    found = members(["model.backbone=resnet18,timm/test_resnet", "train.size=[64, 64],[32, 96]"])
+    assert [name for name, _ in found] == [
+        "backbone=resnet18_size=-64-64-",
+        "backbone=resnet18_size=-32-96-",
+        "backbone=timm-test_resnet_size=-64-64-",
+        "backbone=timm-test_resnet_size=-32-96-",
+    ]
+    assert found[1][1] == ("model.backbone=resnet18", "train.size=[32, 96]")
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ([], "nothing to vary"),
+        (["seed"], "expected KEY=A,B"),
+        (["seed="], "expected KEY=A,B"),
+        (["seed=[1"], "expected KEY=A,B"),
+        (["data.colour=grey,keep"], "all members share shards"),
+        (["seed=1,1"], "two members have the same values"),
+        (["seed=" + ",".join(map(str, range(1001)))], "1001 members, at most 1000"),
+    ],
+)
+def test_what_makes_no_sweep_is_one_line(over: list[str], words: str):
+    with pytest.raises(ConfigError, match=words) as caught:
+        members(over)
+    assert "\n" not in str(caught.value)
+
+
+def test_members_share_the_shards_and_nothing_else(tmp_path: Path):
+    base = RunDir.create(config(tmp_path / "base"))
+    (base.root / "shards").mkdir()
+    (base.root / "shards/manifest.json").write_text("x")
+    with pytest.raises(ConfigError, match="unknown backbone 'nonsense'"):
+        open_members(base, members(["model.backbone=resnet18,nonsense"]))
+    assert not (base.root / "sweep").exists()
+    opened = open_members(base, members(["seed=1,2"]))
+    again = open_members(base, members(["seed=1,2"]))
+    assert [run for _, run in opened] == [run for _, run in again]
+    assert [member.seed for member, _ in opened] == [1, 2]
+    assert (opened[0][1].root / "shards/manifest.json").read_text() == "x"
+    assert opened[0][0].data == config(tmp_path / "base").data
+
+
+def test_a_member_waits_for_shards_that_are_being_made(tmp_path: Path):
+    chosen = config(tmp_path)
+    plan, run = plan_jobs(chosen), RunDir(tmp_path)
+    assert [job.name for job in shared_part(plan)] == ["shards", "check"]
+    own = own_part(plan, chosen, run, ["shards", "check"])
+    assert [(job.name, job.after) for job in own] == [
+        ("train", ("check",)),
+        ("evaluate", ("train",)),
+        ("export", ("evaluate",)),
+    ]
+    assert own_part(plan, chosen, run)[0].after == ()
+    done = Told(state="done", job="", node="a", restarts=0, digest=depends_on(chosen, "train"))
+    tell(run, "train", done)
+    assert [job.name for job in own_part(plan, chosen, run)] == ["evaluate", "export"]
+
+
+def scored(root: Path, dice: float | None) -> Path:
+    run = RunDir.create(config(root))
+    if dice is not None:
+        values = {"dice": {"value": dice}, "hd95_mm": {"value": None}, "nsd": {"value": 0.5}}
+        run.evaluation.write_text(json.dumps({"step": 7, "classes": {"organ": values}}))
+    return run.root
+
+
+def test_the_best_run_comes_first(tmp_path: Path):
+    roots = [scored(tmp_path / n, dice) for n, dice in (("a", 0.5), ("b", None), ("c", 0.75))]
+    rows = compare(roots)
+    assert [row[0] for row in rows] == ["c", "a", "b"]
+    assert rows[0] == ("c", "resnet18", "0", "7", "0.750", "-", "0.500", "-", "-")
+    assert comparison_text(rows).splitlines()[0] == f"| {' | '.join(COLUMNS)} |"
+    with pytest.raises(ConfigError, match="so it is no run of medpsp"):
+        compare([tmp_path])
+    (tmp_path / "base/sweep").mkdir(parents=True)
+    for root in roots:
+        root.rename(tmp_path / "base/sweep" / root.name)
+    assert write_table(tmp_path / "base").read_text() == comparison_text(rows)
+
+
+def found(ranks: int, step: float, data: float = 0.0, reduce: float = 0.0) -> dict[str, Any]:
+    return {
+        "backbone": "resnet18",
+        "ranks": ranks,
+        "batch": 8 * ranks,
+        "step_s": step,
+        "data_s": data,
+        "reduce_s": reduce,
+        "gradient_bytes": 50_000_000,
+    }
+
+
+def test_scaling_by_hand():
+    assert rate(found(2, 0.3, data=0.1)) == pytest.approx(40)
+    assert bottleneck(found(1, 0.8, data=0.2)) == "data"
+    assert bottleneck(found(2, 1.0, reduce=0.3)) == "all-reduce"
+    assert bottleneck(found(2, 1.0, reduce=0.1)) == "compute"
+    # 8 GPUs: 2 x 7/8 x 50 MB over 1 GB/s is 87.5 ms beside a step of 100
+    assert efficiency(found(1, 0.1), 8, 1.0) == pytest.approx(0.1 / 0.1875)
+    assert efficiency(found(1, 0.1), 512, 1e6) > 0.99
+    some = [found(2, 0.125, reduce=0.02), found(1, 0.1)]
+    assert [c for c in measured_table(some).columns[3].cells] == ["100%", "80%"]
+    assert "2 (n - 1) / n" in str(calculated_table(some, 12.5).caption)
+
+
+def test_pieces_of_training_for_scale(tmp_path: Path):
+    base = config(tmp_path)
+    found = scale_members(base, "1,4", "all")
+    assert len(found) == 8
+    name, words = scale_members(base, "4", "")[0]
+    assert name == "resnet18_4"
+    assert f"train.batch_size={4 * base.train.batch_size}" in words
+    with pytest.raises(ConfigError, match="expected numbers above 0"):
+        scale_members(base, "1,x", "")
