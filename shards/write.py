@@ -39,7 +39,6 @@ def write_shard(
     plan: ShardPlan,
     settings: WriteSettings,
     layout: Mapping[str, str] | None = None,
-    damaged: bool = False,
 ) -> Commit:
     """Decode, label, encode and commit one shard; a bad source becomes a row, not an error.
 
@@ -48,7 +47,6 @@ def write_shard(
         plan: Of the shard.
         settings: Of the conversion.
         layout: See `Commit`.
-        damaged: Whether the shard that is there cannot stay.
 
     Returns:
         What is written now; the commit that was there stays where the new one would lose slices.
@@ -73,8 +71,6 @@ def write_shard(
                     name = part.planned.name
                     values.setdefault(name, ValueCounts()).add_counts(item.values)
         if kept := _kept(root, plan, digest, refused):
-            if damaged or kept.digest != digest or not files_there(root, kept):
-                raise _unreachable(refused)
             return kept
         files = {path: writer.commit() for path, writer in zip(paths, writers, strict=True)}
     finally:
@@ -97,36 +93,40 @@ def write_shard(
 def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
     """The shard that is there, if slices that it holds cannot be read now, but may be again.
 
-    They are known by their file, or by their place in their series where that was moved.
+    They are known by their file, or by their place in the series where that file is no more.
+
+    Raises:
+        Unreachable: It cannot stay: it is of another plan, or damaged.
     """
-    passing = {(row.file_id, row.frame) for row in refused if may_pass(row.code, row.detail)}
+    passing = {(r.file_id, r.frame): r for r in refused if may_pass(r.code, r.detail)}
     old = read_commit(root, plan.name) if passing else None
     if old is None:
         return None
-    lost = passing & _pairs(old, "file_id", "frame")
     places = {
-        (part.planned.name, part.planned.series.grid_index[number])
+        (ref.file_id, ref.frame): (part.planned.name, part.planned.series.grid_index[number])
         for part in plan.parts
-        for number in range(part.start, part.stop)
-        if (ref := part.planned.series.slices[number]) and (ref.file_id, ref.frame) in passing
+        for number, ref in enumerate(part.planned.series.slices)
+        if part.start <= number < part.stop
     }
-    return old if lost or places & _pairs(old, "series", "slice_index") else None
-
-
-def _pairs(commit: Commit, *names: str) -> set[tuple[Any, ...]]:
-    return set(zip(*(commit.columns[name] for name in names), strict=True))
-
-
-def _unreachable(refused: Sequence[ScanRow]) -> Unreachable:
-    """The shard must be made anew, and slices that it holds cannot be read."""
-    rows = [row for row in refused if may_pass(row.code, row.detail)]
-    codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(r.code for r in rows).items()))
-    return Unreachable(
+    files, slots = (_pairs(old, *n) for n in (("file_id", "frame"), ("series", "slice_index")))
+    gone = {slot for file, slot in zip(files, slots, strict=True) if file not in places}
+    held = set(files)
+    lost = [row for key, row in passing.items() if key in held or places.get(key) in gone]
+    if not lost:
+        return None
+    if old.digest == digest and files_there(root, old):
+        return old
+    codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(r.code for r in lost).items()))
+    raise Unreachable(
         f"must be made anew, and slices that it holds cannot be read now ({codes}; "
-        f"{rows[0].file_id}); make them readable and run again (DEC_*: with more "
+        f"{lost[0].file_id}); make them readable and run again (DEC_*: with more "
         "data.decode_seconds or decode_memory_mib; SOURCE_CHANGED: with a new plan), or move them "
         "out of the archive; data.crosswalk tells their names"
     )
+
+
+def _pairs(commit: Commit, *names: str) -> list[tuple[Any, ...]]:
+    return list(zip(*(commit.columns[name] for name in names), strict=True))
 
 
 def _slices(
