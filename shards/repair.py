@@ -14,7 +14,7 @@ from dataclasses import replace
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from shards.build import build_shards
-from shards.commit import commit_name, committed_names, read_commit, write_commit
+from shards.commit import committed_names, read_commit, write_commit
 from shards.index import Manifest
 from shards.inventory import shard_of_path
 from shards.planfile import Plan
@@ -95,7 +95,5 @@ def _forget(config: Config, plan: Plan, damaged: Sequence[str]) -> None:
         )
     for name in damaged:
         commit = read_commit(root, name)
-        if commit is None:
-            (root / commit_name(name)).unlink(missing_ok=True)
-        else:
+        if commit is not None:  # else it is of none already
             write_commit(root, replace(commit, digest=NO_PLAN))

@@ -93,7 +93,7 @@ def write_shard(
 def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
     """The shard that is there, if slices that it holds cannot be read now, but may be again.
 
-    They are known by their file, or by their place in the series where that file is no more.
+    They are known by their file; in a series of which a file is gone by none, as names may shift.
 
     Raises:
         Unreachable: It cannot stay: it is of another plan, or damaged.
@@ -102,16 +102,15 @@ def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) 
     old = read_commit(root, plan.name) if passing else None
     if old is None:
         return None
-    places = {
-        (ref.file_id, ref.frame): (part.planned.name, part.planned.series.grid_index[number])
+    series_of = {
+        (ref.file_id, ref.frame): part.planned.name
         for part in plan.parts
-        for number, ref in enumerate(part.planned.series.slices)
-        if part.start <= number < part.stop
+        for ref in part.planned.series.slices
     }
-    files, slots = (_pairs(old, *n) for n in (("file_id", "frame"), ("series", "slice_index")))
-    gone = {slot for file, slot in zip(files, slots, strict=True) if file not in places}
-    held = set(files)
-    lost = [row for key, row in passing.items() if key in held or places.get(key) in gone]
+    held = set(zip(old.columns["file_id"], old.columns["frame"], strict=True))
+    rows = zip(old.columns["series"], old.columns["file_id"], old.columns["frame"], strict=True)
+    renamed = {series for series, *key in rows if tuple(key) not in series_of}
+    lost = [row for key, row in passing.items() if key in held or series_of.get(key) in renamed]
     if not lost:
         return None
     if old.digest == digest and files_there(root, old):
@@ -123,10 +122,6 @@ def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) 
         "data.decode_seconds or decode_memory_mib; SOURCE_CHANGED: with a new plan), or move them "
         "out of the archive; data.crosswalk tells their names"
     )
-
-
-def _pairs(commit: Commit, *names: str) -> list[tuple[Any, ...]]:
-    return list(zip(*(commit.columns[name] for name in names), strict=True))
 
 
 def _slices(

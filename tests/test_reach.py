@@ -93,12 +93,15 @@ def test_a_shard_that_must_change_waits_for_what_it_holds(
 
 
 def test_a_moved_study_is_known_by_its_place(own: Config, key: bytes, tmp_path: Path) -> None:
-    """Its files have other names; while its mask is out of reach the old slices stay."""
+    """Names of its files shift; while its mask is out of reach the old slices stay."""
     first, *_ = masks_of_shard(own, key, 0)
     before = slices(own)
     patient = first.name.split(".")[0]
-    for file in [f for f in own.data.archive.rglob("IM*") if dcmread(f).PatientID == patient]:
-        file.rename(file.with_name(f"renamed-{file.name}"))
+    files = [f for f in own.data.archive.rglob("IM*") if dcmread(f).PatientID == patient]
+    files = sorted(files, reverse=True)
+    names = [files[0].with_name("IM99"), *files[:-1]]  # each has the name of the next one
+    for file, name in zip(files, names, strict=True):
+        file.rename(name)
     plan_shards(own)
     first.rename(tmp_path / "away")
     with pytest.raises(ShardError, match="slices that it holds cannot be read now"):
