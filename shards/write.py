@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medpsp.dicom.codes import refusal
+from medpsp.dicom.codes import refusal, told_codes
 from medpsp.dicom.sandbox import Answer, shared_sandbox
 from medpsp.errors import SourceError, Unreachable
 from medpsp.intensity import ValueCounts, needs_series_values, series_window
@@ -35,10 +35,7 @@ _REFUSAL = 3  # values of a refused slice: number, code, detail
 
 
 def write_shard(
-    root: Path,
-    plan: ShardPlan,
-    settings: WriteSettings,
-    layout: Mapping[str, str] | None = None,
+    root: Path, plan: ShardPlan, settings: WriteSettings, layout: Mapping[str, str] | None = None
 ) -> Commit:
     """Decode, label, encode and commit one shard; a bad source becomes a row, not an error.
 
@@ -107,15 +104,15 @@ def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) 
         for part in plan.parts
         for ref in part.planned.series.slices
     }
-    held = set(zip(old.columns["file_id"], old.columns["frame"], strict=True))
-    rows = zip(old.columns["series"], old.columns["file_id"], old.columns["frame"], strict=True)
-    renamed = {series for series, *key in rows if tuple(key) not in series_of}
+    keys = zip(old.columns["file_id"], old.columns["frame"], strict=True)
+    held = dict(zip(keys, old.columns["series"], strict=True))
+    renamed = {series for key, series in held.items() if key not in series_of}
     lost = [row for key, row in passing.items() if key in held or series_of.get(key) in renamed]
     if not lost:
         return None
     if old.digest == digest and files_there(root, old):
         return old
-    codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(r.code for r in lost).items()))
+    codes = told_codes(Counter(row.code for row in lost))
     raise Unreachable(
         f"must be made anew, and slices that it holds cannot be read now ({codes}; "
         f"{lost[0].file_id}); make them readable and run again (DEC_*: with more "
