@@ -103,10 +103,11 @@ def export_job(config: Config) -> None:
         "bytes": {"fp32": run.fp32.stat().st_size, "int8": run.int8.stat().st_size},
     }
     run.export_report.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    if not agreement >= config.export.int8_min_dice:  # NaN: no foreground in either
+    least = config.export.int8_min_dice
+    if least and not agreement >= least:  # NaN: no foreground in either
         raise ExportError(
             f"{run.int8.name}: masks agree with fp32 by Dice {shown(number(agreement))}, expected "
-            f"at least {config.export.int8_min_dice} (export.int8_min_dice); train longer"
+            f"at least {least} (export.int8_min_dice); train longer"
         )
     shutil.rmtree(target.export, ignore_errors=True)
     run.export.rename(target.export)

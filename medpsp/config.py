@@ -33,7 +33,7 @@ class ExportConfig(Node):
         default=1e-4, description="Difference of logits from the network's, over the largest one."
     )
     int8_min_dice: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.9, description="Mean Dice of the int8 masks against the fp32 masks."
+        default=0.9, description="Least mean Dice of the int8 masks against the fp32 masks; 0: any."
     )
 
 

@@ -73,9 +73,9 @@ class ModelConfig(Node):
     @model_validator(mode="before")
     @classmethod
     def _of_head(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict) or tree.get("head", "refine") not in STRIDE_OF_HEAD:
+        head = str(tree.get("head", "refine")) if isinstance(tree, dict) else ""
+        if head not in STRIDE_OF_HEAD:
             return tree  # the field itself says what is wrong
-        head = str(tree.get("head", "refine"))
         usual = {"output_stride": STRIDE_OF_HEAD[head], "aux": head == "classic"}
         return {**usual, **tree}
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from medpsp.dicom.walk import leads_nowhere
 from medpsp.errors import ShardError
 from medpsp.types import IGNORE
 from shards.codec import LABEL, Codec, image_codec
@@ -160,7 +161,7 @@ def require_no_dead_links(root: Path) -> None:
     buckets = [path for path in root.iterdir() if BUCKET.fullmatch(path.name)]
     places = [Path(f"{bucket}{name}") for bucket in buckets for name in _LINKED]
     for path in [root / COMMITS, *places]:
-        if path.is_symlink() and not os.path.exists(path):
+        if leads_nowhere(path, root):
             raise ShardError(f"out: {path} is a link to nowhere; is its disk mounted?")
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,12 @@ _RETRIES = 3
 Approve = Callable[[Plan], None]
 
 
-def build_shards(
-    config: Config, approve: Approve = lambda plan: None, again: Collection[str] = ()
-) -> Manifest:
+def build_shards(config: Config, approve: Approve = lambda plan: None) -> Manifest:
     """Convert the archive of ``config.data``; a second run repeats only what is missing.
 
     Args:
         config: What to convert, and where to.
         approve: See the plan before anything is changed; it may raise.
-        again: Names of shards that are there, and damaged.
 
     Raises:
         ArchiveError: Archive missing, empty, or without usable slices for training and
@@ -62,7 +59,7 @@ def build_shards(
         ShardError: A shard could not be written.
     """
     plan = plan_shards(config, approve)
-    _convert(config, plan, range(len(plan.shards)), again)
+    _convert(config, plan, range(len(plan.shards)))
     return publish(config, load_key(config.data.key_file), plan)
 
 
@@ -154,15 +151,15 @@ def publish_shards(config: Config) -> Manifest:
     return publish(config, key, plan)
 
 
-def _convert(config: Config, plan: Plan, places: range, again: Collection[str] = ()) -> None:
-    """Write the shards of a range that are not there, or that are named."""
+def _convert(config: Config, plan: Plan, places: range) -> None:
+    """Write the shards of a range that are not there."""
     settings, root = write_settings(config.data), config.shards
     require_no_dead_links(root)
     entries = (plan.shards[place] for place in places)
     missing = [
         entry.name
         for entry in entries
-        if entry.name in again or not committed(root, entry.name, entry.digest(settings.text))
+        if not committed(root, entry.name, entry.digest(settings.text))
     ]
     with Bar("shards", len(places), "shards") as bar:
         bar.resume_at(len(places) - len(missing))
@@ -171,7 +168,7 @@ def _convert(config: Config, plan: Plan, places: range, again: Collection[str] =
             wanted = set(missing)
             queue = (e for place in places if (e := plan.shards[place]).name in wanted)
             layout = meaning(config.data, load_key(config.data.key_file))
-            work = _Work(plan, queue, (root.absolute(), settings, layout, again))
+            work = _Work(plan, queue, (root.absolute(), settings, layout))
             try:
                 with _ray(config.data) as (ray, memory):
                     task = ray.remote(num_cpus=1, memory=memory, max_retries=_RETRIES)(_write)
@@ -187,7 +184,7 @@ class _Work:
         self,
         plan: Plan,
         queue: Iterator[ShardEntry],
-        means: tuple[Path, WriteSettings, dict[str, str], Collection[str]],
+        means: tuple[Path, WriteSettings, dict[str, str]],
     ) -> None:
         self._plan, self._queue, self._means = plan, queue, means
         self.running: dict[Any, ShardEntry] = {}
@@ -197,8 +194,8 @@ class _Work:
         entry = next(self._queue, None)
         if entry is None:
             return False
-        root, settings, layout, again = self._means
-        result = task.remote(root, self._plan.load(entry), settings, layout, entry.name in again)
+        root, *rest = self._means
+        result = task.remote(root, self._plan.load(entry), *rest)
         self.running[result] = entry
         return True
 
@@ -237,7 +234,7 @@ def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
         del running[ready[0]]
         bar.advance(note=f"{refused} refused" if refused else "")
     if waiting:
-        raise ShardError(f"{waiting[0]} ({len(waiting)} shards wait in all)")
+        raise ShardError(f"{waiting[0]}; shards that wait for such: {len(waiting)}")
 
 
 _heard: list[int] = []

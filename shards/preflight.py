@@ -175,7 +175,7 @@ def no_ray(error: Exception) -> ShardError:
 
 
 def task_error(name: str, error: Exception) -> ShardError:
-    """Why the task of a shard failed: our own words, else the kind alone, as others hold paths."""
+    """Why the task of a shard failed: the kind of error alone, where its words may hold paths."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, Unreachable):
         return Unreachable(f"shard {name}: {cause}")

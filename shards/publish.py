@@ -10,6 +10,7 @@ from typing import Any
 from medpsp import __version__
 from medpsp.config import Config
 from medpsp.dataconfig import DataConfig
+from medpsp.dicom.codes import told_codes
 from medpsp.dicom.container import walk_objects
 from medpsp.errors import ArchiveError, ShardError
 from medpsp.identity import fingerprint
@@ -99,7 +100,7 @@ def publish(config: Config, key: bytes, plan: Plan) -> Manifest:
 
 def _require_splits(seen: _Seen, fates: Fates) -> None:
     if empty := {"train", "val"} - seen.splits:
-        found = ", ".join(f"{n} {code}" for code, n in sorted(fates.codes().items()))
+        found = told_codes(fates.codes())
         raise ArchiveError(
             f"data.archive: no usable slice for {' and '.join(sorted(empty))}; "
             f"found {found or 'no image'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from medpsp.dicom.codes import told_codes
 from medpsp.dicom.walk import NOWHERE
 from medpsp.errors import ShardError
 from shards.commit import PASSING, committed_names, read_commit
@@ -45,7 +46,7 @@ def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) 
         commit = read_commit(root, name)
         changed += commit is None or planned.get(name) != commit.digest
     if changed:
-        codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(lost.values()).items()))
+        codes = told_codes(Counter(lost.values()))
         some = ", ".join([*sorted(lost)[:_SHOWN], *["..."] * (len(lost) > _SHOWN)])
         raise ShardError(
             f"data.archive: {len(lost)} objects cannot be read that the last run did not miss "

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medpsp.dicom.codes import refusal
+from medpsp.dicom.codes import refusal, told_codes
 from medpsp.dicom.sandbox import Answer, shared_sandbox
 from medpsp.errors import SourceError, Unreachable
 from medpsp.intensity import ValueCounts, needs_series_values, series_window
@@ -35,11 +35,7 @@ _REFUSAL = 3  # values of a refused slice: number, code, detail
 
 
 def write_shard(
-    root: Path,
-    plan: ShardPlan,
-    settings: WriteSettings,
-    layout: Mapping[str, str] | None = None,
-    damaged: bool = False,
+    root: Path, plan: ShardPlan, settings: WriteSettings, layout: Mapping[str, str] | None = None
 ) -> Commit:
     """Decode, label, encode and commit one shard; a bad source becomes a row, not an error.
 
@@ -48,7 +44,6 @@ def write_shard(
         plan: Of the shard.
         settings: Of the conversion.
         layout: See `Commit`.
-        damaged: Whether the shard that is there cannot stay.
 
     Returns:
         What is written now; the commit that was there stays where the new one would lose slices.
@@ -73,8 +68,6 @@ def write_shard(
                     name = part.planned.name
                     values.setdefault(name, ValueCounts()).add_counts(item.values)
         if kept := _kept(root, plan, digest, refused):
-            if damaged or kept.digest != digest or not files_there(root, kept):
-                raise _unreachable(refused)
             return kept
         files = {path: writer.commit() for path, writer in zip(paths, writers, strict=True)}
     finally:
@@ -97,33 +90,32 @@ def write_shard(
 def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
     """The shard that is there, if slices that it holds cannot be read now, but may be again.
 
-    They are known by their file, or by their place in their series where that was moved.
+    They are known by their file; in a series of which a file is gone by none, as names may shift.
+
+    Raises:
+        Unreachable: It cannot stay: it is of another plan, or damaged.
     """
-    passing = {(row.file_id, row.frame) for row in refused if may_pass(row.code, row.detail)}
+    passing = {(r.file_id, r.frame): r for r in refused if may_pass(r.code, r.detail)}
     old = read_commit(root, plan.name) if passing else None
     if old is None:
         return None
-    lost = passing & _pairs(old, "file_id", "frame")
-    places = {
-        (part.planned.name, part.planned.series.grid_index[number])
+    series_of = {
+        (ref.file_id, ref.frame): part.planned.name
         for part in plan.parts
-        for number in range(part.start, part.stop)
-        if (ref := part.planned.series.slices[number]) and (ref.file_id, ref.frame) in passing
+        for ref in part.planned.series.slices
     }
-    return old if lost or places & _pairs(old, "series", "slice_index") else None
-
-
-def _pairs(commit: Commit, *names: str) -> set[tuple[Any, ...]]:
-    return set(zip(*(commit.columns[name] for name in names), strict=True))
-
-
-def _unreachable(refused: Sequence[ScanRow]) -> Unreachable:
-    """The shard must be made anew, and slices that it holds cannot be read."""
-    rows = [row for row in refused if may_pass(row.code, row.detail)]
-    codes = ", ".join(f"{n} {code}" for code, n in sorted(Counter(r.code for r in rows).items()))
-    return Unreachable(
+    keys = zip(old.columns["file_id"], old.columns["frame"], strict=True)
+    held = dict(zip(keys, old.columns["series"], strict=True))
+    renamed = {series for key, series in held.items() if key not in series_of}
+    lost = [row for key, row in passing.items() if key in held or series_of.get(key) in renamed]
+    if not lost:
+        return None
+    if old.digest == digest and files_there(root, old):
+        return old
+    codes = told_codes(Counter(row.code for row in lost))
+    raise Unreachable(
         f"must be made anew, and slices that it holds cannot be read now ({codes}; "
-        f"{rows[0].file_id}); make them readable and run again (DEC_*: with more "
+        f"{lost[0].file_id}); make them readable and run again (DEC_*: with more "
         "data.decode_seconds or decode_memory_mib; SOURCE_CHANGED: with a new plan), or move them "
         "out of the archive; data.crosswalk tells their names"
     )

@@ -202,7 +202,7 @@ def test_what_is_compared_between_runs() -> None:
     assert found["train/stages/warm/lr"] == 0.25
     assert found["model/backbone"] == "timm/test_resnet"
     assert found["train/size"] == "[64, 64]"
-    assert found["model/aux"] == "true"
+    assert found["model/aux"] == "false"
     assert not any("secret" in str(value) for value in found.values())
     assert layout_of(config)["validation"]["Dice"][1] == ["^val/dice_mean$", "^val/dice/square$"]
     weights = data_text("abc", config.data.classes, (0.5, 2))

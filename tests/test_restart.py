@@ -47,7 +47,7 @@ def train(folder: Path, rank: int, size: int) -> None:
     """One try; leaves as the command line would."""
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
     config, world = config_of(), World(rank=rank, size=size, local_rank=rank)
-    with StopRequest().listening() as stop, process_group(world, threads=1):
+    with StopRequest().listening() as stop, process_group(world, 1, seconds=60):
         run = make_run(config, folder, world, stop=stop)
         try:
             fit(run, network(config))

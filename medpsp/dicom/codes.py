@@ -6,6 +6,7 @@ among `SliceRow.flags`, where the same finding is small enough to keep the slice
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from medpsp.dicom.labelcodes import LABEL_CODES
@@ -222,3 +223,8 @@ def codes_markdown() -> str:
     ]
     lines += [f"| `{name}` | {c.status} | {c.meaning} | {c.action} |" for name, c in CODES.items()]
     return "\n".join(lines) + "\n"
+
+
+def told_codes(counts: Mapping[str, int]) -> str:
+    """For a message: ``1 DEC_OOM, 2 FILE_EMPTY``."""
+    return ", ".join(f"{n} {code}" for code, n in sorted(counts.items()))

@@ -136,7 +136,10 @@ def _check_maps(backbone: Any, config: ModelConfig) -> None:
     said = [
         (c, size // s, size // s) for c, s in zip(info.channels(), info.reduction(), strict=True)
     ]
-    if found != said or len(found) < 2 or info.reduction()[-1] != config.output_stride:
+    strides = info.reduction()
+    kinds = 2 if config.head == "refine" else 1  # it needs a finer one
+    fits = strides[-1] == config.output_stride and len(set(strides)) >= kinds
+    if found != said or len(found) < 2 or not fits:
         raise _unfit(config, f"strides {info.reduction()}, maps {found} of {size} x {size}")
     if unused:
         raise _unfit(config, f"{len(unused)} parameters are in no map, the first: {unused[0]}")

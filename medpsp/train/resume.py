@@ -37,9 +37,15 @@ class Restored:
     weights: dict[str, Tensor]
 
 
+REFINE = 2
+"""Higher where the same configuration gives another network."""
+
+
 def identify(config: Config, data_id: str = "") -> dict[str, Any]:
     """What must be equal for weights to be used: network, classes, labels, windows, splits."""
     tree = config.model.model_dump(mode="json", exclude={"pretrained", "dropout"})
+    if config.model.head == "refine":
+        tree["version of refine"] = REFINE
     return {**tree, "classes": list(config.data.classes), "data (labels, window, split)": data_id}
 
 

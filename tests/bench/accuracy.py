@@ -79,6 +79,7 @@ SETS: dict[str, dict[str, Any]] = {
     },
     "sarcoma": {
         "size": [160, 160],
+        "foreground": 0.7,  # two slices of five show the tumour
         "data": {
             "archive": "seg3d/sts_dicom_rtstruct",
             "labels": "seg3d/sts_dicom_rtstruct",
@@ -100,6 +101,7 @@ def config_of(name: str, folder: Path, seed: int) -> Config:
             data[key] = root / data[key] if data[key] else folder / f"{name}-pictures"
     stages = [{"name": "a", "steps": LONG, "lr": 1e-3, "augment": "mid"}]
     train = {"size": chosen["size"], "batch_size": BATCH, "stages": stages}
+    train["foreground"] = chosen.get("foreground", 0.0)
     return Config.model_validate({"out": place, "seed": seed, "data": data, "train": train})
 
 

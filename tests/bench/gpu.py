@@ -36,13 +36,12 @@ from medpsp.model.loss import segmentation_loss
 from medpsp.model.psp import build_model
 from medpsp.modelconfig import BACKBONES
 from medpsp.train.batch import Batch
-from medpsp.train.ema import Average
-from medpsp.train.guard import Guard
-from medpsp.train.loop import Progress, Run, enter_stage, train_step
+from medpsp.train.loop import enter_stage, train_step
 from medpsp.train.optimizer import no_moments
 from medpsp.train.ranks import process_group
-from medpsp.train.timing import PEAK_TFLOPS, Clock
+from medpsp.train.timing import PEAK_TFLOPS
 from medpsp.types import World
+from tests.bench.train import batch_of, parts_of_fit
 
 CLASSES, CLIP, GIB = 4, 1.0, 2**30
 PEERS = {
@@ -81,41 +80,10 @@ def config_of(args: argparse.Namespace, backbone: str, engine: str, compiled: bo
     return Config.model_validate(tree)
 
 
-def batch_of(args: argparse.Namespace) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    side, count = args.size, args.batch
-    return Batch(
-        image=torch.rand(count, 1, side, side, generator=generator),
-        label=torch.randint(0, CLASSES, (count, side, side), generator=generator).to(torch.uint8),
-        patients=("p",) * count,
-        keys=torch.arange(count),
-        samples=tuple(f"s{n}" for n in range(count)),
-    )
-
-
 def ours(config: Config, batch: Batch, device: torch.device) -> tuple[nn.Module, Step]:
     torch.manual_seed(0)
     model = build_model(config.model, CLASSES).to(device, memory_format=torch.channels_last)
-    empty: Any = None
-    run = Run(
-        config=config,
-        world=World(),
-        device=device,
-        checkpoints=Path(),
-        board=empty,
-        batches=empty,
-        val_batches=empty,
-        examples=None,
-        weights=torch.ones(CLASSES, device=device),
-    )
-    progress = Progress(
-        model=model,
-        average=Average(model, config.train),
-        state=empty,
-        moments=no_moments(),
-        guard=Guard(device, 5),
-        clock=Clock(config, model, device, World()),
-    )
+    run, progress = parts_of_fit(model, config, device)
     engine = enter_stage(model, config.train.stages[0], run, no_moments())
     return model, lambda number: train_step(run, engine, progress, batch, number) and None
 
@@ -208,7 +176,7 @@ def peak() -> int:
 
 
 def rows_of(args: argparse.Namespace, backbone: str, device: torch.device) -> dict[str, Any]:
-    paged = batch = batch_of(args)
+    paged = batch = batch_of(args.size, args.batch, CLASSES)
     if device.type == "cuda":
         batch = Batch(
             image=batch.image.pin_memory(),
@@ -276,7 +244,11 @@ def profile(args: argparse.Namespace, device: torch.device) -> None:
     from torch.profiler import profile as recorder
 
     for compiled in (False, True)[: 1 if args.eager else 2]:
-        _, step = ours(config_of(args, args.profile, "ddp", compiled), batch_of(args), device)
+        _, step = ours(
+            config_of(args, args.profile, "ddp", compiled),
+            batch_of(args.size, args.batch, CLASSES),
+            device,
+        )
         for number in range(5):
             step(number)
         settle()

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -40,14 +39,11 @@ def rank(engine: str, steps: int, head: str) -> None:
     import torch
 
     from medpsp.model.psp import build_model
-    from medpsp.train.ema import Average
-    from medpsp.train.guard import Guard
-    from medpsp.train.loop import Progress, Run, enter_stage, train_step
+    from medpsp.train.loop import enter_stage, train_step
     from medpsp.train.optimizer import no_moments
     from medpsp.train.ranks import process_group
-    from medpsp.train.timing import Clock
     from medpsp.types import World
-    from tests.bench.train import batch_of, config_of
+    from tests.bench.train import batch_of, config_of, parts_of_fit
 
     size = int(os.environ["WORLD_SIZE"])
     world = World(rank=int(os.environ["RANK"]), size=size)
@@ -61,26 +57,7 @@ def rank(engine: str, steps: int, head: str) -> None:
     with process_group(world, 2 // size, alone=True) as device:
         torch.manual_seed(0)
         model = build_model(config.model, 2)
-        empty: Any = None
-        run = Run(
-            config=config,
-            world=world,
-            device=device,
-            checkpoints=Path(),
-            board=empty,
-            batches=empty,
-            val_batches=empty,
-            examples=None,
-            weights=torch.ones(2),
-        )
-        progress = Progress(
-            model=model,
-            average=Average(model, config.train),
-            state=empty,
-            moments=no_moments(),
-            guard=Guard(device, 5),
-            clock=Clock(config, model, device, world),
-        )
+        run, progress = parts_of_fit(model, config, device, world)
         engine_of = enter_stage(model, config.train.stages[0], run, no_moments())
         batch = batch_of(SIDE, BATCH // size)
         times = []

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,38 +79,51 @@ def config_of(size: int, batch: int, ema: float) -> Config:
     return Config.model_validate(tree)
 
 
-def batch_of(size: int, count: int) -> Batch:
+def batch_of(size: int, count: int, classes: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(0)
     return Batch(
         image=torch.rand(count, 1, size, size, generator=generator),
-        label=torch.randint(0, 2, (count, size, size), generator=generator).to(torch.uint8),
+        label=torch.randint(0, classes, (count, size, size), generator=generator).to(torch.uint8),
         patients=("p",) * count,
         keys=torch.arange(count),
         samples=tuple(f"s{n}" for n in range(count)),
     )
 
 
-def ours(model: Any, config: Config, batch: Batch, folder: Path) -> Step:
-    """Everything that `fit` does in a step."""
+def parts_of_fit(
+    model: Any,
+    config: Config,
+    device: torch.device,
+    world: World = World(),  # noqa: B008 - frozen
+) -> tuple[Run, Progress]:
+    """What `train_step` needs; nothing is read, written or shown."""
+    empty: Any = None
     run = Run(
         config=config,
-        world=World(),
-        device=CPU,
-        checkpoints=folder,
-        board=Board(folder / "ours", 0),
-        batches=lambda stage, first: [],
-        val_batches=list,
+        world=world,
+        device=device,
+        checkpoints=Path(),
+        board=empty,
+        batches=empty,
+        val_batches=empty,
         examples=None,
-        weights=torch.ones(2),
+        weights=torch.ones(len(config.data.classes), device=device),
     )
     progress = Progress(
         model=model,
         average=Average(model, config.train),
         state=TrainState(step=0, stage="", best=-1, score=0, model={}),
         moments=no_moments(),
-        guard=Guard(CPU, 5),
-        clock=Clock(config, model, CPU, World()),
+        guard=Guard(device, 5),
+        clock=Clock(config, model, device, world),
     )
+    return run, progress
+
+
+def ours(model: Any, config: Config, batch: Batch, folder: Path) -> Step:
+    """Everything that `fit` does in a step."""
+    run, progress = parts_of_fit(model, config, CPU)
+    run = replace(run, board=Board(folder / "ours", 0))
     engine = enter_stage(model, config.train.stages[0], run, no_moments())
     agreement = Agreement()
 
