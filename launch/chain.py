@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from launch.plan import JobSpec
+from launch.plan import JobSpec, those
 from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.errors import EXIT_AGAIN, LaunchError
@@ -114,12 +114,8 @@ def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[
         wanted = depends_on(config, job.name)
         if not all(t and t.state == "done" and t.digest == wanted for t in told):
             kept = plan[place:]
-            needs_ranks = any(j.name == "train" for j in kept) and job.name != "preflight"
-            first = tuple(j for j in plan if j.name == "preflight") if needs_ranks else ()
-            left = {j.name for j in (*first, *kept)}
-            return tuple(
-                replace(j, after=tuple(n for n in j.after if n in left)) for j in (*first, *kept)
-            )
+            needs_ranks = any(j.name == "train" for j in kept)
+            return those(plan, {j.name for j in kept} | ({"preflight"} if needs_ranks else set()))
     return ()
 
 

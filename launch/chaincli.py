@@ -12,6 +12,7 @@ from medpsp.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.plan import JobSpec
+    from launch.profile import Profile
     from launch.rundir import RunDir
     from launch.status import Row
     from medpsp.config import Config
@@ -81,6 +82,12 @@ def _run_on(
         return
     resolved, folder = open_run(config, changes)
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
+    _submit(plan, profile, cluster, folder)
+    if wait and plan:
+        follow_run(folder)
+
+
+def _submit(plan: tuple[JobSpec, ...], profile: Profile, cluster: str, folder: RunDir) -> None:
     if not plan:
         typer.echo(f"{folder.root}: every job is done; --from JOB runs one again")
         return
@@ -88,8 +95,6 @@ def _run_on(
 
     submit_cluster(plan, profile, cluster, folder)
     typer.echo(f"medpsp status {folder.root}")
-    if wait:
-        follow_run(folder)
 
 
 def with_index(config: str, changes: tuple[str, ...]) -> tuple[str, ...]:
@@ -195,10 +200,12 @@ def cancel(out: RunArg) -> None:
 
 
 def resume(out: RunArg) -> None:
-    """Submit again what is not done, to the same cluster and with the same configuration."""
-    from launch.chain import read_chain
+    """Submit again what was submitted and is not done, to the same cluster and as configured."""
+    from launch.chain import read_chain, unfinished
     from launch.jobs import setup_logging
-    from launch.rundir import RunDir
+    from launch.plan import plan_cluster, those
+    from launch.profile import load_profile
+    from launch.rundir import RunDir, open_run
     from launch.slurmstate import job_states
 
     setup_logging()
@@ -209,4 +216,6 @@ def resume(out: RunArg) -> None:
         raise ConfigError(
             f"resume {out}: {', '.join(at_work)} still waits or runs; cancel it first"
         )
-    _run_on(chain.cluster, str(folder.config), (), "", dry=False, wait=False)
+    profile, (config, folder) = load_profile(chain.cluster), open_run(str(folder.config), ())
+    plan = those(plan_cluster(config, profile), {job.name for job in chain.jobs})
+    _submit(unfinished(plan, config, folder), profile, chain.cluster, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster import free_port, own_address
 from launch.rundir import RunDir
-from medpsp.errors import LaunchError
+from medpsp.errors import EXIT_AGAIN, LaunchError
 
 MEET_S = 600.0
 """For all ranks to start: nodes boot, containers load."""
@@ -39,7 +40,13 @@ class Task:
     ranks: bool = False
 
     def __call__(self) -> None:
-        """Run; ends the process with the exit code of the job."""
+        """Run; ends the process with the exit code of the job.
+
+        Who is asked to end before its job listens, or by a job that does not, ends at once and
+        gets another try: what is on disk is whole at any moment. submitit would ignore SIGTERM.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, lambda *_: os._exit(EXIT_AGAIN))
         from launch.jobs import run_command
         from medpsp.configio import load_config
 

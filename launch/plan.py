@@ -124,9 +124,13 @@ def starting_at(plan: tuple[JobSpec, ...], name: str) -> tuple[JobSpec, ...]:
     first = "plan" if name == "shards" and "plan" in names else name
     if first not in names:
         raise ConfigError(f"--from {name}: no such job; there are {', '.join(names)}")
-    kept = plan[names.index(first) :]
-    left = {job.name for job in kept}
-    return tuple(replace(job, after=tuple(n for n in job.after if n in left)) for job in kept)
+    return those(plan, set(names[names.index(first) :]))
+
+
+def those(plan: tuple[JobSpec, ...], names: set[str]) -> tuple[JobSpec, ...]:
+    """Some jobs of a plan, which wait for each other only."""
+    kept = [job for job in plan if job.name in names]
+    return tuple(replace(job, after=tuple(n for n in job.after if n in names)) for job in kept)
 
 
 def describe(plan: tuple[JobSpec, ...], config: Path) -> str:

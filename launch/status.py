@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from launch.chain import Chain, Submitted, Told, label_of, read_chain, told_by
 from launch.rundir import RunDir
@@ -113,15 +115,19 @@ def heartbeat(run: RunDir) -> str:
     return f"step {last['step']} ({last['phase']}), {len(fresh)} ranks"
 
 
-def table(run: RunDir, rows: list[Row]) -> Table:
-    """For the terminal."""
+def table(run: RunDir, rows: list[Row]) -> Group:
+    """For the terminal: a row a job, and below them in full what jobs say of their failure."""
     shown = Table(title=str(run.root), title_justify="left", pad_edge=False)
     for name in ("job", "id", "state", "nodes", "again", "at", ""):
         shown.add_column(name, overflow="fold")
+    told = []
     for row in rows:
-        again = str(row.restarts or "")
-        shown.add_row(row.name, row.id, row.state, row.nodes, again, row.at, row.note)
-    return shown
+        again, word = str(row.restarts or ""), row.note
+        if " " in word:  # a line of ours, not SLURM's word
+            told.append(f"{row.name}: {word}")
+            word = "see below"
+        shown.add_row(row.name, row.id, row.state, row.nodes, again, row.at, word)
+    return Group(shown, *(Text(line) for line in told))
 
 
 def follow(run: RunDir, seconds: float, show: Any) -> list[Row]:

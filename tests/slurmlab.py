@@ -17,6 +17,7 @@ from typing import Any
 LAB = Path(__file__).resolve().parents[1] / "slurm" / "lab"
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 HINT = "apt install --no-install-recommends slurmctld slurmd slurm-client munge"
+HINT_ACCOUNTING = "apt install --no-install-recommends slurmdbd mariadb-server"
 HAVE = all(shutil.which(name, path=PATH) for name in ("slurmctld", "slurmd", "sbatch", "munged"))
 HAVE_ACCOUNTING = all(shutil.which(name, path=PATH) for name in ("slurmdbd", "mariadbd"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurmlab import HAVE, HAVE_ACCOUNTING, HINT, LAB, cluster
+from tests.slurmlab import HAVE, HINT, LAB, cluster
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces take root")
 
@@ -67,14 +67,6 @@ def test_nodes_beside_each_other() -> None:
         lab.until(lambda: "R" in lab.run("squeue", "-h", "-o", "%t"), 20, "the job")
         root = lab.root
     assert marks(root) == []
-
-
-def test_accounting(need: Callable[..., None]) -> None:
-    need("slurm", HAVE_ACCOUNTING, "apt install --no-install-recommends slurmdbd mariadb-server")
-    with cluster("--accounting", "--cpu", "1", "--gpu", "1") as lab:
-        number = lab.run("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "exit 3").strip()
-        asked = ("sacct", "-X", "-n", "-P", "-j", number, "-o", "State,ExitCode")
-        lab.until(lambda: lab.run(*asked).strip() == "FAILED|3:0", 30, "sacct")
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.configio import dump_yaml
 from medpsp.identity import create_key
-from tests.slurmlab import HAVE, HINT, Cluster, cluster
+from tests.slurmlab import HAVE, HAVE_ACCOUNTING, HINT, HINT_ACCOUNTING, Cluster, cluster
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 24
+STEPS = 120
 PROFILE = {
     "cpu": {"partition": "cpu", "cpus": 1, "memory_gb": 0.5, "minutes": 10},
     "gpu": {"partition": "gpu", "cpus": 1, "memory_gb": 0.5, "minutes": 10, "gpus": 1},
@@ -34,6 +34,7 @@ PROFILE = {
     "parallel": 2,
     "setup": [f"export PYTHONPATH={ROOT} CUDA_VISIBLE_DEVICES="],
     "signal_seconds": 30,
+    "retries": 20,
 }
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="nodes of the lab take root")
 
@@ -71,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "threads": 1,
             "eval_every": 1000,
             "save_every": 4,
-            "log_every": 4,
+            "log_every": 40,
             "stages": [{"name": "a", "steps": STEPS, "lr": 1e-3}],
         },
         "export": {"int8_min_dice": 0, "calibration_slices": 4},
@@ -132,86 +133,182 @@ def test_the_whole_chain(lab: Cluster, base: Path, local: Path) -> None:
     table = medpsp(lab, "status", str(out))
     assert "COMPLETED" in table
     assert "tensorboard --logdir" in table
-    assert "train: 24 steps" in medpsp(lab, "logs", str(out), "train")
+    assert "train: 120 steps" in medpsp(lab, "logs", str(out), "train")
 
 
-def training(lab: Cluster, base: Path, local: Path, name: str, **profile: Any) -> tuple[Path, str]:
-    """A run whose shards are there already, submitted; its folder and the id of its job."""
+def task(job: str, number: int) -> int:
+    """The process of a task of a job: not srun, nor what the task forked."""
+    wanted = {b"SLURM_JOB_ID=" + job.encode(), b"SLURM_PROCID=%d" % number}
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (path / "environ").read_bytes().split(b"\0")
+            command = (path / "cmdline").read_bytes()
+            parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        mine = b"submitit.core._submit" in command and not command.startswith(b"srun")
+        if mine and wanted <= {*told}:
+            found[path.name] = parent
+    (only,) = [int(name) for name, parent in found.items() if parent not in found]
+    return only
+
+
+def training(lab: Cluster, base: Path, local: Path, name: str, *words: str) -> Training:
+    """A run whose shards are there already, submitted."""
     out = base / name
     out.mkdir()
     (out / "shards").symlink_to(local / "shards")
-    site = base / f"{name}.yaml"
-    site.write_text(yaml.safe_dump({**PROFILE, **profile}))
-    words = [str(base / "c.yaml"), f"out={out}", "train.stages=[{name: a, steps: 24, lr: 1e-3}]"]
-    medpsp(lab, "run", *words, "--cluster", str(site), "--from", "train")
-    jobs = json.loads((out / "jobs/chain.json").read_text())["jobs"]
-    return out, jobs[0]["id"]
+    given = [str(base / "c.yaml"), f"out={out}", *words]
+    medpsp(lab, "run", *given, "--cluster", str(base / "site.yaml"), "--from", "train")
+    return Training(lab, out)
 
 
-def at_step(out: Path, step: int) -> bool:
-    return any(
-        int(path.name.split("-")[1]) >= step for path in (out / "checkpoints").glob("step-*")
-    )
+class Training:
+    """A job of two ranks on two nodes, somewhere in its steps."""
+
+    def __init__(self, lab: Cluster, out: Path) -> None:
+        self.lab, self.out = lab, out
+
+    @property
+    def id(self) -> str:
+        jobs = json.loads((self.out / "jobs/chain.json").read_text())["jobs"]
+        assert [job["name"] for job in jobs] == ["train", "evaluate", "export"]
+        return str(jobs[0]["id"])
+
+    @property
+    def restarts(self) -> int:
+        try:
+            tree = json.loads((self.out / "jobs/train.json").read_text())
+        except FileNotFoundError:
+            return -1
+        assert tree["state"] != "done", "the fault came too late"
+        return int(tree["restarts"])
+
+    @property
+    def step(self) -> int:
+        folders = (self.out / "checkpoints").glob("step-*")
+        return max((int(path.name.split("-")[1]) for path in folders), default=0)
+
+    def goes_on(self, restarts: int) -> None:
+        """Until its try number ``restarts`` has saved something."""
+        self.lab.until(lambda: self.restarts >= restarts, 180, f"try {restarts}")
+        at = self.step
+        self.lab.until(lambda: self.step > at, 120, "a checkpoint")
+
+    def rank(self, number: int) -> int:
+        """Its process."""
+        return task(self.id, number)
+
+    def nodes(self) -> list[str]:
+        inside = self.lab.run("squeue", "-h", "-j", self.id, "-o", "%N").strip()
+        return self.lab.run("scontrol", "show", "hostnames", inside).split()
+
+    def ends_well(self, local: Path) -> str:
+        said = medpsp(self.lab, "status", str(self.out), "--watch")
+        assert_same(weights(self.out), weights(local))
+        return said
 
 
-def ended_well(lab: Cluster, out: Path, local: Path) -> str:
-    said = medpsp(lab, "status", str(out), "--watch")
-    assert_same(weights(out), weights(local))
-    return said
+def reach_time_limit(run: Training) -> None:
+    """Its limit becomes one minute, and it stands still until SLURM says that the end is near."""
+    for number in (run.rank(0), run.rank(1)):
+        os.kill(number, signal.SIGSTOP)  # SLURM sends SIGCONT before its signal
+    run.lab.run("scontrol", "update", f"JobId={run.id}", "TimeLimit=1")
+    asked = ("squeue", "-h", "-j", run.id, "-o", "%T")
+    run.lab.until(lambda: "PENDING" in run.lab.run(*asked), 120, "another try")
+    run.lab.run("scontrol", "update", f"JobId={run.id}", "TimeLimit=10")
 
 
-@pytest.mark.parametrize("how", ["USR2", "requeue", "rank", "node", "controller"])
-def test_faults_cost_no_weight(lab: Cluster, base: Path, local: Path, how: str) -> None:
-    out, number = training(lab, base, local, how)
-    lab.until(lambda: at_step(out, 4), 120, "a checkpoint")
-    if how == "USR2":
-        lab.run("scancel", "--signal=USR2", number)
-    elif how == "requeue":
-        lab.run("scontrol", "requeue", number)
-    elif how == "rank":
-        kill_rank(number, 1)
-    elif how == "node":
-        node = json.loads((out / "jobs/train.json").read_text())["node"]
-        lab.lab("fail", node)
+def test_faults_one_after_the_other_cost_no_weight(lab: Cluster, base: Path, local: Path) -> None:
+    run = training(lab, base, local, "faults")
+
+    def lose_a_node() -> None:
+        lab.lab("fail", node := run.nodes()[0])
         lab.until(lambda: "down" in lab.run("sinfo", "-h", "-n", node, "-o", "%T"), 60, "down")
         lab.lab("heal", node)
-    else:
-        lab.lab("fail", "controller")
-        lab.lab("heal", "controller")
-    ended_well(lab, out, local)
+
+    faults: list[Callable[[], Any]] = [
+        lambda: lab.run("scancel", "--signal=USR2", run.id),
+        lambda: lab.run("scontrol", "requeue", run.id),
+        lambda: os.kill(run.rank(1), signal.SIGKILL),
+        lambda: reach_time_limit(run),
+        lose_a_node,
+    ]
+    for count, fault in enumerate(faults):
+        run.goes_on(count)
+        fault()
+    run.goes_on(len(faults))
+    lab.lab("fail", "controller")
+    lab.lab("heal", "controller")
+    run.goes_on(len(faults))  # of which it knew nothing
+    lab.lab("fail", node := run.nodes()[1])  # for good
+    try:
+        run.ends_well(local)
+    finally:
+        lab.lab("heal", node)
+    log = (run.out / "logs/train.log").read_text()
+    assert log.count("stopped by SIGUSR2 after step") == 2
+    told = json.loads((run.out / "jobs/train.json").read_text())
+    assert told["restarts"] == len(faults) + 1
 
 
-def kill_rank(number: str, rank: int) -> None:
-    """SIGKILL to a rank of a job."""
-    wanted = (b"SLURM_JOB_ID=" + number.encode(), b"SLURM_PROCID=%d" % rank)
-    killed = 0
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            found = path.read_bytes().split(b"\0")
-            command = (path.parent / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"submitit" in command and all(word in found for word in wanted):
-            os.kill(int(path.parent.name), signal.SIGKILL)
-            killed += 1
-    assert killed
-
-
-def test_a_node_without_the_shared_folder_is_left_out_at_the_next_try(
+def test_zero_1_is_cancelled_resumed_and_leaves_out_a_node_without_the_shared_folder(
     lab: Cluster, base: Path, local: Path
 ) -> None:
-    out, number = training(lab, base, local, "share")
-    lab.until(lambda: at_step(out, 4), 120, "a checkpoint")
-    nodes = lab.run("squeue", "-h", "-j", number, "-o", "%N").strip()
-    names = lab.run("scontrol", "show", "hostnames", nodes).split()
-    lab.inside(names[1], "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(out / "jobs"))
+    words = ["train.engine=zero1"]
+    alone = base / "zero-alone"
+    alone.mkdir()
+    (alone / "shards").symlink_to(local / "shards")
+    run = training(lab, base, local, "zero", *words)
+    run.goes_on(0)
+    assert "cancelled: train" in medpsp(lab, "cancel", str(run.out))
+    lab.until(lambda: not lab.run("squeue", "-h", "-o", "%i").strip(), 60, "the end")
+    assert "CANCELLED" in medpsp(lab, "status", str(run.out))
+    medpsp(lab, "resume", str(run.out))
+    run.goes_on(0)
+    bad = run.nodes()[1]
+    lab.inside(bad, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(run.out / "jobs"))
     try:
-        kill_rank(number, 1)
-        ended_well(lab, out, local)
+        os.kill(run.rank(1), signal.SIGKILL)
+        medpsp(lab, "train", str(base / "c.yaml"), f"out={alone}", *words)
+        run.ends_well(alone)
     finally:
-        lab.inside(names[1], "umount", str(out / "jobs"))
-    again = lab.run("scontrol", "show", "job", "-o", number)
-    assert f"ExcNodeList={names[1]} " in again
+        lab.inside(bad, "umount", str(run.out / "jobs"))
+    assert f"ExcNodeList={bad} " in lab.run("scontrol", "show", "job", "-o", run.id)
+
+
+def test_with_accounting_two_ranks_on_a_node_and_a_part_that_is_killed_once(
+    need: Callable[..., None], base: Path, local: Path
+) -> None:
+    need("slurm", HAVE_ACCOUNTING, HINT_ACCOUNTING)
+    out = base / "accounted"
+    site = base / "accounted.yaml"
+    site.write_text(yaml.safe_dump({**PROFILE, "ranks_per_node": 2}))
+    words = [str(base / "c.yaml"), f"out={out}", f"data.index={base}/index4"]
+    with cluster("--cpu", "1", "--gpu", "2", "--accounting") as lab:
+        medpsp(lab, "run", *words, "--cluster", str(site))
+        part = lab.until(lambda: part_that_runs(out), 120, "a part that converts")
+        os.kill(part, signal.SIGKILL)
+        said = medpsp(lab, "status", str(out), "--watch")
+        table = medpsp(lab, "status", str(out))
+        asked = ("sacct", "-X", "-n", "-P", "--name=medpsp-train", "-o", "State,ExitCode")
+        assert lab.run(*asked).strip() == "COMPLETED|0:0"
+    assert re.search(r"train \d+: COMPLETED gpu\d$", said, re.MULTILINE)
+    assert table.count("COMPLETED") == 8
+    told = [json.loads(path.read_text()) for path in (out / "jobs").glob("convert.*.json")]
+    assert sorted(part["restarts"] for part in told) == [0, 1]
+    assert shards(out) == shards(local)
+    assert_same(weights(out), weights(local))
+
+
+def part_that_runs(out: Path) -> int | None:
+    """The task of the first part once it says that it runs."""
+    try:
+        told = json.loads((out / "jobs/convert.1of2.json").read_text())
+    except FileNotFoundError:
+        return None
+    return task(told["job"], 0)
 
 
 def test_a_sweep_over_backbones_ends_in_a_table(lab: Cluster, base: Path, local: Path) -> None:
@@ -227,7 +324,7 @@ def test_a_sweep_over_backbones_ends_in_a_table(lab: Cluster, base: Path, local:
         "timm/test_resnet",
         "timm/test_convnext",
     }
-    assert all(" | 24 | " in line for line in table[2:])
+    assert all(f" | {STEPS} | " in line for line in table[2:])
     assert "nothing was left" in medpsp(lab, "cancel", str(out))
 
 
@@ -283,10 +380,14 @@ def test_a_shard_job_that_fails_for_good_ends_the_chain(lab: Cluster, base: Path
     out = base / "broken"
     words = [str(base / "c.yaml"), f"out={out}", f"data.labels={base}/nowhere"]
     medpsp(lab, "run", *words, "--cluster", str(base / "site.yaml"))
-    lab.until(
-        lambda: "RUNNING" not in (t := medpsp(lab, "status", str(out))) and "PENDING" not in t, 90
-    )
-    table = medpsp(lab, "status", str(out))
-    assert "FAILED" in table
-    assert table.count("CANCELLED") >= 5
-    assert "no such folder" in " ".join(table.split())
+    jobs = json.loads((out / "jobs/chain.json").read_text())["jobs"]
+    plan = next(job["id"] for job in jobs if job["name"] == "plan")
+    asked = ("scontrol", "show", "job", "-o", plan)
+    lab.until(lambda: "JobState=FAILED" in lab.run(*asked), 120, "SLURM's decision")
+
+    def told() -> bool:
+        table = medpsp(lab, "status", str(out))
+        known = "FAILED" in table and table.count("CANCELLED") == len(jobs) - 2
+        return known and f"plan: data.labels {base}/nowhere: no such folder" in table
+
+    lab.until(told, 30, "status to say so")  # all but plan, and the preflight, which needs no data
