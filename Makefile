@@ -11,8 +11,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/medpsp demo runs/demo
 
+# In two processes, whatever the machine has: tests start ranks, Ray and SLURM themselves.
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

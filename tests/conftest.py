@@ -30,6 +30,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = ("real_data", "slurm", "ranks", "canary", "crash", "faults")
+"""Files of tests that take minutes: two processes end at about the same time if these go first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest first; the others stay in order."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def need(what: str, there: bool, hint: str) -> None:
     """Skip where something of the machine is missing; fail where MEDPSP_REQUIRE names it.
 

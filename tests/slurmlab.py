@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -78,7 +79,9 @@ def cluster(*words: str) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
     root = folder / "l"
     try:
-        lab("up", "--force", "--root", str(root), *words)
+        with open(Path(tempfile.gettempdir()) / f"medpsp-labs-{os.geteuid()}", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two that come up at once may take one network
+            lab("up", "--force", "--root", str(root), *words)
         yield Cluster(root)
     finally:
         if (root / "lab.json").exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -48,11 +49,11 @@ def test_nodes_with_namespaces_fail_and_heal_and_leave_nothing() -> None:
         lab.lab("fail", "controller")
         lab.lab("heal", "controller")
         assert lab.run("srun", "hostname").strip() == "cpu0"
-        assert "mlab" in links()
-        root = lab.root
+        root, bridge = lab.root, json.loads((lab.root / "lab.json").read_text())["bridge"]
+        assert f" {bridge}: " in links()
     assert marks(root) == []
     assert not root.exists()
-    assert "mlab" not in links()
+    assert f" {bridge}" not in links()
     assert str(root) not in Path("/proc/mounts").read_text()
 
 
