@@ -17,7 +17,7 @@ from medpsp.dicom.walk import leads_nowhere
 from medpsp.errors import ShardError
 from medpsp.types import IGNORE
 from shards.codec import LABEL, Codec, image_codec
-from shards.commit import COMMITS, commit_name
+from shards.commit import COMMITS, commit_name, committed_names
 from shards.index import write_bytes_durably
 from shards.layout import BUCKET, FORMAT
 from shards.settings import WriteSettings
@@ -188,6 +188,17 @@ def clear_stale(root: Path, plans: Iterable[Named]) -> None:
             for place, _, _ in os.walk(folder, topdown=False):
                 with suppress(OSError):  # it holds what is not ours
                     os.rmdir(place)
+
+
+def written_names(root: Path) -> set[str]:
+    """Of shards of which a commit is there, or a file."""
+    names = set(committed_names(root))
+    for path in files_below(root):
+        name = path.relative_to(root).as_posix()
+        if _OURS.fullmatch(name) and not name.startswith(COMMITS):
+            bucket, _, _, number, *_ = name.split("/")
+            names.add(f"{bucket}-{number}")
+    return names
 
 
 def is_partial(name: str) -> bool:

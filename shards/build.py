@@ -85,8 +85,7 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     root.mkdir(parents=True, exist_ok=True)
     require_no_dead_links(root)
     plan = make_plan(gathered, data, key, root)
-    missed = unread(plan)
-    require_reach(plan, missed, root, write_settings(data).text)
+    missed = require_reach(plan, unread(plan), root, write_settings(data).text)
     require_no_spare_links(root, plan.slots)
     approve(plan)
     if data.crosswalk:

@@ -8,7 +8,8 @@ from pathlib import Path
 from medpsp.dicom.codes import told_codes
 from medpsp.dicom.walk import NOWHERE
 from medpsp.errors import ShardError
-from shards.commit import PASSING, committed_names, read_commit
+from shards.bucket import written_names
+from shards.commit import PASSING, read_commit
 from shards.index import OBJECTS, file_sha256, read_manifest
 from shards.planfile import Plan
 from shards.slots import PLAN, read_unread
@@ -20,7 +21,7 @@ _FURTHER = ("SYMLINK_DUPLICATE", "SYMLINK_FOLDER", "SYMLINK_LOOP", "SYMLINK_OUTS
 _SHOWN = 3
 
 
-def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) -> None:
+def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) -> set[str]:
     """Refuse a plan that changes what is written while something is out of reach that was not.
 
     Only new shards may be added then: images, label objects or masks that are missing for a while
@@ -32,15 +33,19 @@ def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) 
         root: Folder of the shards.
         settings: ``WriteSettings.text``.
 
+    Returns:
+        What the next plan may miss, too. Not what the last run still met: that stays a loss, though
+        this plan changes nothing.
+
     Raises:
         ShardError: With the codes of what cannot be read.
     """
     known = _known(root) if found else set()
     lost = {file_id: code for file_id, code in found.items() if file_id not in known}
     if not lost:
-        return
+        return set(found)
     planned = {entry.name: entry.digest(settings) for entry in plan.shards}
-    written = committed_names(root)
+    written = written_names(root)
     changed = 0
     for name in written:
         commit = read_commit(root, name)
@@ -49,10 +54,11 @@ def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) 
         codes = told_codes(Counter(lost.values()))
         some = ", ".join([*sorted(lost)[:_SHOWN], *["..."] * (len(lost) > _SHOWN)])
         raise ShardError(
-            f"data.archive: {len(lost)} objects cannot be read that the last run did not miss "
+            f"data.archive: {len(lost)} objects that are new or could be read cannot be read now "
             f"({codes}; {some}), and {changed} of {len(written)} shards would change or go; make "
             "them readable, move them out of the archive, or take another `out`"
         )
+    return set(found) - _met(root, lost)
 
 
 def unread(plan: Plan) -> dict[str, str]:
@@ -69,19 +75,38 @@ def unread(plan: Plan) -> dict[str, str]:
 def _known(root: Path) -> set[str]:
     """What the last plan could not read either, and names that never were files of their own.
 
-    Shards of an earlier version say only what gave no slice. A table that is not of what is
-    written, because a later run was not published, says nothing.
+    Shards of an earlier version say only what gave no slice; so does a lost plan, of which that is
+    not believed, as label objects and second copies give none either.
     """
+    told = read_unread(root / PLAN)
+    early = told is None and _is_published(root, PLAN)
+    only: list[tuple[str, str, object]] = [("kept", "==", 0)]
+    if not early:
+        only.append(("code", "in", _FURTHER))
+    return (told or set()) | (_objects(root, only) or set())
+
+
+def _met(root: Path, lost: dict[str, str]) -> set[str]:
+    """Of what is lost now: what the last run met, or may have met."""
+    seen = _objects(root, None)
+    if seen is None:
+        return set(lost) if written_names(root) else set()
+    return {name for name, code in lost.items() if name in seen or code == "FOLDER_UNREADABLE"}
+
+
+def _objects(root: Path, only: list[tuple[str, str, object]] | None) -> set[str] | None:
+    """``file_id`` of the objects of what is published; None where nothing says so."""
     import pyarrow.parquet as pq
 
-    told = read_unread(root / PLAN)
-    only: list[tuple[str, str, object]] = [("kept", "==", 0)]
-    if told is not None:
-        only.append(("code", "in", _FURTHER))
-    try:
-        if read_manifest(root).tables[OBJECTS] != file_sha256(root / OBJECTS):
-            return told or set()
-    except (OSError, ShardError, KeyError):
-        return told or set()
+    if not _is_published(root, OBJECTS):
+        return None
     table = pq.read_table(root / OBJECTS, columns=["file_id"], filters=only)
-    return (told or set()) | set(table["file_id"].to_pylist())
+    return set(table["file_id"].to_pylist())
+
+
+def _is_published(root: Path, name: str) -> bool:
+    """Whether a table is the one of the manifest: a later run may not have been published."""
+    try:
+        return read_manifest(root).tables[name] == file_sha256(root / name)
+    except (OSError, ShardError, KeyError):
+        return False

@@ -90,7 +90,8 @@ def write_shard(
 def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
     """The shard that is there, if slices that it holds cannot be read now, but may be again.
 
-    They are known by their file; in a series of which a file is gone by none, as names may shift.
+    They are known by their file. In a series of which a file is gone names may have shifted: there
+    it counts whether fewer slices can be read than it has.
 
     Raises:
         Unreachable: It cannot stay: it is of another plan, or damaged.
@@ -107,7 +108,11 @@ def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) 
     keys = zip(old.columns["file_id"], old.columns["frame"], strict=True)
     held = dict(zip(keys, old.columns["series"], strict=True))
     renamed = {series for key, series in held.items() if key not in series_of}
-    lost = [row for key, row in passing.items() if key in held or series_of.get(key) in renamed]
+    empty = Counter({part.planned.name: part.stop - part.start for part in plan.parts})
+    empty.subtract(held.values())
+    missed = Counter(series_of.get(key, "") for key in passing)
+    fewer = {series for series in renamed if missed[series] > empty[series]}
+    lost = [row for key, row in passing.items() if key in held or series_of.get(key) in fewer]
     if not lost:
         return None
     if old.digest == digest and files_there(root, old):

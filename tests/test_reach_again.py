@@ -1,0 +1,133 @@
+"""A second incident does not undo the look for what is out of reach; see test_reach.py."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from medpsp.config import Config
+from medpsp.dicom.scan import ScanRow
+from medpsp.errors import ShardError
+from shards.build import build_shards, plan_shards
+from shards.commit import committed_names, read_commit, write_commit
+from shards.headers import file_id
+from shards.index import read_index
+from shards.slots import PLAN
+from shards.write import Unreachable, _kept
+from tests.damage import flip
+
+NOT_NOW = "objects that are new or could be read cannot be read now"
+
+
+@pytest.fixture
+def own(
+    archive: Path, make_config: Callable[..., Config], tmp_path: Path, ray_once: None
+) -> Config:
+    """Shards of an archive that may be changed: 8 patients of 4 slices, 6 slots a shard."""
+    shutil.copytree(archive, tmp_path / "archive")
+    data = {"index": tmp_path / "index", "workers": 1, "max_reject_fraction": 0.5}
+    return make_config(tmp_path / "archive", tmp_path / "out", **data)
+
+
+def behind_links(config: Config, key: bytes, store: Path) -> Path:
+    """A study of which a second copy, on another disk, is the one that is not taken; its folder."""
+    study = next(config.data.archive.rglob("IM0001")).parent
+    shutil.copytree(study, store)
+    names = [path.relative_to(config.data.archive).as_posix() for path in study.iterdir()]
+
+    def behind(folder: str) -> bool:
+        return all(file_id(key, f"{folder}/{Path(n).name}") > file_id(key, n) for n in names)
+
+    links = config.data.archive / next(f"L{n}" for n in count() if behind(f"L{n}"))
+    links.mkdir()
+    for path in store.iterdir():
+        (links / path.name).symlink_to(path)
+    return study
+
+
+def test_a_run_that_changes_nothing_does_not_get_used_to_it(
+    own: Config, key: bytes, tmp_path: Path
+) -> None:
+    study = behind_links(own, key, tmp_path / "store")
+    build_shards(own)
+    (tmp_path / "store").rename(tmp_path / "unmounted")
+    build_shards(own)
+    shutil.rmtree(study)
+    for _ in range(2):
+        with pytest.raises(ShardError, match=f"4 {NOT_NOW}"):
+            build_shards(own)
+    (tmp_path / "unmounted").rename(tmp_path / "store")
+    build_shards(own)
+    assert len(read_index(own.shards)) == 32
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_without_a_plan_second_copies_are_not_taken_for_unreadable(
+    own: Config, key: bytes, tmp_path: Path, how: str
+) -> None:
+    study = behind_links(own, key, tmp_path / "store")
+    build_shards(own)
+    (tmp_path / "store").rename(tmp_path / "unmounted")
+    if how == "gone":
+        (own.shards / PLAN).unlink()
+    else:
+        flip(own.shards / PLAN, -160)
+    shutil.rmtree(study)
+    with pytest.raises(ShardError, match=f"4 {NOT_NOW}"):
+        build_shards(own)
+    (tmp_path / "unmounted").rename(tmp_path / "store")
+    build_shards(own)
+    assert len(read_index(own.shards)) == 32
+
+
+def test_a_shard_without_its_commit_is_written_all_the_same(own: Config, tmp_path: Path) -> None:
+    study = next(own.data.archive.rglob("IM0001")).parent
+    study.rename(tmp_path / "store")
+    study.mkdir()
+    for path in (tmp_path / "store").iterdir():
+        (study / path.name).symlink_to(path)
+    build_shards(own)
+    for name in committed_names(own.shards):
+        (own.shards / f"commits/{name}.json").unlink()
+    (tmp_path / "store").rename(tmp_path / "unmounted")
+    with pytest.raises(ShardError, match=f"4 {NOT_NOW}"):
+        build_shards(own)
+    (tmp_path / "unmounted").rename(tmp_path / "store")
+    build_shards(own)
+    assert len(read_index(own.shards)) == 32
+
+
+def refusal(name: str, frame: int) -> ScanRow:
+    """Of a slice that killed its decoder."""
+    blank = {f.name: None for f in fields(ScanRow)}
+    return replace(ScanRow(**blank), file_id=name, frame=frame, code="DEC_OOM", detail="")
+
+
+def test_a_slice_that_a_shard_never_held_stops_no_renamed_study(own: Config) -> None:
+    build_shards(own)
+    study = next(own.data.archive.rglob("IM0001")).parent
+    study.rename(study.with_name("moved"))
+    plan = plan_shards(own)
+    held = {name: read_commit(own.shards, name) for name in committed_names(own.shards)}
+    (shard, moved), *_ = [
+        (shard, part)
+        for shard in map(plan.load, plan.shards)
+        for part in shard.parts
+        if (commit := held[shard.name])
+        and part.planned.series.slices[part.start].file_id not in commit.columns["file_id"]
+    ]
+    old = held[shard.name]
+    assert old
+    place = old.columns["series"].index(moved.planned.name)
+    columns = {k: [v for n, v in enumerate(vs) if n != place] for k, vs in old.columns.items()}
+    write_commit(own.shards, replace(old, columns=columns))  # as if one had been refused then
+    here = moved.planned.series.slices[moved.start : moved.stop]
+    refused = [refusal(ref.file_id, ref.frame) for ref in here]
+    assert _kept(own.shards, shard, "another", refused[:1]) is None
+    with pytest.raises(Unreachable, match="2 DEC_OOM"):
+        _kept(own.shards, shard, "another", refused[:2])
