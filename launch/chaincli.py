@@ -169,7 +169,7 @@ def status(
         if watch:
             follow_run(folder)
         else:
-            Console().print(table(folder, status_of(folder)))
+            Console().print(table(folder, status_of(folder)), soft_wrap=True)
     if not watch:
         typer.echo(f"tensorboard --logdir {out}")
 
