@@ -124,6 +124,10 @@ def _environment(config: Config, left: str) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # to save, after a step and a validation that may be long; then the watch ends them itself
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(
+            max(config.train.first_step_seconds, config.train.step_seconds)
+        ),
         REASONS: left,
     }
 

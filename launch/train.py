@@ -148,7 +148,7 @@ def _run_of(
     from medpsp.train.checkpoint import latest_checkpoint, read_state
     from medpsp.train.loop import Run
     from shards.dataset import example_batch, stage_rows, train_batches, whole_slices
-    from shards.index import class_pixels, read_manifest
+    from shards.index import SHARDS, class_pixels, read_manifest
 
     run, root = RunDir(config.out), config.shards
     val = [row for row in rows if row.split == "val"]
@@ -157,8 +157,9 @@ def _run_of(
     weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
     newest = latest_checkpoint(run.checkpoints)
     first_step = read_state(newest).step if newest else 0
-    data_id = read_manifest(root).data_id
-    facts = {"data": data_text(data_id, config.data.classes, weights.tolist())}
+    manifest = read_manifest(root)
+    content = manifest.tables[SHARDS]
+    facts = {"data": data_text(content, config.data.classes, weights.tolist())}
     board = open_board(run.tensorboard if world.rank == 0 else None, first_step, config, facts)
     if world.rank == 0:
         shares = ", ".join(f"{float(w):.2f}" for w in weights)
@@ -174,7 +175,8 @@ def _run_of(
         checkpoints=run.checkpoints,
         board=board,
         weights=weights.double() if config.train.precision == "fp64" else weights,
-        data_id=data_id,
+        data_id=manifest.data_id,
+        content=content,
         examples=example_batch(root, clean, config, EXAMPLES) if clean else None,
         batches=batches,
         val_batches=lambda: whole_slices(root, val, world, config),

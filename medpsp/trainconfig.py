@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from medpsp.dataconfig import Fraction, Node
 
@@ -68,7 +68,7 @@ def _progressive(steps: int) -> tuple[StageConfig, ...]:
     return (
         _stage("warm", warm, lr=1e-3, fraction=0.2, augment="low"),
         _stage("broad", broad, lr=1e-3, fraction=0.6, augment="mid"),
-        _stage("full", steps - warm - broad, lr=1e-3, augment="high"),
+        _stage("full", steps - max(1, warm) - max(1, broad), lr=1e-3, augment="high"),
     )
 
 
@@ -83,7 +83,7 @@ def _article(steps: int) -> tuple[StageConfig, ...]:
 
 
 def _onecycle(steps: int) -> tuple[StageConfig, ...]:
-    rise = round(0.3 * steps)
+    rise = max(1, round(0.3 * steps))
     return (
         _stage("rise", rise, lr=4e-5, lr_end=1e-3),
         _stage("fall", steps - rise, lr=1e-3, lr_end=4e-9),
@@ -104,7 +104,7 @@ class TrainConfig(Node):
 
     preset: Preset = Field(default="progressive", description="Makes `stages` where none are given")
     steps: Annotated[int, Field(ge=3)] = Field(default=6000, description="Of the preset.")
-    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] = _progressive(6000)
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, validate_default=True)] = ()
     batch_size: Annotated[int, Field(ge=1)] = Field(
         default=16, description="Slices in one global step, over all ranks and micro-batches."
     )
@@ -179,15 +179,14 @@ class TrainConfig(Node):
         default=0, description="torch threads a rank; 0: cores divided by ranks."
     )
 
-    @model_validator(mode="before")
+    @field_validator("stages", mode="wrap")
     @classmethod
-    def _stages_of_preset(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict) or tree.get("stages") is not None:
-            return tree
-        make, steps = PRESETS.get(tree.get("preset", "progressive")), tree.get("steps", 6000)
-        if make is None or not isinstance(steps, int) or steps < 3:
-            return tree  # the fields themselves say what is wrong
-        return {**tree, "stages": make(steps)}
+    def _stages_of_preset(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
+        if value is not None and value != ():
+            return handler(value)
+        if not {"preset", "steps"} <= info.data.keys():
+            return ()  # they say what is wrong themselves
+        return PRESETS[info.data["preset"]](info.data["steps"])
 
     @field_validator("transforms")
     @classmethod

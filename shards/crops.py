@@ -115,7 +115,10 @@ def jittered(
     moved = {
         window: Window(
             center=window.center + float(move) * window.width,
-            width=max(window.width * (1 + float(scale)), 1.0),
+            # PS3.3 C.11.2.1.2: at least 1 where the function is LINEAR
+            width=max(
+                window.width * (1 + float(scale)), 1.0 if window.function == "LINEAR" else 0.0
+            ),
             function=window.function,
         )
         for window, (move, scale) in zip(different, moves, strict=True)

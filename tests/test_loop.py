@@ -224,16 +224,16 @@ def test_a_kill_between_saving_and_marking_the_best_is_made_good(tmp_path: Path)
     with pytest.raises(Killed):
         fit(interrupt(run, 1), model)
     (run.checkpoints / "best").unlink()
-    state = restore(config, run.checkpoints, "", model, leads=True).state
+    state = restore(run, model).state
     assert read_state(run.checkpoints / "best") == state
     tensors, _ = load_checkpoint(run.checkpoints / "best", CPU)
     worse = replace(state, step=2, score=state.best - 0.1)
     save_checkpoint(run.checkpoints, "step-00000002", tensors, worse)
-    assert restore(config, run.checkpoints, "", model, leads=True).state == worse
+    assert restore(run, model).state == worse
     assert read_state(run.checkpoints / "best").step == 1  # the newest is not the best
     unscored = replace(state, step=3, scored=False)  # its score is of the evaluation before
     save_checkpoint(run.checkpoints, "step-00000003", tensors, unscored)
-    assert restore(config, run.checkpoints, "", model, leads=True).state == unscored
+    assert restore(run, model).state == unscored
     assert read_state(run.checkpoints / "best").step == 1
 
 
@@ -411,7 +411,7 @@ def test_the_best_one_left_is_marked_where_the_best_is_lost(
     (run.checkpoints / "best").unlink()
     caplog.set_level("WARNING", logger="medpsp")
     logging.getLogger("medpsp").addHandler(caplog.handler)
-    restored = restore(config, run.checkpoints, "", model, leads=True)
+    restored = restore(run, model)
     logging.getLogger("medpsp").removeHandler(caplog.handler)
     left = read_state(run.checkpoints / "best")
     assert restored.state.best == left.score < 0.9

@@ -38,9 +38,10 @@ from medpsp.types import FloatArray, Place, ReadPolicy, ScanRow, Series, Window
 BATCH, DECODERS = 4, 4
 """Slices at once through the network; children that decode, at most."""
 
-Show = Callable[[int], FloatArray]
+Show = Callable[..., FloatArray]
+"""Number of a slice to (H, W) or (H, W, 3) in [0, 1]: whole series in float would fill a device.
+A second number is of the slice whose window it is seen through, if not its own."""
 Windows = Sequence[Window | None]
-"""Number of a slice to (H, W) or (H, W, 3) in [0, 1]: whole series in float would fill a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,12 @@ class Predictor:
         window = series_window(modality, self.window, counts, channels)
         own = headers if self.header_window and channels == 1 else ()
         windows = [header or window for header in own] or [window] * len(values)
-        return lambda number: to_unit(values[number], windows[number], inverted)
+
+        def one(number: int, through: int | None = None) -> FloatArray:
+            window = windows[number if through is None else through]
+            return to_unit(values[number], window, inverted)
+
+        return one
 
     def inputs(
         self,
@@ -183,7 +189,7 @@ class Predictor:
                 if self.windows and grey:
                     units += window_channels(values[near], self.windows, inverted)
                 else:
-                    units += [show(near)] * repeats
+                    units += [show(near, number)] * repeats
             return channels_first(stacked(units), self.channels)
 
         return one

@@ -36,6 +36,7 @@ class TrainState:
         scored: Whether ``score`` is of this very step.
         bad: Steps without a finite gradient before this one, in a row.
         schedule: What gives a step number its meaning.
+        content: Digest of the shards that it was trained on.
     """
 
     step: int
@@ -46,6 +47,7 @@ class TrainState:
     scored: bool = True
     bad: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
+    content: str = ""
 
 
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: TrainState) -> Path:

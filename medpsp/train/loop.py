@@ -62,6 +62,7 @@ class Run:
     examples: Batch | None
     weights: Tensor
     data_id: str = ""
+    content: str = ""
     stop: StopRequest = field(default_factory=StopRequest)
     watch: Watch | None = None
 
@@ -115,7 +116,7 @@ def fit(run: Run, model: PSPNet) -> TrainState:
 def begin(run: Run, model: PSPNet) -> Progress:
     """Where the newest checkpoint stands, or before the first step."""
     train = run.config.train
-    restored = restore(run.config, run.checkpoints, run.data_id, model, leads=run.leads)
+    restored = restore(run, model)
     state = restored.state
     progress = Progress(
         model=model,
@@ -156,10 +157,11 @@ def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> N
             bar.note = f"{stage.name} loss {float(loss.total):.3f} dice {progress.state.score:.3f}"
         bar.advance()
         asked = agreement.say(run.stop.code)
-        scores = scores_at(run.config, step)
+        ends, scores = step == total_steps(train.stages), scores_at(run.config, step)
         if scores or asked or step % train.save_every == 0:
-            save(run, engine, progress, step, scores=scores)
-        if asked and step < total_steps(train.stages):
+            # who is asked to end may have half a minute: the next start scores
+            save(run, engine, progress, step, scores=scores and (ends or not asked))
+        if asked and not ends:
             agreement.close()
             raise interrupted(asked, step)
     progress.moments = engine.moments()

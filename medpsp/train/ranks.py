@@ -60,6 +60,7 @@ def process_group(
         keep_record(records)
     if world.size == 1 and alone:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        Flags.group = dist.new_group(backend="gloo")
     if world.size > 1:
         dist.init_process_group(backend, timeout=limit)
         # flags must not wait for a GPU; and gloo's own order of calls is left alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,14 @@ from medpsp.train.checkpoint import (
     load_checkpoint,
     mark_best,
     newest_of,
+    save_checkpoint,
     whole_checkpoints,
 )
 from medpsp.train.optimizer import Moments, no_moments
+from medpsp.train.ranks import barrier
+
+if TYPE_CHECKING:
+    from medpsp.train.loop import Run
 
 log = logging.getLogger("medpsp")
 
@@ -89,23 +94,23 @@ def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) ->
         )
 
 
-def restore(config: Config, folder: Path, data_id: str, model: PSPNet, *, leads: bool) -> Restored:
+def restore(run: Run, model: PSPNet) -> Restored:
     """Load the newest checkpoint into a network, or start at step 0.
 
-    Any engine and any number of ranks may have written it.
+    Any engine and any number of ranks may have written it. Its other name, of a stage's end or of
+    its step, is written anew where it is missing or damaged.
 
     Args:
-        config: Of the run.
-        folder: Its checkpoints.
-        data_id: Of the shards.
+        run: What does not change.
         model: On its device.
-        leads: Whether this rank says what is found, and may set the link to the best checkpoint.
 
     Raises:
         CheckpointError: As `refuse_other`; none verifies; or there is none, and ``train.resume``
             is must.
     """
+    config, folder = run.config, run.checkpoints
     found, damaged = whole_checkpoints(folder)
+    barrier()  # all have looked before anything is written
     path = newest_of(found)
     if path is None:
         if damaged:
@@ -114,19 +119,17 @@ def restore(config: Config, folder: Path, data_id: str, model: PSPNet, *, leads:
             raise CheckpointError(f"checkpoints {folder}: none, and train.resume is must")
         start = TrainState(step=0, stage="", best=-1.0, score=0.0, model={})
         return Restored(state=start, moments=no_moments(), ema=None, weights={})
-    refuse_other(config, path, found[path], data_id)
+    refuse_other(config, path, found[path], run.data_id)
     tensors, state = load_checkpoint(path, torch.device("cpu"))
-    best = best_of(found)
-    if best is not None and found[best].score < state.best:
-        log.warning(
-            "train: the best checkpoint, Dice %.3f, is gone; the best one left is %s, Dice %.3f",
-            *(state.best, best.name, found[best].score),
-        )
-        state = replace(state, best=found[best].score)
-    if leads:
+    best, state = _best(run, state, found)
+    if run.leads:
         for line in damaged:
             log.warning("train: left out: %s", line)
         log.info("train: goes on from step %d (%s)", state.step, path.name)
+        for name in names_of(config, state.step):
+            other = found.get(folder / name)
+            if other is None or other.step != state.step:
+                save_checkpoint(folder, name, tensors, state)
         if best is not None:  # it may have been killed before it was marked
             mark_best(best)
     model.load_state_dict(tensors["model"])
@@ -136,3 +139,34 @@ def restore(config: Config, folder: Path, data_id: str, model: PSPNet, *, leads:
         ema=tensors.get("ema"),
         weights=tensors["model"],
     )
+
+
+def _best(
+    run: Run, state: TrainState, found: dict[Path, TrainState]
+) -> tuple[Path | None, TrainState]:
+    """The checkpoint that is the best one, and the state that knows its score."""
+    best = best_of({path: s for path, s in found.items() if s.content == state.content})
+    if run.content != state.content and state.content:
+        log.warning(
+            "train: the shards are not those of step %d (other labels, or new studies): it goes on "
+            "with them, and the best checkpoint is chosen among those from here on",
+            state.step,
+        )
+        return None, replace(state, best=-1.0, scored=False)
+    if best is None or found[best].score < state.best:
+        left = found[best].score if best else -1.0
+        if state.best >= 0:
+            log.warning(
+                "train: the best checkpoint, Dice %.3f, is gone; the best one left is %s",
+                *(state.best, f"{best.name}, Dice {left:.3f}" if best else "not scored yet"),
+            )
+        state = replace(state, best=left)
+    return best, state
+
+
+def names_of(config: Config, step: int) -> list[str]:
+    """Checkpoints of a step: that of a stage's end, if it is one, and its own."""
+    index, _ = stage_at(config.train.stages, step - 1)
+    ends = step == total_steps(config.train.stages[: index + 1])
+    stage = [f"stage-{index}-{config.train.stages[index].name}"] if ends else []
+    return [*stage, f"step-{step:08d}"]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from medpsp.config import Config
 from medpsp.errors import NonFiniteLossError
-from medpsp.stages import stage_at, total_steps
+from medpsp.stages import stage_at
 from medpsp.train.checkpoint import mark_best, prune, rewrite_state, save_checkpoint
 from medpsp.train.engine import Engine
 from medpsp.train.guard import all_finite
 from medpsp.train.ranks import barrier, share_buffers
-from medpsp.train.resume import identify, schedule_of
+from medpsp.train.resume import identify, names_of, schedule_of
 from medpsp.train.validate import validate
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def save(run: Run, engine: Engine, progress: Progress, step: int, *, scores: boo
         bad=progress.guard.in_a_row,
         model=identify(config, run.data_id),
         schedule=schedule_of(config),
+        content=run.content,
     )
     weights = engine.weights()
     if not all_finite(weights.values()):
@@ -76,14 +77,6 @@ def score(run: Run, progress: Progress, weights: dict[str, Tensor]) -> None:
         if found >= before.best:  # of two equal ones the later saw more
             mark_best(run.checkpoints / names_of(run.config, step)[-1])
     progress.state = state
-
-
-def names_of(config: Config, step: int) -> list[str]:
-    """Checkpoints of a step: that of a stage's end, if it is one, and its own."""
-    index, _ = stage_at(config.train.stages, step - 1)
-    ends = step == total_steps(config.train.stages[: index + 1])
-    stage = [f"stage-{index}-{config.train.stages[index].name}"] if ends else []
-    return [*stage, f"step-{step:08d}"]
 
 
 def scores_at(config: Config, step: int) -> bool:
