@@ -53,7 +53,7 @@ class Told:
 
     Attributes:
         state: running, done, again (queued once more) or failed.
-        job: Its id.
+        job: Its id; of an element, that of the array.
         node: Of its first rank.
         restarts: How often it was queued again.
         began: Seconds since 1970; of this try.
@@ -79,7 +79,7 @@ class Told:
         return cls(
             state="running",
             digest=digest,
-            job=env.get("SLURM_JOB_ID", ""),
+            job=env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID", ""),
             node=env.get("SLURMD_NODENAME") or os.uname().nodename,
             restarts=int(env.get("SLURM_RESTART_COUNT") or 0),
         )

@@ -80,6 +80,7 @@ def _run_on(
         typer.echo("\n".join(estimates(planned, profile, RunDir(planned.out))) + "\n")
         typer.echo(describe_scripts(plan, profile, RunDir(planned.out)))
         return
+    require_idle(RunDir(planned.out))
     resolved, folder = open_run(config, changes)
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
@@ -109,12 +110,38 @@ def with_index(config: str, changes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def runs_of(folder: RunDir) -> list[RunDir]:
-    """A run, and the members of its sweep that were submitted."""
+    """A run, and the members of its sweep and of `scale` that were submitted."""
     from launch.rundir import RunDir
     from launch.sweep import FOLDER
 
-    found = sorted(path.parents[1] for path in folder.root.glob(f"{FOLDER}/*/jobs/chain.json"))
-    return [folder, *(RunDir(path) for path in found)]
+    found = sorted(
+        path.parents[1]
+        for inside in (FOLDER, "scale")
+        for path in folder.root.glob(f"{inside}/*/jobs/chain.json")
+    )
+    own = (folder.jobs / "chain.json").exists() or not found
+    return [*([folder] if own else []), *(RunDir(path) for path in found)]
+
+
+def require_idle(folder: RunDir) -> None:
+    """Two chains must not write into one run.
+
+    Raises:
+        ConfigError: A job that was submitted before has not ended.
+        LaunchError: No SLURM answers.
+    """
+    from launch.chain import read_chain
+    from launch.slurmstate import job_states
+
+    if not (folder.jobs / "chain.json").exists():
+        return
+    jobs = read_chain(folder).jobs
+    states = job_states(job.id for job in jobs)
+    if at_work := [job.name for job in jobs if not states[job.id].ended]:
+        raise ConfigError(
+            f"{folder.root}: {', '.join(at_work)} still waits or runs; `medpsp cancel "
+            f"{folder.root}` first"
+        )
 
 
 def wanted(
@@ -206,16 +233,19 @@ def resume(out: RunArg) -> None:
     from launch.plan import plan_cluster, those
     from launch.profile import load_profile
     from launch.rundir import RunDir, open_run
-    from launch.slurmstate import job_states
+    from medpsp.configio import load_config
 
     setup_logging()
     folder = RunDir(out)
-    chain = read_chain(folder)
-    states = job_states(job.id for job in chain.jobs)
-    if at_work := [job.name for job in chain.jobs if not states[job.id].ended]:
+    chain, planned = read_chain(folder), load_config(folder.config)
+    if planned.out.resolve() != out.resolve():
         raise ConfigError(
-            f"resume {out}: {', '.join(at_work)} still waits or runs; cancel it first"
+            f"resume {out}: its configuration says out {planned.out}; resume where it was "
+            "submitted, or give `medpsp run` another out"
         )
+    if any(job.name == "compare" for job in chain.jobs):
+        raise ConfigError(f"resume {out}: a sweep; its command, given again, submits what is left")
+    require_idle(folder)
     profile, (config, folder) = load_profile(chain.cluster), open_run(str(folder.config), ())
     plan = those(plan_cluster(config, profile), {job.name for job in chain.jobs})
     _submit(unfinished(plan, config, folder), profile, chain.cluster, folder)

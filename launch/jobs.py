@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +59,11 @@ def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) ->
     if leads:
         tell(run, label, told)
     code, reason = _run(name, config, part)
-    if reason and code != EXIT_AGAIN:
-        marker.write_text(reason + "\n", encoding="utf-8")
-    if leads or (code and code != EXIT_AGAIN):
-        tell(run, label, told.ended_with(code, reason))
+    with suppress(OSError):  # the disk may be what is wrong
+        if leads or (code and code != EXIT_AGAIN):
+            tell(run, label, told.ended_with(code, reason))
+        if reason and code != EXIT_AGAIN:
+            marker.write_text(reason + "\n", encoding="utf-8")
     return code, reason
 
 

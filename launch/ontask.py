@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.cluster import free_port, own_address
 from launch.rundir import RunDir
-from medpsp.errors import EXIT_AGAIN, LaunchError
+from medpsp.errors import EXIT_AGAIN, LaunchError, MedpspError
 
 MEET_S = 600.0
 """For all ranks to start: nodes boot, containers load."""
@@ -55,8 +55,10 @@ class Task:
             if self.ranks:
                 os.environ.update(meet(jobs, os.environ))
             code, reason = run_command(self.name, self.config, (self.part, self.parts))
-        except LaunchError as error:
+        except MedpspError as error:
             code, reason = 1, str(error)
+        except OSError as error:  # a folder of the run is full or gone
+            code, reason = 1, f"{error.strerror}: {error.filename}"
         if reason:
             sys.stderr.write(f"medpsp: {reason}\n")
         sys.stdout.flush()

@@ -102,6 +102,11 @@ def shipped_profiles() -> list[str]:
     return sorted(path.stem for path in data_folder("slurm").glob("*.yaml"))
 
 
+def profile_place(name: str) -> str:
+    """A name that stands for the same profile in any folder."""
+    return str(Path(name).absolute()) if Path(name).is_file() else name
+
+
 def load_profile(name: str) -> Profile:
     """A path to a YAML file, or the name of a shipped one.
 

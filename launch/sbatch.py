@@ -16,19 +16,20 @@ TEARDOWN = r"""
 code=$?
 CLEAN
 if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt RETRIES ]; then
+  id="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+  id="${id:-$SLURM_JOB_ID}"
+  bad=$(timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" EACH sh -c 'PROBE' 2>/dev/null | sort -u)
+  facts=$(scontrol show job -o "$id")
+  case "$facts" in *" JobState=RUNNING "*) ;; *) exit "$code" ;; esac
   trap "" TERM
-  bad=""
-  if [ "$code" -ne 75 ]; then
-    bad=$(timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" EACH sh -c 'PROBE' 2>/dev/null | sort -u)
-  fi
-  if scontrol requeue "$SLURM_JOB_ID"; then
+  if scontrol requeue "$id"; then
+    old=$(echo "$facts" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | grep -v null)
+    out=$(echo "$bad"; [ -z "$old" ] || scontrol show hostnames "$old")
     left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N |
-      sort -u | grep -cvxF "${bad:-none}")
+      sort -u | grep -cvxF "$out")
     if [ -n "$bad" ] && [ "$left" -ge "$SLURM_JOB_NUM_NODES" ]; then
-      old=$(scontrol show job -o "$SLURM_JOB_ID" |
-        sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | grep -v null)
       bad=$(echo "$bad" | paste -sd,)
-      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${old:+$old,}$bad" &&
+      scontrol update JobId="$id" ExcNodeList="${old:+$old,}$bad" &&
         echo "medpsp: left out at the next try: $bad"
     fi
     sleep 60
@@ -37,8 +38,11 @@ fi
 exit "$code"
 """.strip()
 """After srun. A wrong configuration (2) stays wrong; anything else gets another try, on which the
-job goes on from what is on disk. Nodes that fail the probe are left out then, if enough others are
-there: SLURM takes that for a job that it has just queued again, and ends this script afterwards."""
+job goes on from what is on disk, unless it was cancelled meanwhile. Nodes that fail the probe are
+left out then, if enough others are there: SLURM takes that for a job that it has just queued again,
+and ends this script afterwards. The code says little of the nodes: srun returns the highest of all
+tasks, and those that it ends because another one failed leave with 75. The last element of an array
+has the array's own id, which would stand for all of it."""
 _EACH_NODE = '--overlap --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
 PROBE = (
     'touch "$MEDPSP_JOBS/.probe-$SLURMD_NODENAME" && rm "$MEDPSP_JOBS/.probe-$SLURMD_NODENAME" '

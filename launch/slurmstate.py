@@ -85,14 +85,13 @@ def cancel_jobs(ids: Iterable[str]) -> None:
 
 
 def _sacct(ids: list[str]) -> dict[str, JobState]:
-    fields = "JobID,State,NodeList,ExitCode,Reason,Restarts"
+    fields = "JobID,State,NodeList,ExitCode,Reason"  # no Restarts before SLURM 23
     text = _ask("sacct", "-X", "-n", "-P", "-j", ",".join(ids), "-o", fields)
     found: dict[str, JobState] = {}
     for line in text.splitlines():
-        name, state, nodes, code, reason, restarts = (line.split("|") + [""] * 6)[:6]
+        name, state, nodes, code, reason = (line.split("|") + [""] * 5)[:5]
         job = found.setdefault(name.split("_")[0], JobState())
         _add(job, name, state, nodes, reason)
-        job.restarts = max(job.restarts, int(restarts or 0))
         if code not in ("", "0:0") and not job.reason:
             job.reason = f"exit code {code}"
     return found
@@ -109,7 +108,8 @@ def _scontrol(ids: list[str]) -> dict[str, JobState]:
             raise
         job = found.setdefault(number, JobState())
         for line in text.splitlines():
-            fact = dict(re.findall(r"(?:^| )(\w+(?:/\w+)?)=(\S*)", line))
+            told = re.findall(r"(?:^| )(\w+(?:/\w+)?)=(\S*)", line)
+            fact = dict(reversed(told))  # names of folders come last, and may look like facts
             task = fact.get("ArrayTaskId", "")
             _add(
                 job,
@@ -126,8 +126,13 @@ def _scontrol(ids: list[str]) -> dict[str, JobState]:
 
 
 def _squeue(ids: list[str]) -> dict[str, JobState]:
-    text = _ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%N|%r", "-j", ",".join(ids))
     found: dict[str, JobState] = {}
+    try:
+        text = _ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%N|%r", "-j", ",".join(ids))
+    except LaunchError as error:
+        if "Invalid job id" in str(error):  # of a single one that it forgot
+            return found
+        raise
     for line in text.splitlines():
         name, state, nodes, reason = line.split("|", 3)
         _add(found.setdefault(name.split("_")[0], JobState()), name, state, nodes, reason)

@@ -18,6 +18,8 @@ from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states
 from medpsp.errors import LaunchError
 
+SILENT_S = 600.0
+"""A controller that is started again takes less."""
 STALE_S = 120.0
 """A rank that wrote nothing for this long is not shown as at work."""
 
@@ -34,6 +36,8 @@ class Row:
         restarts: How often it was queued again.
         at: What it is at.
         note: Why it waits, or ended.
+        ended: Whether nothing of it will run any more.
+        well: Whether all of it is done.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Row:
     restarts: int
     at: str
     note: str
+    ended: bool
+    well: bool
 
 
 def status_of(run: RunDir) -> list[Row]:
@@ -58,16 +64,20 @@ def status_of(run: RunDir) -> list[Row]:
 
 def ended(rows: list[Row]) -> bool:
     """Whether nothing will run any more."""
-    return all(row.state in ENDED | {GONE, "done", "failed"} for row in rows)
+    return all(row.ended for row in rows)
 
 
 def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
     told = _told(run, job)
     word = state.state
-    if word == GONE and told:
-        word = {"done": "done", "failed": "failed"}.get(told[-1].state, GONE)
     failed = next((t for t in told if t.state == "failed"), None)
-    note = failed.reason if failed and word not in ("COMPLETED", "done") else ""
+    if word == GONE and failed:
+        word = "failed"
+    elif word == GONE and [t.state for t in told] == ["done"] * job.parts:
+        word = "done"
+    well = word in ("COMPLETED", "done")
+    last = failed or (told[-1] if told and word in ENDED else None)
+    note = last.reason if last and not well else ""
     if job.parts > 1 and len(state.counts) > 1:
         word = ", ".join(f"{count} {name}" for name, count in sorted(state.counts.items()))
     return Row(
@@ -78,17 +88,14 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
         restarts=max([state.restarts, *(t.restarts for t in told)]),
         at=_at(run, job) if "RUNNING" in word else "",
         note=note or (state.reason if word != "COMPLETED" else ""),
+        ended=state.ended,
+        well=well,
     )
 
 
 def _told(run: RunDir, job: Submitted) -> list[Told]:
     names = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
-    return [told for name in names if (told := told_by(run, name)) and _is_of(told, job)]
-
-
-def _is_of(told: Told, job: Submitted) -> bool:
-    """Whether it is of this submission; elements of an array have ids of their own."""
-    return job.parts > 1 or told.job == job.id
+    return [told for name in names if (told := told_by(run, name)) and told.job == job.id]
 
 
 def _at(run: RunDir, job: Submitted) -> str:
@@ -106,8 +113,9 @@ def heartbeat(run: RunDir) -> str:
     """Step and phase of the rank that is furthest behind; empty where none was heard lately."""
     notes: list[dict[str, Any]] = []
     for path in (run.logs / "ranks").glob("heartbeat-*.json"):
-        with suppress(OSError, ValueError):
-            notes.append(json.loads(path.read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads(path.read_text(encoding="utf-8"))
+            notes.append({name: note[name] for name in ("time", "step", "phase")})
     fresh = [note for note in notes if time.time() - note["time"] < STALE_S]
     if not fresh:
         return ""
@@ -117,7 +125,7 @@ def heartbeat(run: RunDir) -> str:
 
 def table(run: RunDir, rows: list[Row]) -> Group:
     """For the terminal: a row a job, and below them in full what jobs say of their failure."""
-    shown = Table(title=str(run.root), title_justify="left", pad_edge=False)
+    shown = Table(title=Text(str(run.root)), title_justify="left", pad_edge=False)
     for name in ("job", "id", "state", "nodes", "again", "at", ""):
         shown.add_column(name, overflow="fold")
     told = []
@@ -131,9 +139,22 @@ def table(run: RunDir, rows: list[Row]) -> Group:
 
 
 def follow(run: RunDir, seconds: float, show: Any) -> list[Row]:
-    """Show until nothing will run any more; asks SLURM every ``seconds``."""
+    """Show until nothing will run any more; asks SLURM every ``seconds``.
+
+    Raises:
+        LaunchError: Nothing was submitted, or SLURM does not answer for ten minutes.
+    """
+    read_chain(run)
+    heard = time.monotonic()
     while True:
-        rows = status_of(run)
+        try:
+            rows = status_of(run)
+        except LaunchError:
+            if time.monotonic() - heard > SILENT_S:
+                raise
+            time.sleep(seconds)
+            continue
+        heard = time.monotonic()
         show(rows)
         if ended(rows):
             return rows
@@ -146,7 +167,7 @@ def require_success(rows: list[Row]) -> None:
     Raises:
         LaunchError: Naming the first that failed, and why.
     """
-    bad = [row for row in rows if row.state not in ("COMPLETED", "done")]
+    bad = [row for row in rows if not row.well]
     if bad:
         row = next((r for r in bad if "CANCELLED" not in r.state), bad[0])
         raise LaunchError(
@@ -165,5 +186,6 @@ def log_files(run: RunDir, chain: Chain, name: str) -> list[Path]:
         known = ", ".join(job.name for job in chain.jobs)
         raise LaunchError(f"logs {name}: no such job; there are {known}")
     own = sorted(run.logs.glob(f"{name}*.log"))
-    theirs = sorted((run.logs / "jobs").glob(f"{job.id}*/*_log.out"))
+    places = [job.id, *(f"{job.id}_{part}" for part in range(job.parts))]
+    theirs = [p for place in places for p in sorted((run.logs / "jobs").glob(f"{place}/*_log.out"))]
     return [*own, *theirs]

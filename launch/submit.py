@@ -15,7 +15,7 @@ from launch.chain import Chain, Submitted, write_chain
 from launch.jobs import run_command
 from launch.ontask import Task
 from launch.plan import JobSpec
-from launch.profile import Profile
+from launch.profile import Profile, profile_place
 from launch.rundir import RunDir
 from launch.sbatch import check_folder, parameters
 from launch.slurmstate import cancel_jobs
@@ -106,11 +106,14 @@ def submit_cluster(
             log.info(
                 "%s: job %s%s", spec.name, number, f", {spec.parts} parts" if spec.parts > 1 else ""
             )
-    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+        kept = (*(before if keep else ()), *jobs)
+        chain = Chain(cluster=profile_place(cluster), at=time.time(), jobs=kept)
+        write_chain(run, chain)
+    except BaseException as error:  # Ctrl-C, too: nobody would know of them
         cancel_jobs([job.id for job in jobs])
+        if not isinstance(error, RuntimeError | submitit.core.utils.FailedJobError):
+            raise
         raise LaunchError(f"{spec.name}: not submitted: {_last_line(error)}") from None
-    chain = Chain(cluster=cluster, at=time.time(), jobs=(*(before if keep else ()), *jobs))
-    write_chain(run, chain)
     return chain
 
 
@@ -119,6 +122,9 @@ def _outside_any_job() -> Iterator[None]:
     """Variables of a job that submits must not be those of the one submitted."""
     from submitit.helpers import clean_env
 
+    if "SLURM_JOB_ID" not in os.environ:  # what there is are defaults of the user
+        yield
+        return
     conf = os.environ.get("SLURM_CONF")
     with clean_env():
         if conf is not None:  # which cluster it is

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.chaincli import ConfigArg, Overrides, follow_run, runs_of, wanted, with_index
+from launch.chaincli import (
+    ConfigArg,
+    Overrides,
+    follow_run,
+    require_idle,
+    runs_of,
+    wanted,
+    with_index,
+)
 
 if TYPE_CHECKING:
     from launch.rundir import RunDir
@@ -28,12 +36,18 @@ def sweep(
 
     from launch.compare import compare, comparison_table
     from launch.jobs import setup_logging
-    from launch.rundir import open_run
+    from launch.profile import load_profile
+    from launch.rundir import RunDir, find_config, open_run
     from launch.sweep import members, open_members, write_table
+    from medpsp.configio import load_config
 
     setup_logging()
     chosen = members(tuple(over or ()))
     changes = with_index(config, tuple(overrides or ())) if cluster else tuple(overrides or ())
+    if cluster:
+        load_profile(cluster)
+        for run in runs_of(RunDir(load_config(find_config(config), changes).out)):
+            require_idle(run)
     base, folder = open_run(config, changes)
     opened = open_members(folder, chosen)
     if cluster:
@@ -53,8 +67,7 @@ def sweep(
         for member, run in opened:
             submit_plan(own_part(plan, member, run), run)
         write_table(folder.root)
-    roots: list[RunDir] = [run for _, run in opened]
-    Console().print(comparison_table(compare([run.root for run in roots])))
+    Console().print(comparison_table(compare([run.root for _, run in opened])))
 
 
 def _sweep_on(
@@ -146,7 +159,9 @@ def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
 
     profile = load_profile(cluster)
     last: tuple[Submitted, ...] = ()
-    for member, run in opened:
+    spans = [spread(member, profile) for member, _ in opened]  # all of them fit, or none is sent
+    for span, (_, run) in zip(spans, opened, strict=True):
+        require_idle(run)
         job = JobSpec(
             name="measure",
             after=tuple(before.name for before in last),
@@ -154,7 +169,7 @@ def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
             minutes=profile.minutes.get("measure", 30),
             gpu=True,
             anyway=True,
-            **spread(member, profile),
+            **span,
         )
         (sent,) = submit_cluster((job,), profile, cluster, run, last).jobs
         last = (Submitted(name=f"{run.root.name}/measure", id=sent.id, after=sent.after),)

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
-from launch.chain import Chain, Submitted, write_chain
+from launch.chain import Chain, Submitted, read_chain, write_chain
 from launch.phantom import CLASSES, Phantom, write_archive
 from launch.rundir import RunDir
+from launch.slurmstate import _sacct
 from medpsp.config import Config
 from medpsp.configio import dump_yaml
 from medpsp.identity import create_key
@@ -136,9 +138,12 @@ def test_the_whole_chain(lab: Cluster, base: Path, local: Path) -> None:
     assert "train: 120 steps" in medpsp(lab, "logs", str(out), "train")
 
 
-def task(job: str, number: int) -> int:
+def task(job: str, number: int, part: int | None = None) -> int:
     """The process of a task of a job: not srun, nor what the task forked."""
-    wanted = {b"SLURM_JOB_ID=" + job.encode(), b"SLURM_PROCID=%d" % number}
+    key = b"SLURM_JOB_ID=" if part is None else b"SLURM_ARRAY_JOB_ID="
+    wanted = {key + job.encode(), b"SLURM_PROCID=%d" % number}
+    if part is not None:
+        wanted.add(b"SLURM_ARRAY_TASK_ID=%d" % part)
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -262,6 +267,8 @@ def test_zero_1_is_cancelled_resumed_and_leaves_out_a_node_without_the_shared_fo
     (alone / "shards").symlink_to(local / "shards")
     run = training(lab, base, local, "zero", *words)
     run.goes_on(0)
+    again = [str(base / "c.yaml"), f"out={run.out}", "--cluster", str(base / "site.yaml")]
+    assert "train, evaluate, export still waits or runs" in medpsp(lab, "run", *again, ok=False)
     assert "cancelled: train" in medpsp(lab, "cancel", str(run.out))
     lab.until(lambda: not lab.run("squeue", "-h", "-o", "%i").strip(), 60, "the end")
     assert "CANCELLED" in medpsp(lab, "status", str(run.out))
@@ -294,21 +301,25 @@ def test_with_accounting_two_ranks_on_a_node_and_a_part_that_is_killed_once(
         table = medpsp(lab, "status", str(out))
         asked = ("sacct", "-X", "-n", "-P", "--name=medpsp-train", "-o", "State,ExitCode")
         assert lab.run(*asked).strip() == "COMPLETED|0:0"
+        with mock.patch.dict(os.environ, lab.environment):
+            jobs = [job.id for job in read_chain(RunDir(out)).jobs]
+            assert {state.state for state in _sacct(jobs).values()} == {"COMPLETED"}
     assert re.search(r"train \d+: COMPLETED gpu\d$", said, re.MULTILINE)
     assert table.count("COMPLETED") == 8
     told = [json.loads(path.read_text()) for path in (out / "jobs").glob("convert.*.json")]
-    assert sorted(part["restarts"] for part in told) == [0, 1]
+    assert {part["restarts"] for part in told} == {0, 1}
+    assert told[0]["job"] == told[1]["job"]
     assert shards(out) == shards(local)
     assert_same(weights(out), weights(local))
 
 
 def part_that_runs(out: Path) -> int | None:
-    """The task of the first part once it says that it runs."""
+    """The task of the last part once it says that it runs: its id is that of the whole array."""
     try:
-        told = json.loads((out / "jobs/convert.1of2.json").read_text())
+        told = json.loads((out / "jobs/convert.2of2.json").read_text())
     except FileNotFoundError:
         return None
-    return task(told["job"], 0)
+    return task(told["job"], 0, part=1)
 
 
 def test_a_sweep_over_backbones_ends_in_a_table(lab: Cluster, base: Path, local: Path) -> None:

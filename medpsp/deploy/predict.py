@@ -25,13 +25,7 @@ from medpsp.dicom.scan import scan_folder
 from medpsp.dicom.values import luma
 from medpsp.dicom.voc import SUFFIXES
 from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError, SourceError
-from medpsp.intensity import (
-    ValueCounts,
-    needs_series_values,
-    overlay,
-    series_window,
-    to_unit,
-)
+from medpsp.intensity import ValueCounts, needs_series_values, overlay, series_window, to_unit
 from medpsp.tiles import Tiling
 from medpsp.types import FloatArray, Place, ReadPolicy, ScanRow, Series, Window
 
@@ -156,12 +150,9 @@ class Predictor:
         window = series_window(modality, self.window, counts, channels)
         own = headers if self.header_window and channels == 1 else ()
         windows = [header or window for header in own] or [window] * len(values)
-
-        def one(number: int, through: int | None = None) -> FloatArray:
-            window = windows[number if through is None else through]
-            return to_unit(values[number], window, inverted)
-
-        return one
+        return lambda n, through=None: to_unit(
+            values[n], windows[n if through is None else through], inverted
+        )
 
     def inputs(
         self,
