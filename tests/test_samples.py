@@ -12,9 +12,11 @@ import torch
 
 from medpsp.channels import channels_first, neighbours, stacked, window_channels
 from medpsp.config import Config
+from medpsp.deploy.predict import Predictor
+from medpsp.dicom.read import Pixels
 from medpsp.errors import ShardError
 from medpsp.types import Window, World
-from shards.crops import check_classes, jittered
+from shards.crops import check_classes, jittered, network_channels
 from shards.dataset import Inputs, train_batches, whole_slices
 from shards.index import SliceRow, read_index
 from shards.order import shares
@@ -198,3 +200,23 @@ def test_the_device_gets_what_the_loader_would_have_made(
         assert (label != ours.label).float().mean() < 1e-3
         moved += int((label != theirs.label).any())
     assert moved > 2
+
+
+def test_a_device_sees_neighbours_as_training_does() -> None:
+    """Through the window of the middle slice, also where each header has its own."""
+    values = np.stack([np.full((2, 2), v, np.int16) for v in (10, 20, 30)])
+    windows = tuple(Window(center=c, width=w) for c, w in ((10, 20), (20, 40), (30, 80)))
+
+    class Reader:
+        def read_into(self, bucket: str, slot: int, image: np.ndarray) -> None:  # type: ignore[type-arg]
+            image[...] = values[slot]
+
+    sample = Sample(bucket="", slots=(0, 1, 2), windows=windows[1:2], inverted=False)
+    whole = (slice(None), slice(None))
+    trained = network_channels(Reader(), sample, values[1].copy(), whole)  # type: ignore[arg-type]
+    model = Predictor.__new__(Predictor)
+    model.window, model.header_window, model.windows = None, True, ()
+    model.colours, model.context, model.channels = 1, 1, 3
+    show = model.show(Pixels(values, None), "MR", False, windows)
+    assert model.inputs(show, values)(1)[:, 0, 0].tolist() == trained[0, 0].tolist()
+    assert trained[0, 0].tolist() == pytest.approx([0.25, 0.5, 0.75])
