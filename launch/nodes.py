@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     """
     if len(arguments) < 3:
         raise LaunchError("launch.nodes: expected a shared folder, a command, a configuration")
-    meeting = Path(arguments[0]) / f".ray-{os.environ.get('SLURM_JOB_ID', 'local')}.json"
+    job, again = (os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT"))
+    meeting = Path(arguments[0]) / f".ray-{job}-{again}.json"  # a head before may have been killed
     if os.environ.get("SLURM_NODEID", "0") != "0":
         return _lend(meeting)
     address, token = f"{own_address()}:{free_port()}", secrets.token_hex(32)

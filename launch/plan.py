@@ -65,7 +65,7 @@ def plan_cluster(config: Config, profile: Profile) -> tuple[JobSpec, ...]:
     """The chain for SLURM: shards in an array of parts, ranks as tasks, a preflight beside them.
 
     Raises:
-        ConfigError: As `spread`.
+        ConfigError: As `spread`; or ``minutes`` of the profile names no job.
     """
     after = {
         "preflight": (),
@@ -77,6 +77,9 @@ def plan_cluster(config: Config, profile: Profile) -> tuple[JobSpec, ...]:
         "evaluate": ("train",),
         "export": ("evaluate",),
     }
+    if unknown := profile.minutes.keys() - {*after, "measure"}:
+        known = ", ".join((*after, "measure"))
+        raise ConfigError(f"minutes.{min(unknown)} of the profile: no such job; there are {known}")
     spans = spread(config, profile)
     shapes: dict[str, dict[str, Any]] = {
         "preflight": spans,

@@ -146,6 +146,7 @@ def _setup(profile: Profile, run: RunDir) -> list[str]:
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
         f"export MEDPSP_JOBS={shlex.quote(str(run.jobs.absolute()))}",
         f'export MEDPSP_SCRATCH="{profile.scratch or "/tmp"}"',
+        'export MEDPSP_SCRATCH="${MEDPSP_SCRATCH:-/tmp}"',
     ]
     if profile.scratch:
         lines += [

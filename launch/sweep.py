@@ -24,7 +24,7 @@ FOLDER = "sweep"
 MOST = 1000
 TIMED = 20
 """Steps of `medpsp scale`."""
-SHARED = ("data.", "out")
+SHARED = ("data", "out")
 OWN = ("train", "evaluate", "export")
 _UNFIT = re.compile(r"[^A-Za-z0-9.=_+-]+")
 
@@ -44,11 +44,11 @@ def members(over: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
         key, mark, values = text.partition("=")
         try:
             found: Any = yaml.safe_load(f"[{values}]") if mark else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # also a date that is none
             found = None
         if not found or not key:
             raise ConfigError(f"--over {text}: expected KEY=A,B")
-        if key.startswith(SHARED):
+        if key.split(".")[0] in SHARED:
             raise ConfigError(f"--over {key}: all members share shards and folder; vary others")
         axes.append(
             [(key, yaml.safe_dump(v, default_flow_style=True).split("\n")[0]) for v in found]

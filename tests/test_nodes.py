@@ -41,7 +41,7 @@ def test_two_nodes_share_a_conversion_and_leave_nothing_behind(
     config.out.mkdir()
     nodes = [node(config, 0)]
     try:
-        meeting = config.out / ".ray-77.json"
+        meeting = config.out / ".ray-77-0.json"
         wait_for(meeting.exists, "the head")
         assert meeting.stat().st_mode & 0o777 == 0o600
         nodes.append(node(config, 1))

@@ -105,6 +105,13 @@ def test_the_scripts_are_the_golden_ones(monkeypatch: pytest.MonkeyPatch):
     assert found + "\n" == GOLDEN.read_text(encoding="utf-8")
 
 
+def test_minutes_are_of_jobs():
+    with pytest.raises(
+        ConfigError, match=r"minutes\.trian of the profile: no such job; there are pre"
+    ):
+        plan_cluster(config(), Profile(minutes={"trian": 5}))
+
+
 def test_the_shipped_profiles_load():
     assert shipped_profiles() == ["container", "generic", "small"]
     for name in shipped_profiles():

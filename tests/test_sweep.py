@@ -43,6 +43,8 @@ def test_members_are_all_combinations():
         (["seed="], "expected KEY=A,B"),
         (["seed=[1"], "expected KEY=A,B"),
         (["data.colour=grey,keep"], "all members share shards"),
+        (["data={colour: grey}"], "all members share shards"),
+        (["seed=2024-13-45"], "expected KEY=A,B"),
         (["seed=1,1"], "two members have the same values"),
         (["seed=" + ",".join(map(str, range(1001)))], "1001 members, at most 1000"),
     ],
