@@ -17,8 +17,12 @@ from medpsp.config import Config, TrainConfig
 from medpsp.dataconfig import Node
 from medpsp.errors import ConfigError
 
-_DECIDES_STAGES = ("train.preset=", "train.steps=")
-"""Overrides that come first: they say which stages another one may change."""
+_DECIDES = {
+    "train.preset=": ("train", ("stages",)),
+    "train.steps=": ("train", ("stages",)),
+    "model.head=": ("model", ("output_stride", "aux")),
+}
+"""Overrides that come first, and what of the file they decide anew: others may change that then."""
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -39,7 +43,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"config {path}: not YAML{place}; mend the file") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping at the top, got {_kind(tree)}")
-    for text in sorted(overrides, key=lambda text: not text.startswith(_DECIDES_STAGES)):
+    for text in sorted(overrides, key=lambda text: not text.startswith(tuple(_DECIDES))):
         _override(tree, text)
     try:
         return Config.model_validate(tree)
@@ -51,8 +55,9 @@ def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{text}': expected key=value, for example train.batch_size=8")
-    if text.startswith(_DECIDES_STAGES) and isinstance(tree.get("train"), dict):
-        tree["train"].pop("stages", None)  # those of the file are not what is asked for now
+    section, decided = _DECIDES.get(f"{key}=", ("", ()))
+    for name in decided if isinstance(tree.get(section), dict) else ():
+        tree[section].pop(name, None)  # those of the file are not what is asked for now
     node: Any = tree
     default: Any = _defaults(Config)  # so that a list left to its default has items
     default["train"]["stages"] = _stages(tree)

@@ -282,3 +282,13 @@ def test_every_shipped_configuration_loads() -> None:
 def test_every_backbone_is_accepted(tmp_path: Path) -> None:
     for name in BACKBONES:
         assert load(tmp_path, SMALL, f"model.backbone={name}").model.backbone == name
+
+
+def test_another_head_brings_its_own_stride(tmp_path: Path) -> None:
+    """Also where the file is a resolved one, which says both."""
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_yaml(load_config(ROOT / "configs/demo.yaml")))
+    found = load_config(path, ("model.head=classic",)).model
+    assert (found.output_stride, found.aux) == (8, True)
+    found = load_config(path, ("model.output_stride=16", "model.head=classic")).model
+    assert (found.output_stride, found.aux) == (16, True)
