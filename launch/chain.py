@@ -12,8 +12,8 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
+from launch.meeting import write_json
 from launch.plan import JobSpec, those
 from launch.rundir import RunDir
 from medpsp.config import Config
@@ -126,7 +126,7 @@ def label_of(name: str, part: int, parts: int) -> str:
 
 def write_chain(run: RunDir, chain: Chain) -> None:
     """Keep what was submitted."""
-    _write(run.jobs / "chain.json", asdict(chain))
+    write_json(run.jobs / "chain.json", asdict(chain))
 
 
 def read_chain(run: RunDir) -> Chain:
@@ -151,7 +151,7 @@ def read_chain(run: RunDir) -> Chain:
 
 def tell(run: RunDir, name: str, told: Told) -> None:
     """Say what a job is at."""
-    _write(run.jobs / f"{name}.json", asdict(told))
+    write_json(run.jobs / f"{name}.json", asdict(told))
 
 
 def told_by(run: RunDir, name: str) -> Told | None:
@@ -160,10 +160,3 @@ def told_by(run: RunDir, name: str) -> Told | None:
         return Told(**json.loads((run.jobs / f"{name}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _write(path: Path, tree: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(tree, indent=1), encoding="utf-8")
-    partial.replace(path)

@@ -11,6 +11,7 @@ import typer
 from medpsp.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.chain import Submitted
     from launch.plan import JobSpec
     from launch.profile import Profile
     from launch.rundir import RunDir
@@ -130,18 +131,23 @@ def require_idle(folder: RunDir) -> None:
         ConfigError: A job that was submitted before has not ended.
         LaunchError: No SLURM answers.
     """
+    if not (folder.jobs / "chain.json").exists():
+        return
+    if left := _at_work([folder]):
+        names = ", ".join(job.name for job in left)
+        raise ConfigError(
+            f"{folder.root}: {names} still waits or runs; `medpsp cancel {folder.root}` first"
+        )
+
+
+def _at_work(runs: list[RunDir]) -> list[Submitted]:
+    """Jobs of runs that wait or run."""
     from launch.chain import read_chain
     from launch.slurmstate import job_states
 
-    if not (folder.jobs / "chain.json").exists():
-        return
-    jobs = read_chain(folder).jobs
-    states = job_states(job.id for job in jobs)
-    if at_work := [job.name for job in jobs if not states[job.id].ended]:
-        raise ConfigError(
-            f"{folder.root}: {', '.join(at_work)} still waits or runs; `medpsp cancel "
-            f"{folder.root}` first"
-        )
+    jobs = {job.id: job for run in runs for job in read_chain(run).jobs}
+    states = job_states(jobs)
+    return [job for job in jobs.values() if not states[job.id].ended]
 
 
 def wanted(
@@ -215,13 +221,10 @@ def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names
 
 def cancel(out: RunArg) -> None:
     """End the jobs of a run that wait or run."""
-    from launch.chain import read_chain
     from launch.rundir import RunDir
-    from launch.slurmstate import cancel_jobs, job_states
+    from launch.slurmstate import cancel_jobs
 
-    jobs = {job.id: job for run in runs_of(RunDir(out)) for job in read_chain(run).jobs}
-    states = job_states(jobs)
-    left = [job for job in jobs.values() if not states[job.id].ended]
+    left = _at_work(runs_of(RunDir(out)))
     cancel_jobs(job.id for job in left)
     typer.echo(f"cancelled: {', '.join(job.name for job in left) or 'nothing was left'}")
 

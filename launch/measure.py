@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import detect_world
+from launch.meeting import write_json
 from launch.ranks import end_with_parent, start_ranks
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
@@ -21,7 +22,9 @@ from medpsp.config import Config
 if TYPE_CHECKING:
     import torch
 
+    from medpsp.model.psp import PSPNet
     from medpsp.train.batch import Batch
+    from medpsp.train.loop import Progress, Run
     from medpsp.types import World
 
 log = logging.getLogger("medpsp")
@@ -45,7 +48,7 @@ def measure_job(config: Config) -> None:
     with process_group(world, train.threads, alone=train.engine != "ddp") as device:
         found = _measured(config, world, device)
     if world.rank == 0:
-        (config.out / "scale.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_json(config.out / "scale.json", found)
         rate = found["batch"] / found["step_s"]
         log.info("measure: %s, %d ranks: %.1f images/s", found["backbone"], world.size, rate)
 
@@ -54,36 +57,14 @@ def _measured(config: Config, world: World, device: torch.device) -> dict[str, A
     import torch
 
     from medpsp.model.psp import build_model
-    from medpsp.train.ema import Average
-    from medpsp.train.guard import Guard
-    from medpsp.train.loop import Progress, Run, enter_stage, train_step
+    from medpsp.train.loop import enter_stage, train_step
     from medpsp.train.optimizer import no_moments
-    from medpsp.train.timing import Clock
     from shards.dataset import train_batches
 
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(config.data.classes)).to(device)
-    rows, nothing = labelled_rows(config), None
-    shown: Any = nothing
-    run = Run(
-        config=config,
-        world=world,
-        device=device,
-        checkpoints=Path(),
-        board=shown,
-        batches=shown,
-        val_batches=shown,
-        examples=None,
-        weights=torch.ones(len(config.data.classes), device=device),
-    )
-    progress = Progress(
-        model=model,
-        average=Average(model, config.train),
-        state=shown,
-        moments=no_moments(),
-        guard=Guard(device, config.train.most_bad_steps),
-        clock=Clock(config, model, device, world),
-    )
+    rows = labelled_rows(config)
+    run, progress = parts_of_fit(model, config, world, device)
     engine = enter_stage(model, config.train.stages[0], run, no_moments())
     steps, waits = [], []
     batches = train_batches(config.shards, rows, config, world, (0, 0))
@@ -107,6 +88,42 @@ def _measured(config: Config, world: World, device: torch.device) -> dict[str, A
         "reduce_s": _reduce_seconds(gradient, device) if world.size > 1 else 0.0,
         "gradient_bytes": gradient,
     }
+
+
+def parts_of_fit(
+    model: PSPNet, config: Config, world: World, device: torch.device
+) -> tuple[Run, Progress]:
+    """What `train_step` needs to be timed; nothing is read, written or shown."""
+    import torch
+
+    from medpsp.train.checkpoint import TrainState
+    from medpsp.train.ema import Average
+    from medpsp.train.guard import Guard
+    from medpsp.train.loop import Progress, Run
+    from medpsp.train.optimizer import no_moments
+    from medpsp.train.timing import Clock
+
+    empty: Any = None
+    run = Run(
+        config=config,
+        world=world,
+        device=device,
+        checkpoints=Path(),
+        board=empty,
+        batches=empty,
+        val_batches=empty,
+        examples=None,
+        weights=torch.ones(len(config.data.classes), device=device),
+    )
+    progress = Progress(
+        model=model,
+        average=Average(model, config.train),
+        state=TrainState(step=0, stage="", best=-1, score=0, model={}),
+        moments=no_moments(),
+        guard=Guard(device, config.train.most_bad_steps),
+        clock=Clock(config, model, device, world),
+    )
+    return run, progress
 
 
 def _timed(batches: Iterator[Batch], count: int) -> Iterator[tuple[Batch, float]]:

@@ -9,7 +9,6 @@ user lives on. Ray asks for a token of this job: who may not read the run folder
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -24,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launch.cluster import free_port, own_address
+from launch.meeting import wait_for_json, write_json
 from medpsp.errors import LaunchError
 
 START_S = 120.0
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     address, token = f"{own_address()}:{free_port()}", secrets.token_hex(32)
     with _ray(token, "--head", f"--port={address.rsplit(':', 1)[1]}", _node_ip(address)) as head:
         _wait_for(head, address)
-        _write_private(meeting, json.dumps([address, token]))
+        write_json(meeting, [address, token], mode=0o600)
         try:
             command = [sys.executable, "-m", "launch.cli", *arguments[1:]]
             return subprocess.call(
@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> int:
 
 def _lend(meeting: Path) -> int:
     """Join the head's cluster until it says that it is done."""
-    address, token = json.loads(_read_when_there(meeting))
+    why = f"ray: no {meeting} within {START_S:.0f} s; did the first node start?"
+    address, token = wait_for_json(meeting, START_S, why)
     with _ray(token, f"--address={address}") as node:
         while meeting.exists():
             if node.poll() is not None:
@@ -112,24 +113,6 @@ def _wait_for(head: subprocess.Popen[bytes], address: str) -> None:
             return
         time.sleep(_POLL_S)
     raise LaunchError(f"ray: the head did not come up within {START_S:.0f} s")
-
-
-def _read_when_there(meeting: Path) -> str:
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        with suppress(FileNotFoundError):
-            return meeting.read_text(encoding="utf-8")
-        time.sleep(_POLL_S)
-    raise LaunchError(f"ray: no {meeting} within {START_S:.0f} s; did the first node start?")
-
-
-def _write_private(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    partial = path.with_suffix(".partial")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    partial.replace(path)
 
 
 def _node_ip(address: str) -> str:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cluster import free_port, own_address
+from launch.meeting import wait_for_json, write_json
 from launch.rundir import RunDir
-from medpsp.errors import EXIT_AGAIN, LaunchError, MedpspError
+from medpsp.errors import EXIT_AGAIN, MedpspError
 
 MEET_S = 600.0
 """For all ranks to start: nodes boot, containers load."""
-_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -82,27 +79,15 @@ def meet(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
     restart, step = env.get("SLURM_RESTART_COUNT", "0"), env.get("SLURM_STEP_ID", "0")
     path = folder / f".meet-{env['SLURM_JOB_ID']}-{restart}-{step}.json"
     if rank == 0:
-        port = free_port()
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps([own_address(), port]), encoding="utf-8")
-        partial.replace(path)
-    until = time.monotonic() + MEET_S
-    found = None
-    while found is None:
-        with suppress(OSError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            break
-        if time.monotonic() > until:
-            raise LaunchError(
-                f"ranks: {path} did not appear within {MEET_S:.0f} s; is {folder} on all nodes?"
-            )
-        time.sleep(_POLL_S)
+        write_json(path, [own_address(), free_port()])
+    why = f"ranks: {path} did not appear within {MEET_S:.0f} s; is {folder} on all nodes?"
+    address, port = wait_for_json(path, MEET_S, why)
     nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1"))
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
         "LOCAL_WORLD_SIZE": str(size // nodes),
-        "MASTER_ADDR": str(found[0]),
-        "MASTER_PORT": str(found[1]),
+        "MASTER_ADDR": str(address),
+        "MASTER_PORT": str(port),
     }

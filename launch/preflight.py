@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import detect_world
+from launch.meeting import wait_for_json, write_json
 from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.errors import LaunchError
@@ -40,7 +40,6 @@ def preflight_job(config: Config) -> None:
             "set nodes and tasks of the profile to it"
         )
     folder = run.jobs / f".preflight-{os.environ.get('SLURM_JOB_ID', 'local')}"
-    folder.mkdir(parents=True, exist_ok=True)
     with process_group(world, threads=1, seconds=300):
         total = torch.ones(1)
         if dist.is_initialized():
@@ -48,8 +47,14 @@ def preflight_job(config: Config) -> None:
         mine = _facts(run.root)
         if int(total) != world.size:
             raise LaunchError(f"preflight: an all-reduce over {world.size} ranks gave {int(total)}")
-        _say(folder / f"{world.rank}.json", mine)
-        everyone = [_heard(folder / f"{rank}.json", mine["node"]) for rank in range(world.size)]
+        write_json(folder / f"{world.rank}.json", mine)
+        unseen = (
+            f"preflight: node {mine['node']} does not see what another rank wrote; is {folder} a "
+            "folder that all nodes share?"
+        )
+        everyone = [
+            wait_for_json(folder / f"{rank}.json", SEEN_S, unseen) for rank in range(world.size)
+        ]
         if dist.is_initialized():
             dist.barrier()
     if world.rank == 0:
@@ -89,24 +94,3 @@ def _facts(root: Path) -> dict[str, Any]:
         "scontrol": shutil.which("scontrol") is not None,
         "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
     }
-
-
-def _say(path: Path, facts: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(facts), encoding="utf-8")
-    partial.replace(path)
-
-
-def _heard(path: Path, node: str) -> dict[str, Any]:
-    """What another rank wrote into the shared folder."""
-    until = time.monotonic() + SEEN_S
-    while time.monotonic() < until:
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
-        except (OSError, ValueError):
-            time.sleep(0.2)  # network file systems show a new file late
-    raise LaunchError(
-        f"preflight: node {node} does not see {path.name} of another rank; is {path.parent} a "
-        "folder that all nodes share?"
-    )

@@ -18,6 +18,7 @@ from launch.chaincli import (
 )
 
 if TYPE_CHECKING:
+    from launch.profile import Profile
     from launch.rundir import RunDir
     from medpsp.config import Config
 
@@ -45,13 +46,13 @@ def sweep(
     chosen = members(tuple(over or ()))
     changes = with_index(config, tuple(overrides or ())) if cluster else tuple(overrides or ())
     if cluster:
-        load_profile(cluster)
+        profile = load_profile(cluster)
         for run in runs_of(RunDir(load_config(find_config(config), changes).out)):
             require_idle(run)
     base, folder = open_run(config, changes)
     opened = open_members(folder, chosen)
     if cluster:
-        _sweep_on(cluster, base, folder, opened)
+        _sweep_on(cluster, profile, base, folder, opened)
         typer.echo(f"medpsp status {folder.root}")
         if not wait:
             return
@@ -71,15 +72,17 @@ def sweep(
 
 
 def _sweep_on(
-    cluster: str, base: Config, folder: RunDir, opened: list[tuple[Config, RunDir]]
+    cluster: str,
+    profile: Profile,
+    base: Config,
+    folder: RunDir,
+    opened: list[tuple[Config, RunDir]],
 ) -> None:
     from launch.chain import Submitted, unfinished
     from launch.plan import JobSpec, plan_cluster
-    from launch.profile import load_profile
     from launch.submit import submit_cluster
     from launch.sweep import own_part, shared_part
 
-    profile = load_profile(cluster)
     shared = unfinished(shared_part(plan_cluster(base, profile)), base, folder)
     first = submit_cluster(shared, profile, cluster, folder)
     last: list[Submitted] = []

@@ -75,8 +75,8 @@ def unread(plan: Plan) -> dict[str, str]:
 def _known(root: Path) -> set[str]:
     """What the last plan could not read either, and names that never were files of their own.
 
-    Shards of an earlier version say only what gave no slice; so does a lost plan, of which that is
-    not believed, as label objects and second copies give none either.
+    Shards of an earlier version say only what gave no slice. That is not enough where the plan is
+    lost or damaged: label objects and second copies give none either.
     """
     told = read_unread(root / PLAN)
     early = told is None and _is_published(root, PLAN)

@@ -152,3 +152,13 @@ def own_handlers() -> Iterator[None]:
         handler.close()
     logger.setLevel(level)
     logger.propagate = propagate
+
+
+@pytest.fixture
+def own(
+    archive: Path, make_config: Callable[..., Config], tmp_path: Path, ray_once: None
+) -> Config:
+    """An archive that may be changed, not converted: 8 patients of 4 slices, 6 slots a shard."""
+    shutil.copytree(archive, tmp_path / "archive")
+    data = {"index": tmp_path / "index", "workers": 1, "max_reject_fraction": 0.5}
+    return make_config(tmp_path / "archive", tmp_path / "out", **data)

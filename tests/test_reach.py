@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,10 @@ BUCKET = "48x48_int16"
 
 
 @pytest.fixture
-def own(
-    archive: Path, make_config: Callable[..., Config], tmp_path: Path, ray_once: None
-) -> Config:
-    """Shards of an archive that may be changed: 8 patients of 4 slices, 6 slots a shard."""
-    shutil.copytree(archive, tmp_path / "archive")
-    data = {"index": tmp_path / "index", "workers": 1, "max_reject_fraction": 0.5}
-    config = make_config(tmp_path / "archive", tmp_path / "out", **data)
-    build_shards(config)
-    return config
+def own(own: Config) -> Config:
+    """Converted."""
+    build_shards(own)
+    return own
 
 
 def slices(config: Config) -> Counter[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
@@ -22,16 +21,6 @@ from shards.write import Unreachable, _kept
 from tests.damage import flip
 
 NOT_NOW = "objects that are new or could be read cannot be read now"
-
-
-@pytest.fixture
-def own(
-    archive: Path, make_config: Callable[..., Config], tmp_path: Path, ray_once: None
-) -> Config:
-    """Shards of an archive that may be changed: 8 patients of 4 slices, 6 slots a shard."""
-    shutil.copytree(archive, tmp_path / "archive")
-    data = {"index": tmp_path / "index", "workers": 1, "max_reject_fraction": 0.5}
-    return make_config(tmp_path / "archive", tmp_path / "out", **data)
 
 
 def behind_links(config: Config, key: bytes, store: Path) -> Path:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
 
+from launch.measure import parts_of_fit
 from medpsp.config import Config
 from medpsp.model.cost import count_macs
 from medpsp.model.loss import segmentation_loss
@@ -41,7 +42,7 @@ from medpsp.train.optimizer import no_moments
 from medpsp.train.ranks import process_group
 from medpsp.train.timing import PEAK_TFLOPS
 from medpsp.types import World
-from tests.bench.train import batch_of, parts_of_fit
+from tests.bench.train import batch_of
 
 CLASSES, CLIP, GIB = 4, 1.0, 2**30
 PEERS = {
@@ -83,7 +84,7 @@ def config_of(args: argparse.Namespace, backbone: str, engine: str, compiled: bo
 def ours(config: Config, batch: Batch, device: torch.device) -> tuple[nn.Module, Step]:
     torch.manual_seed(0)
     model = build_model(config.model, CLASSES).to(device, memory_format=torch.channels_last)
-    run, progress = parts_of_fit(model, config, device)
+    run, progress = parts_of_fit(model, config, World(), device)
     engine = enter_stage(model, config.train.stages[0], run, no_moments())
     return model, lambda number: train_step(run, engine, progress, batch, number) and None
 

@@ -38,12 +38,13 @@ def rank(engine: str, steps: int, head: str) -> None:
 
     import torch
 
+    from launch.measure import parts_of_fit
     from medpsp.model.psp import build_model
     from medpsp.train.loop import enter_stage, train_step
     from medpsp.train.optimizer import no_moments
     from medpsp.train.ranks import process_group
     from medpsp.types import World
-    from tests.bench.train import batch_of, config_of, parts_of_fit
+    from tests.bench.train import batch_of, config_of
 
     size = int(os.environ["WORLD_SIZE"])
     world = World(rank=int(os.environ["RANK"]), size=size)
@@ -57,7 +58,7 @@ def rank(engine: str, steps: int, head: str) -> None:
     with process_group(world, 2 // size, alone=True) as device:
         torch.manual_seed(0)
         model = build_model(config.model, 2)
-        run, progress = parts_of_fit(model, config, device, world)
+        run, progress = parts_of_fit(model, config, world, device)
         engine_of = enter_stage(model, config.train.stages[0], run, no_moments())
         batch = batch_of(SIDE, BATCH // size)
         times = []

@@ -30,19 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from launch.measure import parts_of_fit
 from medpsp.config import Config
 from medpsp.model.loss import segmentation_loss
 from medpsp.model.psp import build_model
 from medpsp.stages import lr_at
 from medpsp.train.batch import Batch
 from medpsp.train.board import Board
-from medpsp.train.checkpoint import TrainState
-from medpsp.train.ema import Average
-from medpsp.train.guard import Guard
-from medpsp.train.loop import Progress, Run, enter_stage, report_step, train_step
+from medpsp.train.loop import enter_stage, report_step, train_step
 from medpsp.train.optimizer import no_moments
 from medpsp.train.ranks import Agreement
-from medpsp.train.timing import Clock
 from medpsp.types import World
 
 CPU = torch.device("cpu")
@@ -90,39 +87,9 @@ def batch_of(size: int, count: int, classes: int = 2) -> Batch:
     )
 
 
-def parts_of_fit(
-    model: Any,
-    config: Config,
-    device: torch.device,
-    world: World = World(),  # noqa: B008 - frozen
-) -> tuple[Run, Progress]:
-    """What `train_step` needs; nothing is read, written or shown."""
-    empty: Any = None
-    run = Run(
-        config=config,
-        world=world,
-        device=device,
-        checkpoints=Path(),
-        board=empty,
-        batches=empty,
-        val_batches=empty,
-        examples=None,
-        weights=torch.ones(len(config.data.classes), device=device),
-    )
-    progress = Progress(
-        model=model,
-        average=Average(model, config.train),
-        state=TrainState(step=0, stage="", best=-1, score=0, model={}),
-        moments=no_moments(),
-        guard=Guard(device, 5),
-        clock=Clock(config, model, device, world),
-    )
-    return run, progress
-
-
 def ours(model: Any, config: Config, batch: Batch, folder: Path) -> Step:
     """Everything that `fit` does in a step."""
-    run, progress = parts_of_fit(model, config, CPU)
+    run, progress = parts_of_fit(model, config, World(), CPU)
     run = replace(run, board=Board(folder / "ours", 0))
     engine = enter_stage(model, config.train.stages[0], run, no_moments())
     agreement = Agreement()
