@@ -14,11 +14,13 @@ from shards.index import OBJECTS, file_sha256, read_manifest
 from shards.planfile import Plan
 from shards.slots import PLAN, read_unread
 
-CODES = PASSING - {"SOURCE_CHANGED"} | {"FOLDER_UNREADABLE"}
+_FOLDER = "FOLDER_UNREADABLE"
+CODES = PASSING - {"SOURCE_CHANGED"} | {_FOLDER}
 """Of objects that may be there, and readable the next time."""
 _FURTHER = ("SYMLINK_DUPLICATE", "SYMLINK_FOLDER", "SYMLINK_LOOP", "SYMLINK_OUTSIDE")
 """Of names that gave no slice: with nothing behind them now, nothing is missing."""
 _SHOWN = 3
+Filters = list[list[tuple[str, str, object]]]
 
 
 def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) -> set[str]:
@@ -40,8 +42,7 @@ def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) 
     Raises:
         ShardError: With the codes of what cannot be read.
     """
-    known = _known(root) if found else set()
-    lost = {file_id: code for file_id, code in found.items() if file_id not in known}
+    lost = _lost(plan, found, root) if found else {}
     if not lost:
         return set(found)
     planned = {entry.name: entry.digest(settings) for entry in plan.shards}
@@ -62,27 +63,58 @@ def require_reach(plan: Plan, found: dict[str, str], root: Path, settings: str) 
 
 
 def unread(plan: Plan) -> dict[str, str]:
-    """``file_id`` and code of what cannot be read now, as far as that may pass."""
+    """Name and code of what cannot be read now, as far as that may pass.
+
+    The name is a ``file_id``, of a frame ``file_id/frame``: one that is missing does not tell that
+    the others are.
+    """
     found: dict[str, str] = {}
     for batch in plan.gathered.rows.batches():
-        names = ("file_id", "code", "detail")
-        for file_id, code, detail in zip(*(batch[n].to_pylist() for n in names), strict=True):
+        names = ("file_id", "frame", "code", "detail")
+        for file_id, frame, code, detail in zip(
+            *(batch[n].to_pylist() for n in names), strict=True
+        ):
             if code in CODES or (code == "NOT_REGULAR" and detail == NOWHERE):
-                found[file_id] = code
+                found[file_id if frame < 0 else f"{file_id}/{frame}"] = code
     return found
+
+
+def _lost(plan: Plan, found: dict[str, str], root: Path) -> dict[str, str]:
+    """Of what cannot be read now: what could be, or may hold what could be."""
+    known = _known(root)
+    lost = {n: code for n, code in found.items() if not {n, _object(n)} & known}
+    if _FOLDER in lost.values() and not _hides(plan, root):
+        return {name: code for name, code in lost.items() if code != _FOLDER}
+    return lost
+
+
+def _hides(plan: Plan, root: Path) -> bool:
+    """Whether an object of what is published may be in a folder that cannot be read now."""
+    seen = _objects(root, None)
+    if seen is None:
+        return True
+    for item in plan.gathered.planned:
+        seen.difference_update(ref.file_id for ref in item.series.slices)
+    for batch in plan.gathered.rows.batches():
+        seen.difference_update(batch["file_id"].to_pylist())
+    return bool(seen)
 
 
 def _known(root: Path) -> set[str]:
     """What the last plan could not read either, and names that never were files of their own.
 
     Shards of an earlier version say only what gave no slice. That is not enough where the plan is
-    lost or damaged: label objects and second copies give none either.
+    lost or damaged: label objects and second copies give none either. What was published as out of
+    reach is known then.
     """
     told = read_unread(root / PLAN)
-    early = told is None and _is_published(root, PLAN)
-    only: list[tuple[str, str, object]] = [("kept", "==", 0)]
-    if not early:
-        only.append(("code", "in", _FURTHER))
+    none = ("kept", "==", 0)
+    only: Filters = [[none, ("code", "in", _FURTHER)]]
+    if told is None and _is_published(root, PLAN):
+        only = [[none]]
+    elif told is None:
+        dead = ("code", "==", "NOT_REGULAR"), ("detail", "==", NOWHERE)
+        only += [[none, ("code", "in", CODES)], [none, *dead]]
     return (told or set()) | (_objects(root, only) or set())
 
 
@@ -91,10 +123,15 @@ def _met(root: Path, lost: dict[str, str]) -> set[str]:
     seen = _objects(root, None)
     if seen is None:
         return set(lost) if written_names(root) else set()
-    return {name for name, code in lost.items() if name in seen or code == "FOLDER_UNREADABLE"}
+    return {name for name, code in lost.items() if _object(name) in seen or code == _FOLDER}
 
 
-def _objects(root: Path, only: list[tuple[str, str, object]] | None) -> set[str] | None:
+def _object(name: str) -> str:
+    """Of a name of `unread`."""
+    return name.partition("/")[0]
+
+
+def _objects(root: Path, only: Filters | None) -> set[str] | None:
     """``file_id`` of the objects of what is published; None where nothing says so."""
     import pyarrow.parquet as pq
 

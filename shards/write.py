@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def write_shard(
                 if _by_values(part.planned, item.number, settings):
                     name = part.planned.name
                     values.setdefault(name, ValueCounts()).add_counts(item.values)
-        if kept := _kept(root, plan, digest, refused):
+        if kept := _kept(root, plan, digest, refused, {row["slot"] for row in rows}):
             return kept
         files = {path: writer.commit() for path, writer in zip(paths, writers, strict=True)}
     finally:
@@ -87,11 +87,18 @@ def write_shard(
     return commit
 
 
-def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) -> Commit | None:
+def _kept(
+    root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow], full: Container[int]
+) -> Commit | None:
     """The shard that is there, if slices that it holds cannot be read now, but may be again.
 
     They are known by their file. In a series of which a file is gone names may have shifted: there
-    it counts whether fewer slices can be read than it has.
+    it counts whether a slot that it fills would be empty.
+
+    Args:
+        root, plan, digest: As of `write_shard`.
+        refused: Slices that cannot be read.
+        full: Slots of the others.
 
     Raises:
         Unreachable: It cannot stay: it is of another plan, or damaged.
@@ -106,12 +113,10 @@ def _kept(root: Path, plan: ShardPlan, digest: str, refused: Sequence[ScanRow]) 
         for ref in part.planned.series.slices
     }
     keys = zip(old.columns["file_id"], old.columns["frame"], strict=True)
-    held = dict(zip(keys, old.columns["series"], strict=True))
-    renamed = {series for key, series in held.items() if key not in series_of}
-    empty = Counter({part.planned.name: part.stop - part.start for part in plan.parts})
-    empty.subtract(held.values())
-    missed = Counter(series_of.get(key, "") for key in passing)
-    fewer = {series for series in renamed if missed[series] > empty[series]}
+    places = zip(old.columns["series"], old.columns["slot"], strict=True)
+    held = dict(zip(keys, places, strict=True))
+    renamed = {series for key, (series, _) in held.items() if key not in series_of}
+    fewer = {series for series, slot in held.values() if series in renamed and slot not in full}
     lost = [row for key, row in passing.items() if key in held or series_of.get(key) in fewer]
     if not lost:
         return None

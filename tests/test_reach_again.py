@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from medpsp.config import Config
+from medpsp.dicom import walk
+from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import ScanRow
-from medpsp.errors import ShardError
+from medpsp.errors import DicomError, ShardError
 from shards.build import build_shards, plan_shards
 from shards.commit import committed_names, read_commit, write_commit
 from shards.headers import file_id
@@ -19,6 +21,7 @@ from shards.index import read_index
 from shards.slots import PLAN
 from shards.write import Unreachable, _kept
 from tests.damage import flip
+from tests.trapmaker import Archive, Volume, enhanced
 
 NOT_NOW = "objects that are new or could be read cannot be read now"
 
@@ -117,6 +120,65 @@ def test_a_slice_that_a_shard_never_held_stops_no_renamed_study(own: Config) -> 
     write_commit(own.shards, replace(old, columns=columns))  # as if one had been refused then
     here = moved.planned.series.slices[moved.start : moved.stop]
     refused = [refusal(ref.file_id, ref.frame) for ref in here]
-    assert _kept(own.shards, shard, "another", refused[:1]) is None
+    slots = range(moved.slot, moved.slot + len(here))
+    assert _kept(own.shards, shard, "another", refused[:1], slots[1:]) is None
     with pytest.raises(Unreachable, match="2 DEC_OOM"):
-        _kept(own.shards, shard, "another", refused[:2])
+        _kept(own.shards, shard, "another", refused[:2], slots[2:])
+    for empty in (slots[0:3:2], slots[2:3]):  # the first one lost for good, or there again
+        with pytest.raises(Unreachable, match="1 DEC_OOM"):
+            _kept(own.shards, shard, "another", [refused[2]], {*slots} - {*empty})
+
+
+def test_a_frame_that_was_missing_does_not_excuse_the_others(
+    own: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = own.model_copy(update={"data": own.data.model_copy(update={"unlabelled": "keep"})})
+    store = tmp_path / "store"
+    volumes = [Volume(code=n, shape=(6, 48, 64)) for n in (0, 1)]
+    enhanced(Archive(store), volumes, [*((0, k) for k in range(6)), (1, 5)])
+    (own.data.archive / "MF").symlink_to(store / "enhanced")
+
+    def digest(box: Sandbox, ref: object) -> str:
+        raise DicomError("DEC_TIMEOUT", "a busy machine")
+
+    monkeypatch.setattr(Sandbox, "digest", digest)
+    build_shards(own)
+    assert len(read_index(own.shards)) == 37
+    store.rename(tmp_path / "unmounted")
+    for _ in range(2):
+        with pytest.raises(ShardError, match=f"1 {NOT_NOW}"):
+            build_shards(own)
+    (tmp_path / "unmounted").rename(store)
+    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    build_shards(own)
+    assert len(read_index(own.shards)) == 37
+
+
+def test_a_folder_that_hides_nothing_of_ours(own: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_shards(own)
+    study = next(own.data.archive.rglob("IM0001")).parent
+    shut = [".Trash-1000"]
+    (own.data.archive / shut[0]).mkdir()
+    real = walk._listed
+
+    def listed(folder: str) -> object:
+        if Path(folder).name in shut:
+            raise DicomError("FOLDER_UNREADABLE", "EACCES")
+        return real(folder)
+
+    monkeypatch.setattr(walk, "_listed", listed)
+    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    build_shards(own)
+    shut.append(study.name)
+    with pytest.raises(ShardError, match=f"1 {NOT_NOW}"):
+        build_shards(own)
+
+
+def test_what_was_out_of_reach_stays_known_without_a_plan(own: Config) -> None:
+    (own.data.archive / "dead").symlink_to("/mnt/gone/IM9")
+    build_shards(own)
+    (own.shards / PLAN).unlink()
+    build_shards(own)
+    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    build_shards(own)
+    assert len(read_index(own.shards)) == 32
