@@ -40,11 +40,13 @@ class Chain:
         cluster: Profile by name or path.
         at: Seconds since 1970.
         jobs: In order.
+        slurm: ClusterName of the SLURM whose job ids they are; empty where it did not say.
     """
 
     cluster: str
     at: float
     jobs: tuple[Submitted, ...]
+    slurm: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ def read_chain(run: RunDir) -> Chain:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         jobs = tuple(Submitted(**{**job, "after": tuple(job["after"])}) for job in tree["jobs"])
-        return Chain(cluster=tree["cluster"], at=tree["at"], jobs=jobs)
+        return Chain(cluster=tree["cluster"], at=tree["at"], jobs=jobs, slurm=tree.get("slurm", ""))
     except FileNotFoundError:
         raise LaunchError(
             f"run {run.root}: nothing was submitted to a cluster; `medpsp run CONFIG --cluster "

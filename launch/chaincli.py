@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medpsp.errors import ConfigError
+from medpsp.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from launch.chain import Submitted
@@ -24,6 +26,7 @@ Overrides = Annotated[
 ]
 RunArg = Annotated[Path, typer.Argument(help="Folder of the run (`out`).")]
 POLL_S = 5.0
+log = logging.getLogger("medpsp")
 
 
 def run(
@@ -55,7 +58,7 @@ def run(
         plan = starting_at(plan_jobs(planned), start or "shards")
         typer.echo(describe(plan, RunDir(planned.out).config))
         return
-    resolved, folder = open_run(config, changes)
+    resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs)
     from launch.submit import submit_plan
 
     submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
@@ -140,12 +143,32 @@ def require_idle(folder: RunDir) -> None:
         )
 
 
+def refuse_beside_jobs(config: Config) -> None:
+    """For `open_run`: a command on this machine must not write where jobs of a cluster do.
+
+    Raises:
+        ConfigError: As `require_idle`.
+    """
+    from launch.rundir import RunDir
+
+    if {"SLURM_JOB_ID", "WORLD_SIZE"} & os.environ.keys():  # started by such a job
+        return
+    try:
+        require_idle(RunDir(config.out))
+    except LaunchError as error:
+        log.warning("jobs that were submitted before may be at work in %s: %s", config.out, error)
+
+
 def _at_work(runs: list[RunDir]) -> list[Submitted]:
     """Jobs of runs that wait or run."""
     from launch.chain import read_chain
-    from launch.slurmstate import job_states
+    from launch.slurmstate import job_states, require_cluster
 
-    jobs = {job.id: job for run in runs for job in read_chain(run).jobs}
+    jobs: dict[str, Submitted] = {}
+    for run in runs:
+        chain = read_chain(run)
+        require_cluster(chain.slurm, run.root)
+        jobs |= {job.id: job for job in chain.jobs}
     states = job_states(jobs)
     return [job for job in jobs.values() if not states[job.id].ended]
 

@@ -8,13 +8,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launch import chaincli, sweepcli
-from launch.chaincli import ConfigArg, Overrides
+from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
+
+if TYPE_CHECKING:
+    from medpsp.config import Config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,7 +60,9 @@ def shards(
             f"--part {part}: expected K/N with 1 <= K <= N, and only with --step convert"
         )
     converts = step is Step.convert
-    resolved, run = open_run(config, tuple(overrides or ()), shared=converts)
+    resolved, run = open_run(
+        config, tuple(overrides or ()), shared=converts, refuse=refuse_beside_jobs
+    )
     run.log_to(f"shards.{which}of{parts}" if converts else "shards")
     if converts:
         convert_job(resolved, which, parts)
@@ -77,7 +82,7 @@ def check(
     from launch.rundir import open_run
 
     setup_logging()
-    resolved, run = open_run(config, tuple(overrides or ()))
+    resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
     run.log_to("check")
     check_job(resolved, repair=repair, quick=quick)
 
@@ -89,8 +94,12 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
         from launch.rundir import open_run
         from launch.train import refuse_other_run
 
+        def refuse(config: Config) -> None:
+            refuse_beside_jobs(config)
+            if name == "train":
+                refuse_other_run(config)
+
         setup_logging()
-        refuse = refuse_other_run if name == "train" else None
         resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse)
         log_job(run, name)
         JOBS[name](resolved)

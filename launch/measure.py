@@ -157,6 +157,11 @@ def _reduce_seconds(size: int, device: torch.device) -> float:
     return statistics.median(times[2:])
 
 
+def forget(run: RunDir) -> None:
+    """Take away what an earlier `measure_job` wrote."""
+    (run.root / "scale.json").unlink(missing_ok=True)
+
+
 def measured(run: RunDir) -> dict[str, Any] | None:
     """What `measure_job` wrote; None where it did not end."""
     try:

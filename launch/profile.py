@@ -54,7 +54,9 @@ class Profile(Node):
     exclude: Line | None = Field(default=None, description="Nodes, as SLURM writes them.")
     mail_user: Line | None = None
     mail_type: Line | None = Field(default=None, description="Such as END,FAIL.")
-    extra: dict[Line, Line] = Field(default={}, description="Further options of sbatch.")
+    extra: dict[Line, Annotated[str, Field(max_length=1000)]] = Field(
+        default={}, description="Further options of sbatch; an empty value: a bare flag."
+    )
     setup: tuple[Line, ...] = Field(
         default=(), description="Shell lines before each job: module load, NCCL variables."
     )
@@ -71,7 +73,9 @@ class Profile(Node):
         default=5, description="Times that a job is queued again after a fault or its time limit."
     )
     signal_seconds: Annotated[int, Field(ge=1)] = Field(
-        default=120, description="Before its time limit a job is asked to save and end."
+        default=120,
+        description="Before its time limit a job is asked to save and end; at most a quarter of "
+        "the limit.",
     )
 
     @field_validator("*", mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def parameters(job: JobSpec, profile: Profile, ids: dict[str, str], run: RunDir)
         "ntasks_per_node": job.tasks,
         "cpus_per_task": job.cores,
         "time": job.minutes,
-        "signal_delay_s": profile.signal_seconds,
+        "signal_delay_s": min(profile.signal_seconds, job.minutes * 15),  # a quarter at most
         "setup": _setup(profile, run),
         "teardown": _teardown(profile),
         "srun_args": [
@@ -93,14 +94,18 @@ def parameters(job: JobSpec, profile: Profile, ids: dict[str, str], run: RunDir)
         "array_parallelism": profile.parallel,
         "wckey": None,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **profile.extra},
+        "additional_parameters": {
+            "requeue": True,
+            "kill-on-invalid-dep": "yes",
+            **{option: value or True for option, value in profile.extra.items()},
+        },
     }
     if job.after:
         kind_of_wait = "afterany" if job.anyway else "afterok"
         found["dependency"] = ":".join([kind_of_wait, *(ids[before] for before in job.after)])
     more = found["additional_parameters"]
     if kind.memory_gb is not None:
-        more["mem"] = f"{kind.memory_gb * 1024:.0f}M" if kind.memory_gb else "0"
+        more["mem"] = f"{math.ceil(kind.memory_gb * 1024)}M" if kind.memory_gb else "0"
     if kind.gres:
         found["gres"] = kind.gres
     elif kind.gpus:
@@ -143,6 +148,7 @@ def text(job: JobSpec, profile: Profile, run: RunDir, python: str) -> str:
 def _setup(profile: Profile, run: RunDir) -> list[str]:
     lines = [
         *profile.setup,
+        "set +e",  # or a failing job would end the script before what follows it
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
         f"export MEDPSP_JOBS={shlex.quote(str(run.jobs.absolute()))}",
         f'export MEDPSP_SCRATCH="{profile.scratch or "/tmp"}"',
@@ -167,7 +173,12 @@ def _teardown(profile: Profile) -> list[str]:
 
 
 def describe_scripts(plan: tuple[JobSpec, ...], profile: Profile, run: RunDir) -> str:
-    """The graph, and the script of every job, as they would be submitted."""
+    """The graph, and the script of every job, as they would be submitted.
+
+    Raises:
+        ConfigError: As of `check_folder`.
+    """
+    check_folder(run.root.absolute())
     python = profile.python or shlex.quote(sys.executable)
     graph = [
         f"{job.name:9} {_shape(job)}{', after ' + ', '.join(job.after) if job.after else ''}"

@@ -74,6 +74,33 @@ def job_states(ids: Iterable[str]) -> dict[str, JobState]:
     return {number: found.get(number, JobState()) for number in wanted}
 
 
+def cluster_name() -> str:
+    """ClusterName of the SLURM that answers here; empty where none does."""
+    try:
+        found = re.search(r"^ClusterName\s*=\s*(\S+)", _ask("scontrol", "show", "config"), re.M)
+    except LaunchError:
+        return ""
+    return found[1] if found else ""
+
+
+def require_cluster(chain_slurm: str, where: object) -> None:
+    """Refuse to ask one SLURM for job ids of another.
+
+    Args:
+        chain_slurm: ClusterName that gave them; empty where it is not known.
+        where: The run, for the message.
+
+    Raises:
+        LaunchError: Another one answers here.
+    """
+    here = cluster_name() if chain_slurm else ""
+    if here and here != chain_slurm:
+        raise LaunchError(
+            f"run {where}: submitted to the SLURM cluster {chain_slurm}, and this machine talks to "
+            f"{here}; ask from a machine of {chain_slurm}"
+        )
+
+
 def cancel_jobs(ids: Iterable[str]) -> None:
     """End jobs that still wait or run.
 

@@ -15,11 +15,13 @@ from rich.text import Text
 
 from launch.chain import Chain, Submitted, Told, label_of, read_chain, told_by
 from launch.rundir import RunDir
-from launch.slurmstate import ENDED, GONE, JobState, job_states
+from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
 from medpsp.errors import LaunchError
 
 SILENT_S = 600.0
 """A controller that is started again takes less."""
+NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "AccountNotAllowed")
+"""Why a job waits that starts only if somebody changes it or the cluster."""
 STALE_S = 120.0
 """A rank that wrote nothing for this long is not shown as at work."""
 
@@ -58,6 +60,7 @@ def status_of(run: RunDir) -> list[Row]:
         LaunchError: Nothing was submitted, or no SLURM answers.
     """
     chain = read_chain(run)
+    require_cluster(chain.slurm, run.root)
     states = job_states(job.id for job in chain.jobs)
     return [_row(run, job, states[job.id]) for job in chain.jobs]
 
@@ -142,10 +145,11 @@ def follow(run: RunDir, seconds: float, show: Any) -> list[Row]:
     """Show until nothing will run any more; asks SLURM every ``seconds``.
 
     Raises:
-        LaunchError: Nothing was submitted, or SLURM does not answer for ten minutes.
+        LaunchError: Nothing was submitted; or for ten minutes SLURM does not answer, or has
+            nothing but jobs that it cannot start.
     """
     read_chain(run)
-    heard = time.monotonic()
+    heard = able = time.monotonic()
     while True:
         try:
             rows = status_of(run)
@@ -158,6 +162,14 @@ def follow(run: RunDir, seconds: float, show: Any) -> list[Row]:
         show(rows)
         if ended(rows):
             return rows
+        stuck = next((row for row in rows if not row.ended and row.note in NEVER), None)
+        if stuck is None or any("RUNNING" in row.state for row in rows):
+            able = heard
+        elif heard - able > SILENT_S:
+            raise LaunchError(
+                f"{stuck.name}: cannot start ({stuck.note}), job {stuck.id}; change the profile to "
+                f"what the partition allows, `medpsp cancel {run.root}`, and submit again"
+            )
         time.sleep(seconds)
 
 

@@ -18,7 +18,7 @@ from launch.plan import JobSpec
 from launch.profile import Profile, profile_place
 from launch.rundir import RunDir
 from launch.sbatch import check_folder, parameters
-from launch.slurmstate import cancel_jobs
+from launch.slurmstate import cancel_jobs, cluster_name
 from medpsp.errors import ConfigError, LaunchError
 
 log = logging.getLogger("medpsp")
@@ -103,11 +103,12 @@ def submit_cluster(
                 )
             number = str(sent[0].job_id).split("_")[0]
             jobs.append(Submitted(name=spec.name, id=number, after=spec.after, parts=spec.parts))
-            log.info(
-                "%s: job %s%s", spec.name, number, f", {spec.parts} parts" if spec.parts > 1 else ""
-            )
+            array = f", {spec.parts} parts" if spec.parts > 1 else ""
+            log.info("%s: job %s%s", spec.name, number, array)
         kept = (*(before if keep else ()), *jobs)
-        chain = Chain(cluster=profile_place(cluster), at=time.time(), jobs=kept)
+        chain = Chain(
+            cluster=profile_place(cluster), at=time.time(), jobs=kept, slurm=cluster_name()
+        )
         write_chain(run, chain)
     except BaseException as error:  # Ctrl-C, too: nobody would know of them
         cancel_jobs([job.id for job in jobs])

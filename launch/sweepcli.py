@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +12,15 @@ from launch.chaincli import (
     ConfigArg,
     Overrides,
     follow_run,
+    refuse_beside_jobs,
     require_idle,
     runs_of,
     wanted,
     with_index,
 )
+from medpsp.errors import LaunchError
 
+log = logging.getLogger("medpsp")
 if TYPE_CHECKING:
     from launch.profile import Profile
     from launch.rundir import RunDir
@@ -49,7 +53,7 @@ def sweep(
         profile = load_profile(cluster)
         for run in runs_of(RunDir(load_config(find_config(config), changes).out)):
             require_idle(run)
-    base, folder = open_run(config, changes)
+    base, folder = open_run(config, changes, refuse=None if cluster else refuse_beside_jobs)
     opened = open_members(folder, chosen)
     if cluster:
         _sweep_on(cluster, profile, base, folder, opened)
@@ -80,26 +84,30 @@ def _sweep_on(
 ) -> None:
     from launch.chain import Submitted, unfinished
     from launch.plan import JobSpec, plan_cluster
+    from launch.slurmstate import cancel_jobs
     from launch.submit import submit_cluster
     from launch.sweep import own_part, shared_part
 
     shared = unfinished(shared_part(plan_cluster(base, profile)), base, folder)
-    first = submit_cluster(shared, profile, cluster, folder)
+    sent: list[Submitted] = []
     last: list[Submitted] = []
-    for member, run in opened:
-        plan = own_part(plan_cluster(member, profile), member, run, [j.name for j in first.jobs])
-        if plan:
-            chain = submit_cluster(plan, profile, cluster, run, first.jobs)
-            end = chain.jobs[-1]
-            last.append(Submitted(name=f"{run.root.name}/{end.name}", id=end.id, after=end.after))
-    job = JobSpec(
-        name="compare",
-        after=tuple(job.name for job in last),
-        cores=1,
-        minutes=10,
-        anyway=True,
-    )
-    submit_cluster((job,), profile, cluster, folder, (*first.jobs, *last), keep=True)
+    try:
+        sent += (first := submit_cluster(shared, profile, cluster, folder)).jobs
+        before = [job.name for job in first.jobs]
+        for member, run in opened:
+            plan = own_part(plan_cluster(member, profile), member, run, before)
+            if plan:
+                chain = submit_cluster(plan, profile, cluster, run, first.jobs)
+                sent += chain.jobs
+                end = chain.jobs[-1]
+                label = f"{run.root.name}/{end.name}"
+                last.append(Submitted(name=label, id=end.id, after=end.after))
+        ends = tuple(job.name for job in last)
+        job = JobSpec(name="compare", after=ends, cores=1, minutes=10, anyway=True)
+        submit_cluster((job,), profile, cluster, folder, (*first.jobs, *last), keep=True)
+    except BaseException:  # Ctrl-C, too: half a sweep ends in no table
+        cancel_jobs(job.id for job in sent)
+        raise
 
 
 def compare(
@@ -130,7 +138,7 @@ def scale(
     from rich.console import Console
 
     from launch.jobs import setup_logging
-    from launch.measure import measured
+    from launch.measure import forget, measured
     from launch.rundir import open_run
     from launch.scale import calculated_table, measured_table
     from launch.sweep import open_members, scale_members
@@ -138,6 +146,8 @@ def scale(
     setup_logging()
     base, folder = open_run(config, tuple(overrides or ()))
     opened = open_members(folder, scale_members(base, ranks, backbones), "scale")
+    for _, run in opened:
+        forget(run)
     if cluster:
         _scale_on(cluster, opened)
     else:
@@ -148,6 +158,8 @@ def scale(
             cores = member.train.ranks
             submit_plan((JobSpec(name="measure", after=(), cores=cores, minutes=60),), run)
     found = [one for _, run in opened if (one := measured(run))]
+    if not found:
+        raise LaunchError(f"scale: nothing was measured; the logs are in {folder.root}/scale")
     console = Console()
     console.print(measured_table(found))
     console.print(calculated_table(found, link_gb))
@@ -162,9 +174,10 @@ def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
 
     profile = load_profile(cluster)
     last: tuple[Submitted, ...] = ()
+    for _, run in opened:
+        require_idle(run)
     spans = [spread(member, profile) for member, _ in opened]  # all of them fit, or none is sent
     for span, (_, run) in zip(spans, opened, strict=True):
-        require_idle(run)
         job = JobSpec(
             name="measure",
             after=tuple(before.name for before in last),
@@ -177,4 +190,7 @@ def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
         (sent,) = submit_cluster((job,), profile, cluster, run, last).jobs
         last = (Submitted(name=f"{run.root.name}/measure", id=sent.id, after=sent.after),)
     for _, run in opened:
-        follow_run(run)
+        try:
+            follow_run(run)
+        except LaunchError as error:  # the others still make a table
+            log.warning("%s: %s", run.root.name, error)

@@ -84,7 +84,9 @@ def _lost(plan: Plan, found: dict[str, str], root: Path) -> dict[str, str]:
     known = _known(root)
     lost = {n: code for n, code in found.items() if not {n, _object(n)} & known}
     if _FOLDER in lost.values() and not _hides(plan, root):
-        return {name: code for name, code in lost.items() if code != _FOLDER}
+        # one that was met by the last run and is not known hid something before it was published
+        met = _objects(root, [[("code", "==", _FOLDER)]]) or set()
+        return {name: code for name, code in lost.items() if code != _FOLDER or name in met}
     return lost
 
 
@@ -115,7 +117,10 @@ def _known(root: Path) -> set[str]:
     elif told is None:
         dead = ("code", "==", "NOT_REGULAR"), ("detail", "==", NOWHERE)
         only += [[none, ("code", "in", CODES)], [none, *dead]]
-    return (told or set()) | (_objects(root, only) or set())
+    known = (told or set()) | (_objects(root, only) or set())
+    if torn := {_object(name) for name in known} - known:  # of a frame; is there any other?
+        known |= torn & (_objects(root, [[none]]) or set())
+    return known
 
 
 def _met(root: Path, lost: dict[str, str]) -> set[str]:

@@ -124,7 +124,7 @@ def _kept(
         return old
     codes = told_codes(Counter(row.code for row in lost))
     raise Unreachable(
-        f"must be made anew, and slices that it holds cannot be read now ({codes}; "
+        f"must be made anew, and slices of series that it holds cannot be read now ({codes}; "
         f"{lost[0].file_id}); make them readable and run again (DEC_*: with more "
         "data.decode_seconds or decode_memory_mib; SOURCE_CHANGED: with a new plan), or move them "
         "out of the archive; data.crosswalk tells their names"

@@ -14,6 +14,7 @@ from medpsp.dicom import walk
 from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import ScanRow
 from medpsp.errors import DicomError, ShardError
+from medpsp.types import SliceRef
 from shards.build import build_shards, plan_shards
 from shards.commit import committed_names, read_commit, write_commit
 from shards.headers import file_id
@@ -172,6 +173,50 @@ def test_a_folder_that_hides_nothing_of_ours(own: Config, monkeypatch: pytest.Mo
     shut.append(study.name)
     with pytest.raises(ShardError, match=f"1 {NOT_NOW}"):
         build_shards(own)
+
+
+def test_a_folder_that_hid_something_stays_a_loss(
+    own: Config, key: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = behind_links(own, key, tmp_path / "store")
+    build_shards(own)
+    (links,) = (path for path in own.data.archive.iterdir() if path.name.startswith("L"))
+    real = walk._listed
+
+    def listed(folder: str) -> object:
+        if Path(folder).name == links.name:
+            raise DicomError("FOLDER_UNREADABLE", "EACCES")
+        return real(folder)
+
+    monkeypatch.setattr(walk, "_listed", listed)
+    for _ in range(3):
+        build_shards(own)
+    shutil.rmtree(study)
+    for _ in range(2):
+        with pytest.raises(ShardError, match=f"1 {NOT_NOW}"):
+            build_shards(own)
+
+
+def test_an_object_that_gave_nothing_may_get_worse(
+    own: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = sorted(own.data.archive.rglob("IM*"))[5]
+    copy = Path(shutil.copy2(file, file.with_name("COPY")))
+    real = Sandbox.digest
+
+    def digest(box: Sandbox, ref: SliceRef) -> str:
+        if ref.path.endswith("COPY"):
+            raise DicomError("FILE_UNREADABLE", "EIO")
+        return real(box, ref)
+
+    monkeypatch.setattr(Sandbox, "digest", digest)
+    build_shards(own)
+    count = len(read_index(own.shards))
+    copy.unlink()
+    copy.symlink_to("/mnt/gone/COPY")
+    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    build_shards(own)
+    assert len(read_index(own.shards)) == count
 
 
 def test_what_was_out_of_reach_stays_known_without_a_plan(own: Config) -> None:

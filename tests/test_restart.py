@@ -156,7 +156,7 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path: Path, number: int) -> Non
 
 def test_the_end_of_the_time_is_obeyed(tmp_path: Path) -> None:
     config = config_of()
-    over = StopRequest(deadline=time.time() + 10, margin=11)
+    over = StopRequest(deadline=time.time())
     assert StopRequest(deadline=time.time() + 10, margin=9).code == 0
     assert over.code == OUT_OF_TIME
     with pytest.raises(Interrupted, match="the end of its time after step 1, which is saved"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from launch.chain import (
     unfinished,
     write_chain,
 )
-from launch.chaincli import require_idle
+from launch.chaincli import refuse_beside_jobs, require_idle
 from launch.plan import plan_cluster, starting_at
 from launch.profile import Profile, load_profile, shipped_profiles
 from launch.rundir import RunDir
@@ -97,7 +98,7 @@ def test_the_scripts_are_the_golden_ones(monkeypatch: pytest.MonkeyPatch):
             "setup": ["module load cuda"],
             "python": "apptainer exec --nv medpsp.sif python3",
             "scratch": "/local",
-            "extra": {"nice": "10"},
+            "extra": {"nice": "10", "exclusive": ""},
         }
     )
     monkeypatch.chdir("/")
@@ -149,6 +150,8 @@ def test_folders_that_a_script_cannot_name_are_refused(name: str):
         check_folder(Path("/runs") / name)
     assert "\n" not in str(caught.value)
     check_folder(Path('/runs/it\'s a "folder" $HOME ; rm'))
+    with pytest.raises(ConfigError, match="cannot be given to sbatch"):  # by --dry-run, too
+        describe_scripts((), Profile(), RunDir(Path("/runs") / name))
 
 
 def test_a_job_waits_for_those_before_it_and_tries_again():
@@ -158,6 +161,12 @@ def test_a_job_waits_for_those_before_it_and_tries_again():
     assert found["dependency"] == "afterok:12:13"
     assert "-lt 7 ]" in "\n".join(found["teardown"])
     assert found["additional_parameters"]["requeue"] is True
+    assert found["signal_delay_s"] == 120
+    short = Profile.model_validate({"cpu": {"memory_gb": 1e-6, "minutes": 2}})
+    job = plan_cluster(config(), short)[1]
+    found = parameters(job, short, ids, RunDir(Path("/runs/a")))
+    assert found["signal_delay_s"] == 30  # or it would be asked to end as it begins
+    assert found["additional_parameters"]["mem"] == "1M"  # 0 would be all that a node has
 
 
 # SLURM's words
@@ -295,3 +304,59 @@ def test_no_second_chain_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 require_idle(run)
         else:
             require_idle(run)
+
+
+def submitted(run: RunDir, slurm: str = "") -> None:
+    job = Submitted(name="train", id="7", after=())
+    write_chain(run, Chain(cluster="generic", at=0.0, jobs=(job,), slurm=slurm))
+
+
+def test_job_ids_of_another_cluster_are_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = RunDir(tmp_path)
+    submitted(run, "west")
+    said = {"scontrol show config": "Configuration data\nClusterName             = east\n"}
+    monkeypatch.setattr(slurmstate, "_ask", lambda *words: said[" ".join(words)])
+    told = "submitted to the SLURM cluster west, and this machine talks to east"
+    with pytest.raises(LaunchError, match=told):
+        status.status_of(run)
+    with pytest.raises(LaunchError, match=told):
+        require_idle(run)
+
+
+def test_a_command_here_keeps_off_a_folder_where_jobs_are_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    chosen = config(out=str(tmp_path))
+    submitted(RunDir(tmp_path))
+    found = slurmstate.JobState(counts=Counter({"RUNNING": 1}))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(slurmstate, "job_states", lambda ids: {"7": found})
+        with pytest.raises(ConfigError, match="train still waits or runs"):
+            refuse_beside_jobs(chosen)
+    monkeypatch.setenv("PATH", "/nowhere")  # a laptop that has the folder, and no SLURM
+    logging.getLogger("medpsp").propagate = True
+    refuse_beside_jobs(chosen)
+    assert "may be at work" in caplog.text
+
+
+@pytest.mark.parametrize("reason", ["PartitionNodeLimit", "Resources"])
+def test_what_can_never_start_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+):
+    submitted(RunDir(tmp_path))
+    states = [*(["PENDING"] * 3), "COMPLETED"]
+
+    def next_state(ids: object) -> dict[str, slurmstate.JobState]:
+        return {"7": slurmstate.JobState(counts=Counter({states.pop(0): 1}), reason=reason)}
+
+    monkeypatch.setattr(status, "job_states", next_state)
+    monkeypatch.setattr(status, "SILENT_S", 0.0)
+    if reason == "Resources":
+        (row,) = status.follow(RunDir(tmp_path), 0.01, lambda rows: None)
+        assert row.well
+    else:
+        with pytest.raises(LaunchError, match=r"train: cannot start \(PartitionNodeLimit\), job 7"):
+            status.follow(RunDir(tmp_path), 0.01, lambda rows: None)

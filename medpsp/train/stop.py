@@ -24,11 +24,14 @@ class StopRequest:
 
     Args:
         deadline: Seconds since 1970 by which the process is to be gone; None for never.
-        margin: Seconds before it at which to save.
+        margin: Seconds before it at which to save; at most a quarter of what is left now, or a
+            short job would do nothing but save.
     """
 
     def __init__(self, deadline: float | None = None, margin: float = 120.0) -> None:
-        self._at = None if deadline is None else deadline - margin
+        self._at: float | None = None
+        if deadline is not None:
+            self._at = deadline - min(margin, max(0.0, deadline - time.time()) / 4)
         self._signal = 0
 
     @contextmanager

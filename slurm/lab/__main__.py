@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -82,7 +83,9 @@ def _known(root: Path) -> Lab:
     try:
         return Lab.load(root)
     except (OSError, ValueError, TypeError, KeyError):
-        raise LabError(f"{root}: no lab there; `up` makes one") from None
+        others = sorted(str(path.parent) for path in root.parent.glob("medpsp-lab-*/lab.json"))
+        hint = f"--root {others[0]} is one (sudo?)" if others else "`up` makes one"
+        raise LabError(f"{root}: no lab there that can be read; {hint}") from None
 
 
 def _on(args: argparse.Namespace, lab: Lab) -> int:
@@ -154,10 +157,7 @@ def _up(args: argparse.Namespace) -> int:
         raise LabError(f"no {missing[0]} here; on Debian: {PACKAGES}{more}")
     os.environ["PATH"] = _path()
     root: Path = args.root.resolve()
-    if root.exists() and any(root.iterdir()):
-        raise LabError(f"{root}: not empty; `down` first, or another --root")
-    if len(os.fsencode(root)) > 80:
-        raise LabError(f"{root}: too long for the sockets in it (80 bytes at most)")
+    _require_place(root)
     if args.cpu + args.gpu < 1 or args.cpu < 0 or args.gpu < 0 or args.cpu + args.gpu > 200:
         raise LabError(f"--cpu {args.cpu} --gpu {args.gpu}: expected 1 to 200 nodes together")
     began = time.monotonic()
@@ -176,6 +176,17 @@ def _up(args: argparse.Namespace) -> int:
         f"export SLURM_CONF={lab.conf}\n"
     )
     return 0
+
+
+def _require_place(root: Path) -> None:
+    if root.exists() and root.stat().st_uid != os.geteuid():
+        raise LabError(f"{root}: of another user; take another --root")
+    if root.exists() and any(root.iterdir()):
+        raise LabError(f"{root}: not empty; `down` first, or another --root")
+    if len(os.fsencode(root)) > 80:
+        raise LabError(f"{root}: too long for the sockets in it (80 bytes at most)")
+    if not re.fullmatch(r"[\w./+@=-]+", str(root), re.ASCII):
+        raise LabError(f"{root}: slurm.conf takes no blanks or quotes in it; another --root")
 
 
 def _path() -> str:
@@ -208,10 +219,10 @@ def _laid_out(args: argparse.Namespace, root: Path) -> Lab:
         nodes=tuple(nodes),
     )
     root.mkdir(parents=True, exist_ok=True)
+    lab.save()  # first: `down` removes what is half made
     for folder in ("etc", "run", "log", "state", "spool", "db"):
         (root / folder).mkdir()
     devices(root)
-    lab.save()
     return lab
 
 

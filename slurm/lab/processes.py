@@ -130,13 +130,16 @@ def _reap(pid: int) -> None:
 
 
 def leftovers(lab: Lab) -> Iterator[int]:
-    """Processes of a lab and of its jobs, by what their environment says; never the user's own."""
+    """Processes of a lab and on its nodes, by what their environment says.
+
+    Never the user's own: the shell of an salloc is in a job, too, but on no node.
+    """
     daemon, job = f"{MARK}={lab.root}".encode(), f"SLURM_CONF={lab.conf}".encode()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         with suppress(OSError):
             found = (entry / "environ").read_bytes().split(b"\0")
-            in_job = job in found and any(one.startswith(b"SLURM_JOB_ID=") for one in found)
-            if (daemon in found or in_job) and start_time(int(entry.name)):
+            on_node = job in found and any(one.startswith(b"SLURMD_NODENAME=") for one in found)
+            if (daemon in found or on_node) and start_time(int(entry.name)):
                 yield int(entry.name)
