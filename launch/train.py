@@ -42,6 +42,11 @@ def train_job(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     rows = labelled_rows(config)
+    if lacking := [s for s in ("train", "val") if not any(row.split == s for row in rows)]:
+        raise ConfigError(
+            f"data.split: no {' and no '.join(lacking)} patient has labels, so nothing can be "
+            "learnt or scored; label some, raise data.split.val, or use another key"
+        )
     if config.train.ranks > 1 and "WORLD_SIZE" not in os.environ:
         start_ranks(config)
         return

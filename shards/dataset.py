@@ -109,7 +109,8 @@ def train_batches(
         channels=config.model.channels,
         level=stage.augment,
         options=AugmentOptions(
-            flips=train.flips, transforms=build_transforms(train.transforms, train.size)
+            flips=train.flips,
+            transforms=build_transforms(train.transforms, train.size, config.model.channels),
         ),
         jitter=train.window_jitter,
         draws_only=train.augment_on == "device",

@@ -117,6 +117,14 @@ def test_colour_takes_the_stem_as_it_is(tmp_path: Path) -> None:
     assert model.eval()(torch.rand(1, 3, 33, 47))[0].shape == (1, 2, 33, 47)
 
 
+def test_weights_of_a_larger_sibling_are_refused(tmp_path: Path) -> None:
+    path, _ = weights_file(tmp_path / "w.pth", "resnet34")  # it holds all names of resnet18
+    with pytest.raises(
+        ConfigError, match=r"are not of resnet18, the first: layer1\.2"
+    ):
+        build_backbone(small(backbone="resnet18", pretrained=path))
+
+
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     other, _ = weights_file(tmp_path / "resnet18.pth", "resnet18")
     unrelated = tmp_path / "unrelated.safetensors"  # a mobile net would load it and stay random

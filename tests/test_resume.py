@@ -52,6 +52,18 @@ def test_who_is_asked_to_end_does_not_validate_first(
     assert read_state(run.checkpoints / "step-00000002").scored
 
 
+def test_what_a_begun_stage_goes_on_with_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped_at(make_config(*TWO), tmp_path, 3)
+    other = make_config(TWO[0], {**TWO[1], "lr": 0.5, "fraction": 0.5})
+    logging.getLogger("medpsp").propagate = True
+    fit(make_run(other, tmp_path), network(other))
+    (line,) = [text for text in caplog.messages if "goes on with" in text]
+    assert line.startswith("train: stage full goes on with lr 0.5, begun with ")
+    assert "fraction 0.5, begun with 1.0" in line
+
+
 @pytest.mark.parametrize("left", ["stage-0-warm", "step-00000002"])
 @pytest.mark.parametrize("how", ["missing", "damaged"])
 def test_half_of_a_stages_end_is_made_whole(tmp_path: Path, left: str, how: str) -> None:

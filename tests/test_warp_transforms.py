@@ -51,9 +51,9 @@ def made(*items: dict[str, Any], seed: int = 0) -> tuple[NDArray[np.float32], ND
         ({"name": "RandomBrightnessContrast"}, "it clips float images to [0, 1]"),
         ({"name": "ColorJitter"}, "changes colours, which grey values do not have"),
         ({"name": "Normalize"}, "the window has decided"),
-        ({"name": "RandomScale"}, "of (48, 64); leave it out"),
-        ({"name": "RandomRain"}, "fails on a grey float32 image"),
-        ({"name": "FDA"}, "fails on a grey float32 image"),
+        ({"name": "RandomScale"}, "of (48, 64, 1); leave it out"),
+        ({"name": "RandomRain"}, "fails on a float32 image of (48, 64, 1)"),
+        ({"name": "FDA"}, "fails on a float32 image of (48, 64, 1)"),
     ],
 )
 def test_what_is_refused_is_refused_in_one_line(item: dict[str, Any], said: str) -> None:
@@ -73,6 +73,13 @@ def test_square_crops_may_turn_by_90_degrees() -> None:
     with pytest.raises(ConfigError, match="RandomRotate90 makes"):
         build_transforms([{"name": "RandomRotate90"}])
     assert build_transforms([{"name": "RandomRotate90"}], size=(64, 64)) is not None
+
+
+def test_transforms_are_tried_on_as_many_channels_as_they_will_see() -> None:
+    clahe = [{"name": "CLAHE"}]
+    assert build_transforms(clahe) is not None
+    with pytest.raises(ConfigError, match=r"CLAHE fails on a float32 image of \(48, 64, 5\)"):
+        build_transforms(clahe, channels=5)
 
 
 def test_noise_is_there_and_repeats() -> None:

@@ -184,3 +184,9 @@ def _check_weights(path: Path, backbone: str) -> None:
             f"model.pretrained {path}: {len(missing)} weights of {backbone} are not there, the "
             f"first: {missing[0]}; give a .safetensors or .pth of timm's {backbone}"
         )
+    known = full.state_dict()
+    if more := [n for n in state if n not in known and not n.startswith(head)]:
+        raise ConfigError(
+            f"model.pretrained {path}: {len(more)} weights in it are not of {backbone}, the first: "
+            f"{more[0]} (a larger network?); give a .safetensors or .pth of timm's {backbone}"
+        )

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -96,7 +97,7 @@ class Transforms:
 
 
 def build_transforms(
-    items: Sequence[Mapping[str, Any]], size: tuple[int, int] = (48, 64)
+    items: Sequence[Mapping[str, Any]], size: tuple[int, int] = (48, 64), channels: int = 1
 ) -> Transforms | None:
     """Check what ``train.transforms`` lists, by making and trying each of it.
 
@@ -104,6 +105,7 @@ def build_transforms(
         items: Each a name of albumentations and its arguments, for example
             ``{"name": "GaussNoise", "std_range": [0.01, 0.05], "p": 0.3}``.
         size: Rows and columns to try them on.
+        channels: Of the images: neighbouring slices and windows are channels.
 
     Returns:
         None where nothing is listed.
@@ -114,7 +116,7 @@ def build_transforms(
     if not items:
         return None
     for item in items:
-        _try(_make(item), str(item["name"]), size)
+        _try(_make(item), str(item["name"]), (*size, channels))
     return Transforms(json.dumps([dict(item) for item in items], sort_keys=True))
 
 
@@ -191,7 +193,7 @@ def _check_argument(name: str, key: str, value: Any, legal: list[str]) -> None:
         )
 
 
-def _try(transform: Any, name: str, size: tuple[int, int]) -> None:
+def _try(transform: Any, name: str, shape: tuple[int, int, int]) -> None:
     """Run it on a picture.
 
     Raises:
@@ -199,7 +201,7 @@ def _try(transform: Any, name: str, size: tuple[int, int]) -> None:
     """
     from cv2 import error as cv2_error
 
-    image = np.linspace(0, 1, size[0] * size[1], dtype=np.float32).reshape(*size, 1)
+    image = np.linspace(0, 1, math.prod(shape), dtype=np.float32).reshape(shape)
     label = (image[..., 0] > 0.5).astype(np.uint8)
     transform.p, chance = 1.0, transform.p
     faults = []
@@ -207,17 +209,18 @@ def _try(transform: Any, name: str, size: tuple[int, int]) -> None:
         for seed in range(_TRIES):
             transform.set_random_seed(seed)
             out = transform(image=image.copy(), mask=label.copy())
-            faults.append(_fault(out["image"], out["mask"], size))
+            faults.append(_fault(out["image"], out["mask"], shape))
     except (*_FAULTS, cv2_error) as error:
-        faults.append(f"fails on a grey float32 image: {_line(error)}")
+        faults.append(f"fails on a float32 image of {shape}: {_line(error)}")
     transform.p = chance
     if any(faults):
         raise ConfigError(f"train.transforms: {name} {next(filter(None, faults))}; leave it out")
 
 
-def _fault(image: NDArray[Any], label: NDArray[Any], size: tuple[int, int]) -> str:
-    if image.shape[:2] != size or image.size != size[0] * size[1] or label.shape != size:
-        return f"makes {image.shape} and {label.shape} of {size}"
+def _fault(image: NDArray[Any], label: NDArray[Any], shape: tuple[int, int, int]) -> str:
+    size = shape[:2]
+    if image.shape[:2] != size or image.size != math.prod(shape) or label.shape != size:
+        return f"makes {image.shape} and {label.shape} of {shape}"
     if image.dtype != np.float32 or label.dtype != np.uint8:
         return f"makes {image.dtype} and {label.dtype} of float32 and uint8"
     if not np.isfinite(image).all():

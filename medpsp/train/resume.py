@@ -57,7 +57,16 @@ def identify(config: Config, data_id: str = "") -> dict[str, Any]:
 def schedule_of(config: Config) -> dict[str, Any]:
     """What gives a step number its meaning."""
     stages = [[stage.name, stage.steps] for stage in config.train.stages]
-    return {"seed": config.seed, "batch_size": config.train.batch_size, "stages": stages}
+    begun = [
+        {**stage.model_dump(mode="json"), "size": list(config.train.size)}
+        for stage in config.train.stages
+    ]
+    return {
+        "seed": config.seed,
+        "batch_size": config.train.batch_size,
+        "stages": stages,
+        "settings": begun,
+    }
 
 
 def same_so_far(state: TrainState, config: Config) -> bool:
@@ -69,6 +78,23 @@ def same_so_far(state: TrainState, config: Config) -> bool:
     index, _ = stage_at(stages, state.step - 1)
     done: list[Any] = state.schedule["stages"]
     return done[:index] == now["stages"][:index] and state.stage == stages[index].name
+
+
+def changed_midway(state: TrainState, config: Config) -> str:
+    """What a stage that was begun goes on with in place of what it was begun with; or nothing."""
+    stages = config.train.stages
+    index, within = stage_at(stages, state.step - 1)
+    before: list[dict[str, Any]] = state.schedule.get("settings", [])
+    if within + 1 >= stages[index].steps or index >= len(before):
+        return ""
+    now = schedule_of(config)["settings"][index]
+    changes = [
+        f"{key} {now[key]}, begun with {value}"
+        for key, value in before[index].items()
+        if key not in ("steps", "epochs") and key in now and now[key] != value
+    ]
+    name = stages[index].name
+    return f"stage {name} goes on with {'; '.join(changes)}" if changes else ""
 
 
 def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) -> None:
@@ -126,6 +152,8 @@ def restore(run: Run, model: PSPNet) -> Restored:
         for line in damaged:
             log.warning("train: left out: %s", line)
         log.info("train: goes on from step %d (%s)", state.step, path.name)
+        if changed := changed_midway(state, config):
+            log.warning("train: %s", changed)
         for name in names_of(config, state.step):
             other = found.get(folder / name)
             if other is None or other.step != state.step:
