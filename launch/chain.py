@@ -151,6 +151,14 @@ def read_chain(run: RunDir) -> Chain:
         raise LaunchError(f"{path}: damaged ({type(error).__name__}); submit again") from None
 
 
+def chain_of(run: RunDir) -> Chain | None:
+    """What was submitted last; None where nothing is known of it."""
+    try:
+        return read_chain(run)
+    except LaunchError:
+        return None
+
+
 def tell(run: RunDir, name: str, told: Told) -> None:
     """Say what a job is at."""
     write_json(run.jobs / f"{name}.json", asdict(told))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launch.plan import JobSpec
     from launch.profile import Profile
     from launch.rundir import RunDir
-    from launch.status import Row
+    from launch.status import Row, Shown
     from medpsp.config import Config
 
 ConfigArg = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")]
@@ -89,7 +89,7 @@ def _run_on(
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
     if wait and plan:
-        follow_run(folder)
+        follow_runs([folder])
 
 
 def _submit(plan: tuple[JobSpec, ...], profile: Profile, cluster: str, folder: RunDir) -> None:
@@ -149,12 +149,18 @@ def refuse_beside_jobs(config: Config) -> None:
     Raises:
         ConfigError: As `require_idle`.
     """
-    from launch.rundir import RunDir
+    from launch.chain import read_chain
+    from launch.rundir import REASONS, RunDir
 
-    if {"SLURM_JOB_ID", "WORLD_SIZE"} & os.environ.keys():  # started by such a job
+    folder = RunDir(config.out)
+    if REASONS in os.environ or os.environ.get("RANK", "0") != "0":  # who started it has looked
         return
     try:
-        require_idle(RunDir(config.out))
+        own = {os.environ.get(f"SLURM_{name}JOB_ID", "") for name in ("", "ARRAY_")}
+        if (folder.jobs / "chain.json").exists():
+            if own & {job.id for job in read_chain(folder).jobs}:
+                return
+            require_idle(folder)
     except LaunchError as error:
         log.warning("jobs that were submitted before may be at work in %s: %s", config.out, error)
 
@@ -183,13 +189,13 @@ def wanted(
     return starting_at(plan, start) if start else unfinished(plan, config, folder)
 
 
-def follow_run(folder: RunDir) -> None:
-    """Show a run until nothing will run any more.
+def follow_runs(folders: list[RunDir]) -> None:
+    """Show runs until nothing of them will run any more.
 
     Raises:
         LaunchError: A job did not end well.
     """
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.live import Live
 
     from launch.status import follow, require_success, table
@@ -198,16 +204,21 @@ def follow_run(folder: RunDir) -> None:
     if not console.is_terminal:
         seen: list[Row] = []
 
-        def say(rows: list[Row]) -> None:
+        def say(found: Shown) -> None:
+            rows = [row for _, of_run in found for row in of_run]
             for row in rows:
                 if row not in seen:
                     typer.echo(f"{row.name} {row.id}: {row.state} {row.nodes} {row.note}".rstrip())
             seen[:] = rows
 
-        require_success(follow(folder, POLL_S, say))
+        require_success(follow(folders, POLL_S, say))
         return
     with Live(console=console) as live:
-        rows = follow(folder, POLL_S, lambda rows: live.update(table(folder, rows)))
+
+        def draw(found: Shown) -> None:
+            live.update(Group(*(table(folder, rows) for folder, rows in found)))
+
+        rows = follow(folders, POLL_S, draw)
     require_success(rows)
 
 
@@ -221,13 +232,13 @@ def status(
     from launch.rundir import RunDir
     from launch.status import status_of, table
 
-    for folder in runs_of(RunDir(out)):
-        if watch:
-            follow_run(folder)
-        else:
-            Console().print(table(folder, status_of(folder)), soft_wrap=True)
-    if not watch:
-        typer.echo(f"tensorboard --logdir {out}")
+    folders = runs_of(RunDir(out))
+    if watch:
+        follow_runs(folders)
+        return
+    for folder in folders:
+        Console().print(table(folder, status_of(folder)), soft_wrap=True)
+    typer.echo(f"tensorboard --logdir {out}")
 
 
 def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")]) -> None:
@@ -272,6 +283,7 @@ def resume(out: RunArg) -> None:
     if any(job.name == "compare" for job in chain.jobs):
         raise ConfigError(f"resume {out}: a sweep; its command, given again, submits what is left")
     require_idle(folder)
-    profile, (config, folder) = load_profile(chain.cluster), open_run(str(folder.config), ())
+    profile = load_profile(chain.cluster)
+    config, folder = open_run(str(folder.config), with_index(str(folder.config), ()))
     plan = those(plan_cluster(config, profile), {job.name for job in chain.jobs})
     _submit(unfinished(plan, config, folder), profile, chain.cluster, folder)

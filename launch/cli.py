@@ -124,7 +124,8 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
     from shards.report import write_report
 
     setup_logging()
-    typer.echo(str(write_report(open_run(config, tuple(overrides or ()))[0].shards)))
+    resolved, _ = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
+    typer.echo(str(write_report(resolved.shards)))
 
 
 @app.command()
@@ -139,7 +140,7 @@ def voc(
     from launch.rundir import open_run
 
     setup_logging()
-    resolved, folder = open_run(config, tuple(overrides or ()))
+    resolved, folder = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
     from shards.voc import export_voc
 
     folder.log_to("voc")

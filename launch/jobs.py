@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.chain import Told, depends_on, label_of, tell
-from launch.diagnose import diagnosis
+from launch.chain import Told, depends_on, label_of, tell, told_by
+from launch.diagnose import diagnosis, lost_peer
 from launch.evaluate import evaluate_job
 from launch.export import export_job
 from launch.measure import measure_job
@@ -52,19 +52,28 @@ def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) ->
     label = label_of(name, *part)
     log_job(run, label)
     marker = run.logs / f"{label}.failed"
-    marker.unlink(missing_ok=True)
     told = Told.begun(os.environ, depends_on(config, name))
     config = _on_this_node(config)
     leads = os.environ.get("RANK", "0") == "0"
-    if leads:
+    if leads and not _has_failed(run, label, told):
+        marker.unlink(missing_ok=True)
         tell(run, label, told)
-    code, reason = _run(name, config, part)
+    code, reason, echo = _run(name, config, part)
     with suppress(OSError):  # the disk may be what is wrong
+        if (echo or code == EXIT_AGAIN) and _has_failed(run, label, told):
+            return code, reason  # another rank knows why
         if leads or (code and code != EXIT_AGAIN):
             tell(run, label, told.ended_with(code, reason))
         if reason and code != EXIT_AGAIN:
             marker.write_text(reason + "\n", encoding="utf-8")
     return code, reason
+
+
+def _has_failed(run: RunDir, label: str, told: Told) -> bool:
+    """Whether a rank of this very try has said that it failed."""
+    found = told_by(run, label)
+    same = found and told.job and (found.job, found.restarts) == (told.job, told.restarts)
+    return bool(found and same and found.state == "failed")
 
 
 def _on_this_node(config: Config) -> Config:
@@ -76,7 +85,8 @@ def _on_this_node(config: Config) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def _run(name: str, config: Config, part: tuple[int, int]) -> tuple[int, str]:
+def _run(name: str, config: Config, part: tuple[int, int]) -> tuple[int, str, bool]:
+    """Exit code, the one line, and whether it only tells that another rank failed."""
     try:
         if part[1] > 1:
             convert_job(config, *part)
@@ -84,15 +94,15 @@ def _run(name: str, config: Config, part: tuple[int, int]) -> tuple[int, str]:
             JOBS[name](config)
     except Interrupted as stop:
         log.warning("%s", one_line(stop))
-        return EXIT_AGAIN, one_line(stop)
+        return EXIT_AGAIN, one_line(stop), False
     except (MedpspError, OSError, RuntimeError, MemoryError, ImportError) as error:
         known = diagnosis(error)
         if known is None and not isinstance(error, MedpspError | OSError):
             raise
         reason = known or one_line(error)
         log.error("%s", reason)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else 1, reason
-    return 0, ""
+        return EXIT_CONFIG if isinstance(error, ConfigError) else 1, reason, lost_peer(error)
+    return 0, "", False
 
 
 def setup_logging() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.cluster import free_port, own_address
 from launch.meeting import wait_for_json, write_json
 from launch.rundir import RunDir
-from medpsp.errors import EXIT_AGAIN, MedpspError
+from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, MedpspError
 
 MEET_S = 600.0
 """For all ranks to start: nodes boot, containers load."""
@@ -47,13 +47,14 @@ class Task:
         from launch.jobs import run_command
         from medpsp.configio import load_config
 
-        jobs = RunDir(load_config(self.config).out).jobs
         try:
             if self.ranks:
+                jobs = RunDir(load_config(self.config).out).jobs
                 os.environ.update(meet(jobs, os.environ))
             code, reason = run_command(self.name, self.config, (self.part, self.parts))
         except MedpspError as error:
-            code, reason = 1, str(error)
+            code = EXIT_CONFIG if isinstance(error, ConfigError) else 1
+            reason = str(error)
         except OSError as error:  # a folder of the run is full or gone
             code, reason = 1, f"{error.strerror}: {error.filename}"
         if reason:

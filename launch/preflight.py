@@ -91,6 +91,6 @@ def _facts(root: Path) -> dict[str, Any]:
         "node": os.uname().nodename,
         "time": time.time(),
         "free": shutil.disk_usage(root).free,
-        "scontrol": shutil.which("scontrol") is not None,
+        "scontrol": "MEDPSP_REQUEUE" in os.environ,  # of the script, outside any container
         "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
     }

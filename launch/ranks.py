@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -138,6 +139,7 @@ def log_job(run: RunDir, name: str) -> None:
     From here on the traceback of a bug goes there, too.
     """
     sys.excepthook = log_bug
+    threading.excepthook = log_thread
     logging.raiseExceptions = False  # or each line for a log on a full disk is a traceback
     keep_place(run.root)
     rank = os.environ.get("RANK", "0")
@@ -165,6 +167,17 @@ def log_bug(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     with file.open("a", encoding="utf-8") as lines:
         lines.writelines(traceback.format_exception(kind, error, trace))
     say_last(f"{kind.__name__}, a bug in medpsp: its traceback is at the end of {file}")
+
+
+def log_thread(told: threading.ExceptHookArgs) -> None:
+    """For ``threading.excepthook``: into the log; the main thread says what it meets itself."""
+    file = log_file()
+    if file is None or told.exc_value is None:
+        threading.__excepthook__(told)
+        return
+    with suppress(OSError), file.open("a", encoding="utf-8") as lines:  # it may have no file left
+        trace = told.exc_traceback
+        lines.writelines(traceback.format_exception(told.exc_type, told.exc_value, trace))
 
 
 def log_file() -> Path | None:

@@ -149,6 +149,7 @@ def _setup(profile: Profile, run: RunDir) -> list[str]:
     lines = [
         *profile.setup,
         "set +e",  # or a failing job would end the script before what follows it
+        "command -v scontrol >/dev/null && export MEDPSP_REQUEUE=1",
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
         f"export MEDPSP_JOBS={shlex.quote(str(run.jobs.absolute()))}",
         f'export MEDPSP_SCRATCH="{profile.scratch or "/tmp"}"',

@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from medpsp.errors import LaunchError
@@ -69,8 +70,12 @@ def job_states(ids: Iterable[str]) -> dict[str, JobState]:
             said = str(error)
             continue
         said = said if ask is not _squeue else ""
-    if said and not found:
+    if said and any(number not in found for number in wanted):  # not asked is not gone
         raise LaunchError(said)
+    if waiting := [number for number, state in found.items() if state.counts["PENDING"]]:
+        with suppress(LaunchError):  # sacct has a reason of some time ago
+            for number, state in _squeue(waiting).items():
+                found[number].reason = state.reason or found[number].reason
     return {number: found.get(number, JobState()) for number in wanted}
 
 
@@ -97,7 +102,8 @@ def require_cluster(chain_slurm: str, where: object) -> None:
     if here and here != chain_slurm:
         raise LaunchError(
             f"run {where}: submitted to the SLURM cluster {chain_slurm}, and this machine talks to "
-            f"{here}; ask from a machine of {chain_slurm}"
+            f"{here}; ask from a machine of {chain_slurm}, or remove jobs/chain.json there if that "
+            "cluster is no more"
         )
 
 
@@ -118,7 +124,8 @@ def _sacct(ids: list[str]) -> dict[str, JobState]:
     for line in text.splitlines():
         name, state, nodes, code, reason = (line.split("|") + [""] * 5)[:5]
         job = found.setdefault(name.split("_")[0], JobState())
-        _add(job, name, state, nodes, reason)
+        # the last reason to wait, which stays after the end; of a cancelled job it is why
+        _add(job, name, state, nodes, reason if state.startswith("CANCELLED") else "")
         if code not in ("", "0:0") and not job.reason:
             job.reason = f"exit code {code}"
     return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,10 @@ from medpsp.errors import LaunchError
 
 SILENT_S = 600.0
 """A controller that is started again takes less."""
-NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "BadConstraints", "AccountNotAllowed")
+NEVER = re.compile(
+    r"^(Partition(Node|Time)Limit|BadConstraints|AccountNotAllowed|Invalid(QOS|Account)"
+    r"|\w+PerJob\w*|JobHeld\w+|launch failed requeued held)$"
+)
 """Why a job waits that starts only if somebody changes it or the cluster."""
 STALE_S = 120.0
 """A rank that wrote nothing for this long is not shown as at work."""
@@ -141,34 +146,39 @@ def table(run: RunDir, rows: list[Row]) -> Group:
     return Group(shown, *(Text(line) for line in told))
 
 
-def follow(run: RunDir, seconds: float, show: Any) -> list[Row]:
+Shown = list[tuple[RunDir, list[Row]]]
+
+
+def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], object]) -> list[Row]:
     """Show until nothing will run any more; asks SLURM every ``seconds``.
 
     Raises:
-        LaunchError: Nothing was submitted; or for ten minutes SLURM does not answer, or has
-            nothing but jobs that it cannot start.
+        LaunchError: Nothing was submitted, or to another cluster; or for ten minutes SLURM does
+            not answer, or has nothing but jobs that it cannot start.
     """
-    read_chain(run)
+    for run in runs:
+        require_cluster(read_chain(run).slurm, run.root)
     heard = able = time.monotonic()
     while True:
         try:
-            rows = status_of(run)
+            found = [(run, status_of(run)) for run in runs]
         except LaunchError:
             if time.monotonic() - heard > SILENT_S:
                 raise
             time.sleep(seconds)
             continue
         heard = time.monotonic()
-        show(rows)
+        show(found)
+        rows = [row for _, of_run in found for row in of_run]
         if ended(rows):
             return rows
-        stuck = next((row for row in rows if not row.ended and row.note in NEVER), None)
+        stuck = next((row for row in rows if not row.ended and NEVER.search(row.note)), None)
         if stuck is None or any("RUNNING" in row.state for row in rows):
             able = heard
         elif heard - able > SILENT_S:
             raise LaunchError(
                 f"{stuck.name}: cannot start ({stuck.note}), job {stuck.id}; change the profile to "
-                f"what the partition allows, `medpsp cancel {run.root}`, and submit again"
+                f"what the partition allows, `medpsp cancel {runs[0].root}`, and submit again"
             )
         time.sleep(seconds)
 

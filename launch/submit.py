@@ -1,4 +1,4 @@
-"""Submit a plan through submitit and follow it. The only file that imports submitit."""
+"""Submit a plan through submitit and follow it; `launch.sbatch` asks it for the text of scripts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.chain import Chain, Submitted, write_chain
+from launch.chain import Chain, Submitted, chain_of, write_chain
 from launch.jobs import run_command
 from launch.ontask import Task
 from launch.plan import JobSpec
@@ -78,44 +79,75 @@ def submit_cluster(
         LaunchError: SLURM refuses a job, or is not there. What was submitted before is cancelled.
         ConfigError: The run folder has a name that sbatch cannot take.
     """
-    import submitit
-
     check_folder(run.root.absolute())
     run.jobs.mkdir(parents=True, exist_ok=True)
-    folder, config = run.logs / "jobs", run.config.absolute()
-    jobs: list[Submitted] = []
+    earlier, jobs = chain_of(run), list[Submitted]()
+    chain = Chain(
+        cluster=profile_place(cluster),
+        at=time.time(),
+        jobs=before if keep else (),
+        slurm=cluster_name(),
+    )
     try:
         for spec in plan:
-            executor: Any = submitit.SlurmExecutor(
-                folder=folder.absolute() / "%j", python=profile.python
-            )
             ids = {job.name: job.id for job in (*before, *jobs)}
-            executor.update_parameters(**parameters(spec, profile, ids, run))
-            ranks = spec.nodes * spec.tasks > 1
-            tasks = [
-                Task(spec.name, config, part + 1, spec.parts, ranks) for part in range(spec.parts)
-            ]
-            with _outside_any_job():
-                sent = (
-                    executor.map_array(Task.__call__, tasks)
-                    if len(tasks) > 1
-                    else [executor.submit(tasks[0])]
-                )
-            number = str(sent[0].job_id).split("_")[0]
+            number = _send(spec, profile, ids, run)
             jobs.append(Submitted(name=spec.name, id=number, after=spec.after, parts=spec.parts))
+            chain = replace(chain, jobs=(*chain.jobs, jobs[-1]))
+            write_chain(run, chain)  # at once: no job may be there that nobody knows
             array = f", {spec.parts} parts" if spec.parts > 1 else ""
             log.info("%s: job %s%s", spec.name, number, array)
-        kept = (*(before if keep else ()), *jobs)
-        chain = Chain(
-            cluster=profile_place(cluster), at=time.time(), jobs=kept, slurm=cluster_name()
-        )
         write_chain(run, chain)
-    except BaseException as error:  # Ctrl-C, too: nobody would know of them
-        cancel_jobs([job.id for job in jobs])
-        if not isinstance(error, RuntimeError | submitit.core.utils.FailedJobError):
-            raise
-        raise LaunchError(f"{spec.name}: not submitted: {_last_line(error)}") from None
+    except BaseException as error:  # Ctrl-C, too
+        _take_back(jobs, earlier, run, error)
+        raise
     return chain
+
+
+def _send(spec: JobSpec, profile: Profile, ids: dict[str, str], run: RunDir) -> str:
+    """Give one job to SLURM; its number.
+
+    Raises:
+        LaunchError: SLURM does not take it.
+    """
+    import submitit
+
+    folder, config = run.logs / "jobs", run.config.absolute()
+    executor: Any = submitit.SlurmExecutor(folder=folder.absolute() / "%j", python=profile.python)
+    executor.update_parameters(**parameters(spec, profile, ids, run))
+    ranks = spec.nodes * spec.tasks > 1
+    tasks = [Task(spec.name, config, part + 1, spec.parts, ranks) for part in range(spec.parts)]
+    try:
+        with _outside_any_job():
+            if len(tasks) > 1:
+                sent = executor.map_array(Task.__call__, tasks)[0]
+            else:
+                sent = executor.submit(tasks[0])
+    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+        raise LaunchError(f"{spec.name}: not submitted: {_last_line(error)}") from None
+    return str(sent.job_id).split("_")[0]
+
+
+def _take_back(
+    jobs: list[Submitted], earlier: Chain | None, run: RunDir, error: BaseException
+) -> None:
+    """Cancel what was submitted, and know again what was known before.
+
+    Raises:
+        LaunchError: They cannot be cancelled now; the run knows them.
+    """
+    try:
+        cancel_jobs([job.id for job in jobs])
+    except LaunchError as why:
+        ids = ", ".join(job.id for job in jobs)
+        raise LaunchError(
+            f"{error}; {ids} were submitted before it and cannot be cancelled now ({why}): "
+            f"`medpsp cancel {run.root}` when SLURM answers"
+        ) from None
+    if earlier:
+        write_chain(run, earlier)
+    else:
+        (run.jobs / "chain.json").unlink(missing_ok=True)
 
 
 @contextmanager

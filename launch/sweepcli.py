@@ -11,7 +11,7 @@ import typer
 from launch.chaincli import (
     ConfigArg,
     Overrides,
-    follow_run,
+    follow_runs,
     refuse_beside_jobs,
     require_idle,
     runs_of,
@@ -60,8 +60,7 @@ def sweep(
         typer.echo(f"medpsp status {folder.root}")
         if not wait:
             return
-        for run in runs_of(folder):
-            follow_run(run)
+        follow_runs(runs_of(folder))
     else:
         from launch.plan import plan_jobs
         from launch.submit import submit_plan
@@ -144,10 +143,8 @@ def scale(
     from launch.sweep import open_members, scale_members
 
     setup_logging()
-    base, folder = open_run(config, tuple(overrides or ()))
+    base, folder = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
     opened = open_members(folder, scale_members(base, ranks, backbones), "scale")
-    for _, run in opened:
-        forget(run)
     if cluster:
         _scale_on(cluster, opened)
     else:
@@ -155,6 +152,7 @@ def scale(
         from launch.submit import submit_plan
 
         for member, run in opened:
+            forget(run)
             cores = member.train.ranks
             submit_plan((JobSpec(name="measure", after=(), cores=cores, minutes=60),), run)
     found = [one for _, run in opened if (one := measured(run))]
@@ -168,29 +166,37 @@ def scale(
 def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
     """One after another, so that no two share a node."""
     from launch.chain import Submitted
+    from launch.measure import forget
     from launch.plan import JobSpec, spread
     from launch.profile import load_profile
+    from launch.slurmstate import cancel_jobs
     from launch.submit import submit_cluster
 
     profile = load_profile(cluster)
-    last: tuple[Submitted, ...] = ()
+    spans = [spread(member, profile) for member, _ in opened]  # all of them fit, or none is sent
     for _, run in opened:
         require_idle(run)
-    spans = [spread(member, profile) for member, _ in opened]  # all of them fit, or none is sent
-    for span, (_, run) in zip(spans, opened, strict=True):
-        job = JobSpec(
-            name="measure",
-            after=tuple(before.name for before in last),
-            cores=profile.gpu.cpus,
-            minutes=profile.minutes.get("measure", 30),
-            gpu=True,
-            anyway=True,
-            **span,
-        )
-        (sent,) = submit_cluster((job,), profile, cluster, run, last).jobs
-        last = (Submitted(name=f"{run.root.name}/measure", id=sent.id, after=sent.after),)
-    for _, run in opened:
+    sent: list[Submitted] = []
+    try:
+        for span, (_, run) in zip(spans, opened, strict=True):
+            forget(run)
+            job = JobSpec(
+                name="measure",
+                after=tuple(before.name for before in sent[-1:]),
+                cores=profile.gpu.cpus,
+                minutes=profile.minutes.get("measure", 30),
+                gpu=True,
+                anyway=True,
+                **span,
+            )
+            (one,) = submit_cluster((job,), profile, cluster, run, tuple(sent[-1:])).jobs
+            sent.append(Submitted(name=f"{run.root.name}/measure", id=one.id, after=one.after))
+    except BaseException:
+        cancel_jobs(job.id for job in sent)
+        raise
+    for one, (_, run) in zip(sent, opened, strict=True):
         try:
-            follow_run(run)
+            follow_runs([run])
         except LaunchError as error:  # the others still make a table
             log.warning("%s: %s", run.root.name, error)
+            cancel_jobs([one.id])  # it may wait for ever, and the next one for it

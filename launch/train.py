@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from launch.chain import Told, tell, told_by
 from launch.cluster import detect_world, end_time
 from launch.ranks import end_with_parent, say_last, start_ranks
 from launch.rundir import REASONS, RunDir
@@ -18,6 +23,7 @@ from medpsp.types import World
 if TYPE_CHECKING:
     import torch
 
+    from medpsp.modelconfig import ModelConfig
     from medpsp.train.loop import Run
     from medpsp.train.stop import StopRequest
     from medpsp.train.watch import Watch
@@ -64,26 +70,31 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     from medpsp.model.psp import build_model
     from medpsp.stages import in_steps
     from medpsp.train.boardsetup import finish
+    from medpsp.train.checkpoint import latest_checkpoint, read_state
     from medpsp.train.loop import fit
     from medpsp.train.memory import memory_note
     from medpsp.train.ranks import process_group
+    from medpsp.train.resume import begun_stages
     from medpsp.train.watch import Watch
     from shards.dataset import stage_rows
 
     run, train = RunDir(config.out), config.train
-    train = in_steps(train, lambda fraction: len(stage_rows(rows, fraction)))
+    newest = latest_checkpoint(run.checkpoints)
+    begun = begun_stages(read_state(newest)) if newest else ()
+    train = in_steps(train, lambda fraction: len(stage_rows(rows, fraction)), begun)
     config = config.model_copy(update={"train": train})
     limits = train.first_step_seconds, train.step_seconds
     zero = train.engine != "ddp"
     folder = run.logs / "ranks"
     with (
-        Watch(folder, world, limits, tell=_say, stop=stop) as watch,
+        Watch(folder, world, limits, tell=partial(_say, run), stop=stop) as watch,
         process_group(world, train.threads, max(limits) + 60, alone=zero, records=folder) as device,
     ):
         watch.at(0, "model", first=True)
         check_device(config.model, device)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        model = build_model(config.model, len(config.data.classes))
+        chosen = _without_file(config.model) if newest else config.model
+        model = build_model(chosen, len(config.data.classes))
         if train.precision == "fp64":
             model.double()
         layout = torch.channels_last if train.channels_last else torch.contiguous_format
@@ -91,8 +102,7 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
         if world.rank == 0:
             log.info("train: %d ranks on %s, engine %s", world.size, device.type, train.engine)
             log.info("train: %s", memory_note(model, train, world))
-            if advice := _stays_random(config):
-                log.warning("train: %s", advice)
+            _warn_of_random_parts(config)
         parts = _run_of(config, world, rows, device, watch, stop)
         with closing(parts.board):  # when stopped, too: what was said must be in the file
             state = fit(parts, model)
@@ -121,21 +131,36 @@ def refuse_other_run(config: Config) -> None:
         refuse_other(config, newest, found[newest], read_manifest(config.shards).data_id)
 
 
-def _stays_random(config: Config) -> str:
-    """A warning where a stage leaves a part as it is, which has not learnt anything yet."""
+def _without_file(model: ModelConfig) -> ModelConfig:
+    """A checkpoint has all weights: those it began with may be gone."""
+    return model.model_copy(update={"pretrained": False})
+
+
+def _judged_by(val: Sequence[SliceRow]) -> str:
+    """Digest of the slices that a score is of: their values, and the pixels of each class."""
+    told = sorted([row.series, row.slice_index, row.crc32c, list(row.histogram)] for row in val)
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _warn_of_random_parts(config: Config) -> None:
+    """Where a stage leaves a part as it is, which has not learnt anything yet."""
     parts = [
         f"{stage.name} ({stage.trains})" for stage in config.train.stages if stage.trains != "all"
     ]
-    if not parts or config.model.pretrained:
-        return ""
-    return (
-        f"stages that train a part only ({', '.join(parts)}) are for pretrained weights, and "
-        "model.pretrained is false; train.preset=progressive needs none"
-    )
+    if parts and not config.model.pretrained:
+        log.warning(
+            "train: stages that train a part only (%s) are for pretrained weights, and "
+            "model.pretrained is false; train.preset=progressive needs none",
+            ", ".join(parts),
+        )
 
 
-def _say(line: str, code: int) -> None:
+def _say(run: RunDir, line: str, code: int) -> None:
     say_last(line, code=code)
+    if "SLURM_JOB_ID" in os.environ:  # this process ends at once, and `status` asks why
+        with suppress(OSError):
+            told = told_by(run, "train") or Told.begun(os.environ, "")
+            tell(run, "train", told.ended_with(code, line))
 
 
 def _run_of(
@@ -182,6 +207,7 @@ def _run_of(
         weights=weights.double() if config.train.precision == "fp64" else weights,
         data_id=manifest.data_id,
         content=content,
+        judged=_judged_by(val),
         examples=example_batch(root, clean, config, EXAMPLES) if clean else None,
         batches=batches,
         val_batches=lambda: whole_slices(root, val, world, config),

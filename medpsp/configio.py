@@ -16,13 +16,11 @@ from pydantic import ValidationError
 from medpsp.config import Config, TrainConfig
 from medpsp.dataconfig import Node
 from medpsp.errors import ConfigError
+from medpsp.modelconfig import STRIDE_OF_HEAD, ModelConfig
 
-_DECIDES = {
-    "train.preset=": ("train", ("stages",)),
-    "train.steps=": ("train", ("stages",)),
-    "model.head=": ("model", ("output_stride", "aux")),
-}
-"""Overrides that come first, and what of the file they decide anew: others may change that then."""
+HEAD = ModelConfig.model_fields["head"].default
+_DECIDE = ("train.preset=", "train.steps=", "model.head=")
+"""Overrides that come first: what follows from them is made anew, and others may change it then."""
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
@@ -43,7 +41,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"config {path}: not YAML{place}; mend the file") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping at the top, got {_kind(tree)}")
-    for text in sorted(overrides, key=lambda text: not text.startswith(tuple(_DECIDES))):
+    for text in sorted(overrides, key=lambda text: not text.startswith(_DECIDE)):
         _override(tree, text)
     try:
         return Config.model_validate(tree)
@@ -55,9 +53,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override '{text}': expected key=value, for example train.batch_size=8")
-    section, decided = _DECIDES.get(f"{key}=", ("", ()))
-    for name in decided if isinstance(tree.get(section), dict) else ():
-        tree[section].pop(name, None)  # those of the file are not what is asked for now
+    _forget_what_follows(tree, key, value)
     node: Any = tree
     default: Any = _defaults(Config)  # so that a list left to its default has items
     default["train"]["stages"] = _stages(tree)
@@ -76,6 +72,38 @@ def _override(tree: dict[str, Any], text: str) -> None:
     parsed = _value(text, value)
     last = parts[-1]
     node[_list_index(node, last, key) if isinstance(node, list) else last] = parsed
+
+
+def _forget_what_follows(tree: dict[str, Any], key: str, value: str) -> None:
+    """Take out of a resolved file what an override decides anew, but nothing written by hand.
+
+    Raises:
+        ConfigError: Stages of one's own, which a preset or its steps would put aside.
+    """
+    section = tree.get(key.partition(".")[0])
+    if not isinstance(section, dict):
+        return
+    if key in ("train.preset", "train.steps") and section.get("stages"):
+        if _as_stages(section["stages"]) != _stages(tree):
+            raise ConfigError(
+                f"override '{key}={value}': the file has train.stages of its own; change those, or "
+                "take them out of the file"
+            )
+        del section["stages"]
+    if key == "model.head":
+        before = section.get("head", HEAD)
+        usual = {"output_stride": STRIDE_OF_HEAD.get(before), "aux": before == "classic"}
+        for name, known in usual.items():
+            if value.strip() != before and section.get(name) == known:
+                del section[name]
+
+
+def _as_stages(found: object) -> object:
+    """Stages of a file with all their keys; as they are where they are not legal."""
+    try:
+        return [s.model_dump() for s in TrainConfig.model_validate({"stages": found}).stages]
+    except ValidationError:
+        return found
 
 
 def _value(text: str, value: str) -> Any:
@@ -106,7 +134,8 @@ def _defaults(node: type[Node]) -> dict[str, Any]:
 def _stages(tree: dict[str, Any]) -> list[Any]:
     """Those of the preset that the tree names; of the default one where it names none there is."""
     train = tree.get("train")
-    chosen = {k: train[k] for k in ("preset", "steps") if k in train} if train else {}
+    named = train if isinstance(train, dict) else {}
+    chosen = {k: named[k] for k in ("preset", "steps") if k in named}
     try:
         stages = TrainConfig.model_validate(chosen).stages
     except ValidationError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from medpsp.config import StageConfig, TrainConfig
@@ -16,29 +16,33 @@ POLY_POWER = 0.9
 
 
 def total_steps(stages: tuple[StageConfig, ...]) -> int:
-    """Optimiser steps of the whole schedule; no stage counts in epochs any more."""
+    """Optimiser steps of the whole schedule, after `in_steps`."""
     return sum(stage.steps for stage in stages)
 
 
-def in_steps(train: TrainConfig, slices: Callable[[float], int]) -> TrainConfig:
-    """The same schedule with every stage in steps.
+def in_steps(
+    train: TrainConfig,
+    slices: Callable[[float], int],
+    begun: Sequence[tuple[str, int, float | None]] = (),
+) -> TrainConfig:
+    """The same schedule with the steps of every stage.
 
     Args:
         train: Of the configuration.
         slices: Training slices that take part at a fraction of the patients.
+        begun: Name, steps and epochs of the first stages, of a checkpoint. Where the epochs are the
+            same, the steps are, too: an archive that has grown must not change what is done.
     """
-    stages = tuple(
-        stage
-        if stage.epochs is None
-        else stage.model_copy(
-            update={
-                "steps": max(1, round(stage.epochs * slices(stage.fraction) / train.batch_size)),
-                "epochs": None,
-            }
-        )
-        for stage in train.stages
-    )
-    return train.model_copy(update={"stages": stages})
+    stages = []
+    for index, stage in enumerate(train.stages):
+        steps = stage.steps
+        if stage.epochs is not None:
+            steps = max(1, round(stage.epochs * slices(stage.fraction) / train.batch_size))
+            name, known, epochs = begun[index] if index < len(begun) else ("", 0, None)
+            if (name, epochs) == (stage.name, stage.epochs):
+                steps = known
+        stages.append(stage.model_copy(update={"steps": steps}))
+    return train.model_copy(update={"stages": tuple(stages)})
 
 
 def stage_at(stages: tuple[StageConfig, ...], step: int) -> tuple[int, int]:

@@ -110,7 +110,7 @@ def train_batches(
         level=stage.augment,
         options=AugmentOptions(
             flips=train.flips,
-            transforms=build_transforms(train.transforms, train.size, config.model.channels),
+            transforms=build_transforms(train.transforms, train.size, _channels(rows, config)),
         ),
         jitter=train.window_jitter,
         draws_only=train.augment_on == "device",
@@ -132,6 +132,12 @@ def train_batches(
             yield Wanted(samples, soon), tuple(name for _, names in parts for name in names)
 
     return _made(task, specs, items(), train.loader_workers)
+
+
+def _channels(rows: Sequence[SliceRow], config: Config) -> list[int]:
+    """What crops of these slices have before grey ones are repeated for a network of colours."""
+    near, windows = 2 * config.model.context + 1, len(config.model.windows) or 1
+    return sorted({near * (3 if r.bucket.endswith("_uint8") else windows) for r in rows})
 
 
 def _made(

@@ -186,10 +186,13 @@ def test_presets_are_stages(
     assert [stage.lr for stage in changed] == [rates[0], 0.5, *rates[2:]]
     text = SMALL + "train: {preset: " + preset + ", stages: [{name: a, steps: 1, lr: 1}]}\n"
     assert [stage.name for stage in load(tmp_path, text).train.stages] == ["a"]
-    # on the command line a preset or its length takes the place of the file's stages
-    again = load(tmp_path, text, "train.steps=90").train.stages
-    assert [stage.lr for stage in again] == rates
-    assert load(tmp_path, text, *wish).train.stages == stages
+    for override in wish:  # they would put aside what somebody has written
+        with pytest.raises(ConfigError, match=r"has train\.stages of its own; change those"):
+            load(tmp_path, text, override)
+    # those of a resolved file are the preset's, and follow
+    resolved = dump_yaml(load(tmp_path, SMALL, f"train.preset={preset}", "train.steps=30"))
+    assert load(tmp_path, resolved, *wish).train.stages == stages
+    assert load(tmp_path, resolved, "train.steps=90").train.stages == stages
 
 
 @pytest.mark.parametrize(
@@ -292,3 +295,26 @@ def test_another_head_brings_its_own_stride(tmp_path: Path) -> None:
     assert (found.output_stride, found.aux) == (8, True)
     found = load_config(path, ("model.output_stride=16", "model.head=classic")).model
     assert (found.output_stride, found.aux) == (16, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "override", "found"),
+    [
+        ("{head: refine, output_stride: 16, aux: false}", "classic", (8, True)),  # as resolved
+        ("{head: classic, output_stride: 8, aux: true}", "refine", (16, False)),
+        ("{head: refine, output_stride: 8, aux: true}", "refine", (8, True)),  # by hand
+        ("{output_stride: 32}", "classic", (32, True)),
+    ],
+)
+def test_another_head_leaves_what_was_written_by_hand(
+    tmp_path: Path, model: str, override: str, found: tuple[int, bool]
+) -> None:
+    text = SMALL + f"model: {model}\n"
+    chosen = load(tmp_path, text, f"model.head={override}").model
+    assert (chosen.output_stride, chosen.aux) == found
+
+
+@pytest.mark.parametrize("train", ["5", "steps=300", "[preset]"])
+def test_a_section_that_is_none_is_one_line(tmp_path: Path, train: str) -> None:
+    with pytest.raises(ConfigError, match="train"):
+        load(tmp_path, SMALL + f"train: {train}\n", "seed=3")

@@ -73,7 +73,7 @@ def test_nodes_beside_each_other() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["down"], "no lab there; `up` makes one"),
+        (["down"], "no lab there that can be read; `up` makes one"),
         (["up", "--cpu", "0", "--gpu", "0"], "expected 1 to 200 nodes together"),
     ],
 )
@@ -91,3 +91,23 @@ def test_mistakes_are_one_line(tmp_path: Path, words: list[str], told: str) -> N
 
 
 TASK = "echo $(hostname):$CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize("what", ["blank", "other"])
+def test_places_that_will_not_do(tmp_path: Path, what: str) -> None:
+    root = tmp_path / ("a b" if what == "blank" else "a")
+    root.mkdir()
+    if what == "other":
+        if os.geteuid():
+            pytest.skip("only root can give a folder away")
+        os.chown(root, 12345, -1)
+    done = subprocess.run(
+        [sys.executable, str(LAB), "up", "--force", "--root", str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    told = {"blank": "slurm.conf takes no blanks", "other": "of another user"}
+    assert told[what] in done.stderr
+    assert not list(root.iterdir())

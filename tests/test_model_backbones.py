@@ -119,9 +119,7 @@ def test_colour_takes_the_stem_as_it_is(tmp_path: Path) -> None:
 
 def test_weights_of_a_larger_sibling_are_refused(tmp_path: Path) -> None:
     path, _ = weights_file(tmp_path / "w.pth", "resnet34")  # it holds all names of resnet18
-    with pytest.raises(
-        ConfigError, match=r"are not of resnet18, the first: layer1\.2"
-    ):
+    with pytest.raises(ConfigError, match=r"are not of resnet18, the first: layer1\.2"):
         build_backbone(small(backbone="resnet18", pretrained=path))
 
 

@@ -13,8 +13,10 @@ import pytest
 
 from medpsp.config import Config, TrainConfig
 from medpsp.errors import Interrupted
-from medpsp.train.checkpoint import STATE, read_state, rewrite_state
+from medpsp.stages import in_steps
+from medpsp.train.checkpoint import STATE, TrainState, mark_best, read_state, rewrite_state
 from medpsp.train.loop import Run, fit
+from medpsp.train.resume import begun_stages, schedule_of
 from medpsp.train.stop import StopRequest
 from medpsp.types import Window
 from shards.crops import jittered
@@ -53,11 +55,11 @@ def test_who_is_asked_to_end_does_not_validate_first(
 
 
 def test_what_a_begun_stage_goes_on_with_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(make_config(*TWO), tmp_path, 3)
     other = make_config(TWO[0], {**TWO[1], "lr": 0.5, "fraction": 0.5})
-    logging.getLogger("medpsp").propagate = True
+    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", True)
     fit(make_run(other, tmp_path), network(other))
     (line,) = [text for text in caplog.messages if "goes on with" in text]
     assert line.startswith("train: stage full goes on with lr 0.5, begun with ")
@@ -90,23 +92,83 @@ def test_a_stage_that_is_shortened_to_what_is_done_ends_there(tmp_path: Path) ->
     assert read_state(run.checkpoints / "stage-0-full").scored
 
 
-def test_scores_on_other_shards_are_not_compared(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def scored_as(folder: Path, scores: dict[int, float], judged: str) -> None:
+    """Checkpoints as if they had these scores."""
+    best = max(scores, key=lambda step: scores[step])
+    for path in (*folder.glob("step-*"), *folder.glob("stage-*")):
+        state = read_state(path)
+        so_far = max(score for step, score in scores.items() if step <= state.step)
+        state = replace(state, judged=judged, content=judged, scored=True, best=so_far)
+        rewrite_state(path, replace(state, score=scores[state.step]))
+    mark_best(folder / f"step-{best:08d}")
+
+
+@pytest.mark.parametrize("ends", [3, 4])
+def test_the_best_is_scored_again_on_other_validation_slices(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ends: int
 ) -> None:
-    config = make_config({"name": "full", "steps": 4}, eval_every=1)
-    first = stopped_at(config, tmp_path, 3)
-    for path in first.checkpoints.glob("step-*"):
-        state = replace(read_state(path), content="before", score=2.0, best=2.0, scored=True)
-        rewrite_state(path, state)
-    run = replace(make_run(config, tmp_path), content="after")
-    caplog.set_level("WARNING", logger="medpsp")
-    logging.getLogger("medpsp").addHandler(caplog.handler)
-    state = fit(run, network(config))
-    logging.getLogger("medpsp").removeHandler(caplog.handler)
+    """Also where nothing is left to train: the last network is not the best because it is last."""
+    config = make_config({"name": "full", "steps": ends}, eval_every=1)
+    if ends == 3:
+        first = make_run(config, tmp_path)
+        fit(first, network(config))
+    else:
+        first = stopped_at(config, tmp_path, 3)
+    scored_as(first.checkpoints, {2: 2.0, 3: 1.5}, "before")
+    run = replace(make_run(config, tmp_path), content="after", judged="after")
+    said = {2: 0.9, 3: 0.2, 4: 0.3}
+    monkeypatch.setattr("medpsp.train.saving.validate", lambda run, m, step, show=True: said[step])
+    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", True)
+    for _ in range(2):
+        state = fit(run, network(config))
+        assert (state.best, state.score) == (0.9, said[ends])
+        best = read_state(run.checkpoints / "best")
+        assert (best.step, best.score, best.judged) == (2, 0.9, "after")
     assert "the shards are not those of step 3" in caplog.text
-    assert state.best <= 1
-    assert read_state(run.checkpoints / "best").content == "after"
-    assert fit(run, network(config)).best == state.best
+    assert caplog.text.count("the best is scored again") == 1
+    assert "is gone" not in caplog.text
+
+
+def test_other_training_slices_leave_the_best_alone(tmp_path: Path) -> None:
+    config = make_config({"name": "full", "steps": 3}, eval_every=1)
+    first = make_run(config, tmp_path)
+    fit(first, network(config))
+    scored_as(first.checkpoints, {2: 0.9, 3: 0.8}, "")  # of an earlier version, too
+    run = replace(make_run(config, tmp_path), content="after", judged="now")
+    for _ in range(2):
+        assert fit(run, network(config)).best == 0.9
+        assert read_state(run.checkpoints / "best").step == 2
+
+
+def test_who_is_asked_to_end_before_a_late_score_leaves_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"name": "full", "steps": 4}, eval_every=2)
+    run = stopped_at(config, tmp_path, 2)
+    monkeypatch.setattr("medpsp.train.saving.validate", lambda *_: pytest.fail("it validates"))
+    run.stop._heard(signal.SIGTERM, None)
+    with pytest.raises(Interrupted, match="after step 2"):
+        fit(run, network(config))
+
+
+def test_stages_in_epochs_keep_the_steps_that_are_begun() -> None:
+    stages = [
+        {"name": name, "epochs": epochs, "lr": 1, "fraction": share}
+        for name, epochs, share in (("warm", 2, 0.2), ("full", 10, 1.0), ("fine", 1, 1.0))
+    ]
+    train = TrainConfig.model_validate({"stages": stages, "batch_size": 16})
+    before = in_steps(train, lambda share: round(1000 * share))
+    assert [stage.steps for stage in before.stages] == [25, 625, 62]
+    data = {"archive": "none", "classes": ["a", "b"]}
+    config = Config.model_validate({"data": data}).model_copy(update={"train": before})
+    state = TrainState(
+        step=100, stage="full", best=0, score=0, model={}, schedule=schedule_of(config)
+    )
+    after = in_steps(train, lambda share: round(1100 * share), begun_stages(state))
+    assert [stage.steps for stage in after.stages] == [25, 625, 69]
+    other = TrainConfig.model_validate({"stages": [{**stages[0], "epochs": 4}], "batch_size": 16})
+    again = in_steps(other, lambda share: round(1000 * share), begun_stages(state))
+    assert [stage.steps for stage in again.stages] == [50]
 
 
 @pytest.mark.parametrize("steps", [300, 300.0, "300"])

@@ -9,24 +9,26 @@ from typing import Any
 
 import pytest
 
-from launch import slurmstate, status
+from launch import jobs, slurmstate, status, submit
 from launch.chain import (
     Chain,
     Submitted,
     Told,
     depends_on,
     label_of,
+    read_chain,
     tell,
+    told_by,
     unfinished,
     write_chain,
 )
 from launch.chaincli import refuse_beside_jobs, require_idle
-from launch.plan import plan_cluster, starting_at
+from launch.plan import JobSpec, plan_cluster, starting_at
 from launch.profile import Profile, load_profile, shipped_profiles
 from launch.rundir import RunDir
 from launch.sbatch import check_folder, describe_scripts, parameters
 from medpsp.config import Config
-from medpsp.errors import ConfigError, LaunchError
+from medpsp.errors import ConfigError, Interrupted, LaunchError
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm.txt"
 ORDER = ["preflight", "plan", "convert", "publish", "check", "train", "evaluate", "export"]
@@ -228,6 +230,48 @@ def test_without_accounting_the_others_are_asked(monkeypatch: pytest.MonkeyPatch
     assert dict(found["20"].counts) == {"RUNNING": 1, "PENDING": 1}
 
 
+def test_a_job_that_could_not_be_asked_for_is_not_gone(monkeypatch: pytest.MonkeyPatch):
+    def ask(*command: str) -> str:
+        if command[0] == "sacct":
+            return SACCT
+        raise LaunchError(f"{command[0]}: Unable to contact slurm controller")
+
+    monkeypatch.setattr(slurmstate, "_ask", ask)
+    assert slurmstate.job_states(["12", "14"])["12"].ended
+    with pytest.raises(LaunchError, match="Unable to contact"):  # 15: a moment ago, not yet there
+        slurmstate.job_states(["12", "15"])
+
+
+def test_why_a_job_waits_is_what_squeue_says_now(monkeypatch: pytest.MonkeyPatch):
+    def ask(*command: str) -> str:
+        if command[0] == "sacct":  # the last reason but Priority and Resources, even of ended ones
+            return "12|FAILED|cpu0|137:0|Dependency\n13|PENDING||0:0|Dependency\n"
+        assert command[-1] == "13"
+        return "13|PENDING||QOSMaxWallDurationPerJobLimit\n"
+
+    monkeypatch.setattr(slurmstate, "_ask", ask)
+    found = slurmstate.job_states(["12", "13"])
+    assert found["12"].reason == "exit code 137:0"
+    assert found["13"].reason == "QOSMaxWallDurationPerJobLimit"
+
+
+@pytest.mark.parametrize(
+    ("reason", "never"),
+    [
+        ("PartitionTimeLimit", True),
+        ("QOSMaxWallDurationPerJobLimit", True),
+        ("JobHeldAdmin", True),
+        ("launch failed requeued held", True),
+        ("Resources", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("Dependency", False),
+        ("BeginTime", False),
+    ],
+)
+def test_reasons_that_do_not_go_by_themselves(reason: str, never: bool):
+    assert bool(status.NEVER.search(reason)) == never
+
+
 def test_no_slurm_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(LaunchError, match="not found; is this a SLURM cluster"):
@@ -331,13 +375,16 @@ def test_a_command_here_keeps_off_a_folder_where_jobs_are_at_work(
     chosen = config(out=str(tmp_path))
     submitted(RunDir(tmp_path))
     found = slurmstate.JobState(counts=Counter({"RUNNING": 1}))
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with monkeypatch.context() as patched:
         patched.setattr(slurmstate, "job_states", lambda ids: {"7": found})
-        with pytest.raises(ConfigError, match="train still waits or runs"):
-            refuse_beside_jobs(chosen)
+        for number in ("", "8"):  # in an allocation of one's own, too
+            patched.setenv("SLURM_JOB_ID", number)
+            with pytest.raises(ConfigError, match="train still waits or runs"):
+                refuse_beside_jobs(chosen)
+        patched.setenv("SLURM_JOB_ID", "7")
+        refuse_beside_jobs(chosen)
     monkeypatch.setenv("PATH", "/nowhere")  # a laptop that has the folder, and no SLURM
-    logging.getLogger("medpsp").propagate = True
+    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", True)
     refuse_beside_jobs(chosen)
     assert "may be at work" in caplog.text
 
@@ -355,8 +402,60 @@ def test_what_can_never_start_is_not_waited_for(
     monkeypatch.setattr(status, "job_states", next_state)
     monkeypatch.setattr(status, "SILENT_S", 0.0)
     if reason == "Resources":
-        (row,) = status.follow(RunDir(tmp_path), 0.01, lambda rows: None)
+        (row,) = status.follow([RunDir(tmp_path)], 0.01, lambda rows: None)
         assert row.well
     else:
         with pytest.raises(LaunchError, match=r"train: cannot start \(PartitionNodeLimit\), job 7"):
-            status.follow(RunDir(tmp_path), 0.01, lambda rows: None)
+            status.follow([RunDir(tmp_path)], 0.01, lambda rows: None)
+
+
+def test_of_several_ranks_the_one_that_failed_first_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = RunDir.create(config(out=str(tmp_path)))
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def fails(rank: str, error: Exception) -> None:
+        def job(config: Config) -> None:
+            raise error
+
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setitem(jobs.JOBS, "train", job)
+        jobs.run_command("train", run.config)
+
+    fails("1", LaunchError("no room on the GPU"))
+    said = told_by(run, "train")
+    assert said
+    assert (said.state, said.job, said.restarts) == ("failed", "7", 1)
+    for late in (RuntimeError("Connection reset by peer"), Interrupted("asked to end")):
+        fails("2", late)
+        assert told_by(run, "train") == said
+    assert (run.logs / "train.failed").read_text() == "no room on the GPU\n"
+
+
+def test_a_failed_submission_leaves_what_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run, plan = RunDir(tmp_path), plan_cluster(config(), Profile())
+    submitted(run)
+    before, cancelled = read_chain(run), []
+
+    def send(spec: JobSpec, *rest: object) -> str:
+        if spec.name == "publish":
+            raise LaunchError("publish: not submitted: no")
+        return {"preflight": "1", "plan": "2", "convert": "3"}[spec.name]
+
+    monkeypatch.setattr(submit, "_send", send)
+    monkeypatch.setattr(submit, "cluster_name", lambda: "")
+    monkeypatch.setattr(submit, "cancel_jobs", cancelled.extend)
+    with pytest.raises(LaunchError, match=r"publish: not submitted: no$"):
+        submit.submit_cluster(plan, Profile(), "generic", run)
+    assert cancelled == ["1", "2", "3"]
+    assert read_chain(run) == before
+
+    def silent(ids: object) -> None:
+        raise LaunchError("scancel: Unable to contact slurm controller")
+
+    monkeypatch.setattr(submit, "cancel_jobs", silent)
+    with pytest.raises(LaunchError, match=r"no; 1, 2, 3 were submitted .* cannot be cancelled now"):
+        submit.submit_cluster(plan, Profile(), "generic", run)
+    assert [job.id for job in read_chain(run).jobs] == ["1", "2", "3"]  # `cancel` finds them

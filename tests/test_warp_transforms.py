@@ -79,7 +79,12 @@ def test_transforms_are_tried_on_as_many_channels_as_they_will_see() -> None:
     clahe = [{"name": "CLAHE"}]
     assert build_transforms(clahe) is not None
     with pytest.raises(ConfigError, match=r"CLAHE fails on a float32 image of \(48, 64, 5\)"):
-        build_transforms(clahe, channels=5)
+        build_transforms(clahe, channels=(1, 5))
+
+
+def test_grey_slices_of_a_network_of_colours_are_grey_when_they_are_transformed() -> None:
+    with pytest.raises(ConfigError, match=r"RandomSnow fails on a float32 image of \(48, 64, 1\)"):
+        build_transforms([{"name": "RandomSnow"}], channels=(1, 3))
 
 
 def test_noise_is_there_and_repeats() -> None:

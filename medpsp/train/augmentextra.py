@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -97,7 +97,9 @@ class Transforms:
 
 
 def build_transforms(
-    items: Sequence[Mapping[str, Any]], size: tuple[int, int] = (48, 64), channels: int = 1
+    items: Sequence[Mapping[str, Any]],
+    size: tuple[int, int] = (48, 64),
+    channels: Iterable[int] = (1,),
 ) -> Transforms | None:
     """Check what ``train.transforms`` lists, by making and trying each of it.
 
@@ -105,7 +107,7 @@ def build_transforms(
         items: Each a name of albumentations and its arguments, for example
             ``{"name": "GaussNoise", "std_range": [0.01, 0.05], "p": 0.3}``.
         size: Rows and columns to try them on.
-        channels: Of the images: neighbouring slices and windows are channels.
+        channels: Numbers of them that images have: neighbouring slices and windows are channels.
 
     Returns:
         None where nothing is listed.
@@ -116,7 +118,8 @@ def build_transforms(
     if not items:
         return None
     for item in items:
-        _try(_make(item), str(item["name"]), (*size, channels))
+        for count in channels:
+            _try(_make(item), str(item["name"]), (*size, count))
     return Transforms(json.dumps([dict(item) for item in items], sort_keys=True))
 
 

@@ -37,6 +37,7 @@ class TrainState:
         bad: Steps without a finite gradient before this one, in a row.
         schedule: What gives a step number its meaning.
         content: Digest of the shards that it was trained on.
+        judged: Digest of the validation slices that ``score`` is of; empty where it is not known.
     """
 
     step: int
@@ -48,6 +49,7 @@ class TrainState:
     bad: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     content: str = ""
+    judged: str = ""
 
 
 def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: TrainState) -> Path:

@@ -28,9 +28,9 @@ from medpsp.train.ema import Average
 from medpsp.train.engine import Engine, build_engine
 from medpsp.train.guard import Guard
 from medpsp.train.optimizer import Moments
-from medpsp.train.ranks import Agreement, share_buffers, sum_over_ranks
+from medpsp.train.ranks import Agreement, gather_numbers, share_buffers, sum_over_ranks
 from medpsp.train.resume import restore
-from medpsp.train.saving import save, score, scores_at
+from medpsp.train.saving import rescore, save, score, scores_at
 from medpsp.train.stop import StopRequest, interrupted
 from medpsp.train.timing import Clock
 from medpsp.train.warptorch import apply_batch
@@ -48,6 +48,7 @@ class Run:
         examples: A few validation slices to draw; None where all may show a name.
         weights: (K,) class weights.
         data_id: Of the shards; a checkpoint goes on only with the data it was made from.
+        content, judged: See `TrainState`.
         stop: Asked at every step boundary.
         watch: Told at every step; None for none.
     """
@@ -63,6 +64,7 @@ class Run:
     weights: Tensor
     data_id: str = ""
     content: str = ""
+    judged: str = ""
     stop: StopRequest = field(default_factory=StopRequest)
     watch: Watch | None = None
 
@@ -126,8 +128,14 @@ def begin(run: Run, model: PSPNet) -> Progress:
         guard=Guard(run.device, train.most_bad_steps, state.bad),
         clock=Clock(run.config, model, run.device, run.world),
     )
-    if state.step and not state.scored and scores_at(run.config, state.step):
-        score(run, progress, restored.weights)  # it was killed while it did
+    late = state.step and not state.scored and scores_at(run.config, state.step)
+    if late or restored.rescore:
+        if asked := int(gather_numbers([run.stop.code]).max()):  # it may take long
+            raise interrupted(asked, state.step)
+        if restored.rescore:
+            rescore(run, progress, restored.rescore)
+        if late:
+            score(run, progress, restored.weights)  # it was killed while it did
     return progress
 
 

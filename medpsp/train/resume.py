@@ -34,12 +34,17 @@ log = logging.getLogger("medpsp")
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a checkpoint holds; the weights are in the network, too."""
+    """What a checkpoint holds; the weights are in the network, too.
+
+    Attributes:
+        rescore: Another one, which was the best on validation slices that are others now.
+    """
 
     state: TrainState
     moments: Moments
     ema: dict[str, Tensor] | None
     weights: dict[str, Tensor]
+    rescore: Path | None = None
 
 
 REFINE = 2
@@ -78,6 +83,17 @@ def same_so_far(state: TrainState, config: Config) -> bool:
     index, _ = stage_at(stages, state.step - 1)
     done: list[Any] = state.schedule["stages"]
     return done[:index] == now["stages"][:index] and state.stage == stages[index].name
+
+
+def begun_stages(state: TrainState) -> list[tuple[str, int, float | None]]:
+    """Name, steps and epochs of the stages that a checkpoint has begun, as it knows them."""
+    settings: list[dict[str, Any]] = state.schedule.get("settings", [])
+    begun, first = [], 0
+    for (name, steps), known in zip(state.schedule.get("stages", []), settings, strict=False):
+        if first < state.step:
+            begun.append((name, steps, known.get("epochs")))
+        first += steps
+    return begun
 
 
 def changed_midway(state: TrainState, config: Config) -> str:
@@ -147,7 +163,7 @@ def restore(run: Run, model: PSPNet) -> Restored:
         return Restored(state=start, moments=no_moments(), ema=None, weights={})
     refuse_other(config, path, found[path], run.data_id)
     tensors, state = load_checkpoint(path, torch.device("cpu"))
-    best, state = _best(run, state, found)
+    best, again, state = _best(run, state, found)
     if run.leads:
         for line in damaged:
             log.warning("train: left out: %s", line)
@@ -166,21 +182,33 @@ def restore(run: Run, model: PSPNet) -> Restored:
         moments=tensors["optimizer"],
         ema=tensors.get("ema"),
         weights=tensors["model"],
+        rescore=again,
     )
 
 
 def _best(
     run: Run, state: TrainState, found: dict[Path, TrainState]
-) -> tuple[Path | None, TrainState]:
-    """The checkpoint that is the best one, and the state that knows its score."""
-    best = best_of({path: s for path, s in found.items() if s.content == state.content})
+) -> tuple[Path | None, Path | None, TrainState]:
+    """The checkpoint that is the best one, one to score again, and the state that knows of it.
+
+    Only scores of the validation slices of now are compared. Where they are others than before,
+    the best checkpoint of before is scored again, and the newest one too.
+    """
     if run.content != state.content and state.content:
         log.warning(
-            "train: the shards are not those of step %d (other labels, or new studies): it goes on "
-            "with them, and the best checkpoint is chosen among those from here on",
+            "train: the shards are not those of step %d (other labels, new studies or another "
+            "profile): it goes on with them",
             state.step,
         )
-        return None, replace(state, best=-1.0, scored=False)
+    of_now = {path: s for path, s in found.items() if s.judged in (run.judged, "")}
+    best, again = best_of(of_now), None
+    if state.judged not in (run.judged, ""):
+        state = replace(state, scored=False, best=-1.0)
+        if best is None:
+            again = best_of(found)
+            log.warning("train: the validation slices are others, so the best is scored again")
+            if again and found[again].step == state.step:
+                again = None  # as the newest one it is
     if best is None or found[best].score < state.best:
         left = found[best].score if best else -1.0
         if state.best >= 0:
@@ -189,7 +217,9 @@ def _best(
                 *(state.best, f"{best.name}, Dice {left:.3f}" if best else "not scored yet"),
             )
         state = replace(state, best=left)
-    return best, state
+    elif state.best < 0:
+        state = replace(state, best=found[best].score)
+    return best, again, state
 
 
 def names_of(config: Config, step: int) -> list[str]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from medpsp.config import Config
 from medpsp.errors import NonFiniteLossError
 from medpsp.stages import stage_at
-from medpsp.train.checkpoint import mark_best, prune, rewrite_state, save_checkpoint
+from medpsp.train.checkpoint import (
+    load_checkpoint,
+    mark_best,
+    prune,
+    rewrite_state,
+    save_checkpoint,
+)
+from medpsp.train.ema import scored_weights
 from medpsp.train.engine import Engine
 from medpsp.train.guard import all_finite
 from medpsp.train.ranks import barrier, share_buffers
@@ -41,6 +51,7 @@ def save(run: Run, engine: Engine, progress: Progress, step: int, *, scores: boo
         model=identify(config, run.data_id),
         schedule=schedule_of(config),
         content=run.content,
+        judged=run.judged,
     )
     weights = engine.weights()
     if not all_finite(weights.values()):
@@ -69,7 +80,8 @@ def score(run: Run, progress: Progress, weights: dict[str, Tensor]) -> None:
     run.at(step, "evaluate", first=True)
     found = validate(run, progress.average.scored(weights), step)
     progress.model.train()
-    state = replace(before, score=found, best=max(found, before.best), scored=True)
+    best = max(found, before.best)
+    state = replace(before, score=found, best=best, scored=True, judged=run.judged)
     run.at(step, "save", first=True)
     if run.leads:
         for name in names_of(run.config, step):
@@ -77,6 +89,29 @@ def score(run: Run, progress: Progress, weights: dict[str, Tensor]) -> None:
         if found >= before.best:  # of two equal ones the later saw more
             mark_best(run.checkpoints / names_of(run.config, step)[-1])
     progress.state = state
+
+
+def rescore(run: Run, progress: Progress, path: Path) -> None:
+    """Score an earlier checkpoint on the validation slices of now: later ones are compared with it.
+
+    Args:
+        run: With other validation slices than the checkpoint was scored on.
+        progress: Learns the score as the best so far.
+        path: Of the checkpoint that was the best one.
+    """
+    tensors, state = load_checkpoint(path, torch.device("cpu"))
+    run.at(state.step, "evaluate", first=True)
+    network = copy.deepcopy(progress.model)
+    network.load_state_dict(scored_weights(tensors))
+    found = validate(run, network, state.step, show=False)
+    if run.leads:
+        state = replace(state, score=found, best=found, scored=True, judged=run.judged)
+        for name in names_of(run.config, state.step):
+            if (run.checkpoints / name).is_dir():
+                rewrite_state(run.checkpoints / name, state)
+        mark_best(path)
+    barrier()
+    progress.state = replace(progress.state, best=found)
 
 
 def scores_at(config: Config, step: int) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from medpsp.train.loop import Run
 
 
-def validate(run: Run, model: nn.Module, step: int) -> float:
+def validate(run: Run, model: nn.Module, step: int, *, show: bool = True) -> float:
     """Mean Dice of the foreground classes over the validation slices; 0 where there are none.
 
     All ranks take part, and all get the same; rank 0 writes it to the board.
@@ -31,6 +31,7 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
         run: The run.
         model: Its network.
         step: Steps that are done.
+        show: Write it to the board.
     """
     names = run.config.data.classes
     tally = Tally.empty(len(names))
@@ -38,7 +39,7 @@ def validate(run: Run, model: nn.Module, step: int) -> float:
     counts, tally = sum_all(counts, tally, run.device)
     dice = dice_per_class(counts)
     score = mean_foreground(dice)
-    if run.leads:
+    if run.leads and show:
         last = step - 1  # the step that was done last, as the board counts
         shown = {f"val/dice/{n}": float(d) for n, d in zip(names[1:], dice[1:], strict=True)}
         run.board.scalars(last, {"val/dice_mean": score, **shown})
