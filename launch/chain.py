@@ -41,12 +41,14 @@ class Chain:
         at: Seconds since 1970.
         jobs: In order.
         slurm: ClusterName of the SLURM whose job ids they are; empty where it did not say.
+        planned: Names of all that were to be submitted: a process may be killed half-way.
     """
 
     cluster: str
     at: float
     jobs: tuple[Submitted, ...]
     slurm: str = ""
+    planned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,13 @@ def read_chain(run: RunDir) -> Chain:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         jobs = tuple(Submitted(**{**job, "after": tuple(job["after"])}) for job in tree["jobs"])
-        return Chain(cluster=tree["cluster"], at=tree["at"], jobs=jobs, slurm=tree.get("slurm", ""))
+        return Chain(
+            cluster=tree["cluster"],
+            at=tree["at"],
+            jobs=jobs,
+            slurm=tree.get("slurm", ""),
+            planned=tuple(tree.get("planned", ())),
+        )
     except FileNotFoundError:
         raise LaunchError(
             f"run {run.root}: nothing was submitted to a cluster; `medpsp run CONFIG --cluster "
@@ -170,3 +178,14 @@ def told_by(run: RunDir, name: str) -> Told | None:
         return Told(**json.loads((run.jobs / f"{name}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def has_failed(run: RunDir, name: str, told: Told) -> bool:
+    """Whether another rank of this very try has said that it failed; it knows why.
+
+    Only in a job of the chain: in an allocation of one's own commands follow one another.
+    """
+    found, chain = told_by(run, name), chain_of(run)
+    if found is None or chain is None or told.job not in {job.id for job in chain.jobs}:
+        return False
+    return found.state == "failed" and (found.job, found.restarts) == (told.job, told.restarts)

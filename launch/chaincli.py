@@ -270,6 +270,7 @@ def resume(out: RunArg) -> None:
     from launch.plan import plan_cluster, those
     from launch.profile import load_profile
     from launch.rundir import RunDir, open_run
+    from launch.sweep import FOLDER, OWN
     from medpsp.configio import load_config
 
     setup_logging()
@@ -280,10 +281,11 @@ def resume(out: RunArg) -> None:
             f"resume {out}: its configuration says out {planned.out}; resume where it was "
             "submitted, or give `medpsp run` another out"
         )
-    if any(job.name == "compare" for job in chain.jobs):
+    names = {*chain.planned, *(job.name for job in chain.jobs)}
+    if "compare" in names or (not names & set(OWN) and (folder.root / FOLDER).is_dir()):
         raise ConfigError(f"resume {out}: a sweep; its command, given again, submits what is left")
     require_idle(folder)
     profile = load_profile(chain.cluster)
     config, folder = open_run(str(folder.config), with_index(str(folder.config), ()))
-    plan = those(plan_cluster(config, profile), {job.name for job in chain.jobs})
+    plan = those(plan_cluster(config, profile), names)
     _submit(unfinished(plan, config, folder), profile, chain.cluster, folder)

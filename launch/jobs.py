@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.chain import Told, depends_on, label_of, tell, told_by
+from launch.chain import Told, depends_on, has_failed, label_of, tell
 from launch.diagnose import diagnosis, lost_peer
 from launch.evaluate import evaluate_job
 from launch.export import export_job
@@ -55,25 +55,18 @@ def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) ->
     told = Told.begun(os.environ, depends_on(config, name))
     config = _on_this_node(config)
     leads = os.environ.get("RANK", "0") == "0"
-    if leads and not _has_failed(run, label, told):
+    if leads and not has_failed(run, label, told):
         marker.unlink(missing_ok=True)
         tell(run, label, told)
     code, reason, echo = _run(name, config, part)
     with suppress(OSError):  # the disk may be what is wrong
-        if (echo or code == EXIT_AGAIN) and _has_failed(run, label, told):
+        if (echo or code == EXIT_AGAIN) and has_failed(run, label, told):
             return code, reason  # another rank knows why
         if leads or (code and code != EXIT_AGAIN):
             tell(run, label, told.ended_with(code, reason))
         if reason and code != EXIT_AGAIN:
             marker.write_text(reason + "\n", encoding="utf-8")
     return code, reason
-
-
-def _has_failed(run: RunDir, label: str, told: Told) -> bool:
-    """Whether a rank of this very try has said that it failed."""
-    found = told_by(run, label)
-    same = found and told.job and (found.job, found.restarts) == (told.job, told.restarts)
-    return bool(found and same and found.state == "failed")
 
 
 def _on_this_node(config: Config) -> Config:

@@ -172,7 +172,7 @@ def log_bug(kind: type[BaseException], error: BaseException, trace: TracebackTyp
 def log_thread(told: threading.ExceptHookArgs) -> None:
     """For ``threading.excepthook``: into the log; the main thread says what it meets itself."""
     file = log_file()
-    if file is None or told.exc_value is None:
+    if file is None or told.exc_value is None or isinstance(told.exc_value, SystemExit):
         threading.__excepthook__(told)
         return
     with suppress(OSError), file.open("a", encoding="utf-8") as lines:  # it may have no file left

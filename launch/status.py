@@ -27,6 +27,8 @@ NEVER = re.compile(
     r"|\w+PerJob\w*|JobHeld\w+|launch failed requeued held)$"
 )
 """Why a job waits that starts only if somebody changes it or the cluster."""
+HOPELESS = re.compile(rf"{NEVER.pattern}|^Dependency")
+"""The same, and jobs that wait for others."""
 STALE_S = 120.0
 """A rank that wrote nothing for this long is not shown as at work."""
 
@@ -43,6 +45,7 @@ class Row:
         restarts: How often it was queued again.
         at: What it is at.
         note: Why it waits, or ended.
+        waits: Why it waits, in SLURM's words.
         ended: Whether nothing of it will run any more.
         well: Whether all of it is done.
     """
@@ -54,6 +57,7 @@ class Row:
     restarts: int
     at: str
     note: str
+    waits: str
     ended: bool
     well: bool
 
@@ -96,6 +100,7 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
         restarts=max([state.restarts, *(t.restarts for t in told)]),
         at=_at(run, job) if "RUNNING" in word else "",
         note=note or (state.reason if word != "COMPLETED" else ""),
+        waits=state.reason if "PENDING" in word else "",
         ended=state.ended,
         well=well,
     )
@@ -172,13 +177,14 @@ def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], objec
         rows = [row for _, of_run in found for row in of_run]
         if ended(rows):
             return rows
-        stuck = next((row for row in rows if not row.ended and NEVER.search(row.note)), None)
-        if stuck is None or any("RUNNING" in row.state for row in rows):
+        stuck = [(run, row) for run, of_run in found for row in of_run if NEVER.search(row.waits)]
+        if not stuck or any(not row.ended and not HOPELESS.search(row.waits) for row in rows):
             able = heard
         elif heard - able > SILENT_S:
+            run, row = stuck[0]
             raise LaunchError(
-                f"{stuck.name}: cannot start ({stuck.note}), job {stuck.id}; change the profile to "
-                f"what the partition allows, `medpsp cancel {runs[0].root}`, and submit again"
+                f"{row.name}: cannot start ({row.waits}), job {row.id}; change the profile to what "
+                f"the partition allows, `medpsp cancel {run.root}`, and submit again"
             )
         time.sleep(seconds)
 

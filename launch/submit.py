@@ -87,6 +87,7 @@ def submit_cluster(
         at=time.time(),
         jobs=before if keep else (),
         slurm=cluster_name(),
+        planned=tuple(spec.name for spec in plan),
     )
     try:
         for spec in plan:
@@ -113,11 +114,12 @@ def _send(spec: JobSpec, profile: Profile, ids: dict[str, str], run: RunDir) -> 
     import submitit
 
     folder, config = run.logs / "jobs", run.config.absolute()
-    executor: Any = submitit.SlurmExecutor(folder=folder.absolute() / "%j", python=profile.python)
-    executor.update_parameters(**parameters(spec, profile, ids, run))
     ranks = spec.nodes * spec.tasks > 1
     tasks = [Task(spec.name, config, part + 1, spec.parts, ranks) for part in range(spec.parts)]
+    executor: Any
     try:
+        executor = submitit.SlurmExecutor(folder=folder.absolute() / "%j", python=profile.python)
+        executor.update_parameters(**parameters(spec, profile, ids, run))
         with _outside_any_job():
             if len(tasks) > 1:
                 sent = executor.map_array(Task.__call__, tasks)[0]

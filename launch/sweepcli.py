@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -199,4 +200,5 @@ def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
             follow_runs([run])
         except LaunchError as error:  # the others still make a table
             log.warning("%s: %s", run.root.name, error)
-            cancel_jobs([one.id])  # it may wait for ever, and the next one for it
+            with suppress(LaunchError):
+                cancel_jobs([one.id])  # it may wait for ever, and the next one for it

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from launch.chain import Told, tell, told_by
+from launch.chain import Told, has_failed, tell, told_by
 from launch.cluster import detect_world, end_time
 from launch.ranks import end_with_parent, say_last, start_ranks
 from launch.rundir import REASONS, RunDir
@@ -158,9 +158,12 @@ def _warn_of_random_parts(config: Config) -> None:
 def _say(run: RunDir, line: str, code: int) -> None:
     say_last(line, code=code)
     if "SLURM_JOB_ID" in os.environ:  # this process ends at once, and `status` asks why
+        told, known = Told.begun(os.environ, ""), told_by(run, "train")
+        if known and (known.job, known.restarts) == (told.job, told.restarts):
+            told = known  # it knows when it began
         with suppress(OSError):
-            told = told_by(run, "train") or Told.begun(os.environ, "")
-            tell(run, "train", told.ended_with(code, line))
+            if not has_failed(run, "train", told):
+                tell(run, "train", told.ended_with(code, line))
 
 
 def _run_of(

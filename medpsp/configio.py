@@ -91,10 +91,10 @@ def _forget_what_follows(tree: dict[str, Any], key: str, value: str) -> None:
             )
         del section["stages"]
     if key == "model.head":
-        before = section.get("head", HEAD)
+        before = str(section.get("head", HEAD))
         usual = {"output_stride": STRIDE_OF_HEAD.get(before), "aux": before == "classic"}
         for name, known in usual.items():
-            if value.strip() != before and section.get(name) == known:
+            if value.strip() != before and name in section and section[name] == known:
                 del section[name]
 
 

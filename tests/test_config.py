@@ -304,6 +304,8 @@ def test_another_head_brings_its_own_stride(tmp_path: Path) -> None:
         ("{head: classic, output_stride: 8, aux: true}", "refine", (16, False)),
         ("{head: refine, output_stride: 8, aux: true}", "refine", (8, True)),  # by hand
         ("{output_stride: 32}", "classic", (32, True)),
+        ("{head: clasic}", "classic", (8, True)),
+        ("{head: null}", "classic", (8, True)),
     ],
 )
 def test_another_head_leaves_what_was_written_by_hand(

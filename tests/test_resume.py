@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from medpsp.config import Config, TrainConfig
-from medpsp.errors import Interrupted
+from medpsp.errors import CheckpointError, Interrupted
 from medpsp.stages import in_steps
 from medpsp.train.checkpoint import STATE, TrainState, mark_best, read_state, rewrite_state
 from medpsp.train.loop import Run, fit
@@ -129,12 +129,29 @@ def test_the_best_is_scored_again_on_other_validation_slices(
     assert "is gone" not in caplog.text
 
 
-def test_other_training_slices_leave_the_best_alone(tmp_path: Path) -> None:
+def test_a_damaged_name_of_the_best_is_not_made_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"name": "warm", "steps": 3}, {"name": "full", "steps": 1}, eval_every=1)
+    first = make_run(config, tmp_path)
+    fit(first, network(config))
+    scored_as(first.checkpoints, {3: 2.0, 4: 1.0}, "before")
+    flip(first.checkpoints / "stage-0-warm" / "state.pt", 999)
+    monkeypatch.setattr("medpsp.train.saving.validate", lambda run, m, step, show=True: 0.5)
+    run = replace(make_run(config, tmp_path), content="after", judged="after")
+    fit(run, network(config))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_state(run.checkpoints / "stage-0-warm")
+    assert read_state(run.checkpoints / "step-00000003").judged == "after"
+
+
+@pytest.mark.parametrize("judged", ["now", ""])
+def test_other_training_slices_leave_the_best_alone(tmp_path: Path, judged: str) -> None:
     config = make_config({"name": "full", "steps": 3}, eval_every=1)
     first = make_run(config, tmp_path)
     fit(first, network(config))
-    scored_as(first.checkpoints, {2: 0.9, 3: 0.8}, "")  # of an earlier version, too
-    run = replace(make_run(config, tmp_path), content="after", judged="now")
+    scored_as(first.checkpoints, {2: 0.9, 3: 0.8}, judged)  # earlier versions know the shards only
+    run = replace(make_run(config, tmp_path), content="after" if judged else "", judged="now")
     for _ in range(2):
         assert fit(run, network(config)).best == 0.9
         assert read_state(run.checkpoints / "best").step == 2

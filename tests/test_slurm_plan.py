@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import jobs, slurmstate, status, submit
+from launch import jobs, slurmstate, status, submit, train
 from launch.chain import (
     Chain,
     Submitted,
@@ -389,21 +391,33 @@ def test_a_command_here_keeps_off_a_folder_where_jobs_are_at_work(
     assert "may be at work" in caplog.text
 
 
-@pytest.mark.parametrize("reason", ["PartitionNodeLimit", "Resources"])
+@pytest.mark.parametrize(
+    ("reason", "other", "ends"),
+    [
+        ("PartitionNodeLimit", "Dependency", False),
+        ("PartitionNodeLimit", "Priority", True),
+        ("Resources", "Dependency", True),
+    ],
+)
 def test_what_can_never_start_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, other: str, ends: bool
 ):
-    submitted(RunDir(tmp_path))
+    two = tuple(
+        Submitted(name=name, id=n, after=()) for name, n in (("train", "7"), ("export", "8"))
+    )
+    write_chain(RunDir(tmp_path), Chain(cluster="generic", at=0.0, jobs=two))
     states = [*(["PENDING"] * 3), "COMPLETED"]
 
     def next_state(ids: object) -> dict[str, slurmstate.JobState]:
-        return {"7": slurmstate.JobState(counts=Counter({states.pop(0): 1}), reason=reason)}
+        counts = Counter({states.pop(0): 1})
+        why = {"7": reason, "8": other}
+        return {n: slurmstate.JobState(counts=counts, reason=why[n]) for n in why}
 
     monkeypatch.setattr(status, "job_states", next_state)
     monkeypatch.setattr(status, "SILENT_S", 0.0)
-    if reason == "Resources":
-        (row,) = status.follow([RunDir(tmp_path)], 0.01, lambda rows: None)
-        assert row.well
+    if ends:
+        rows = status.follow([RunDir(tmp_path)], 0.01, lambda rows: None)
+        assert all(row.well for row in rows)
     else:
         with pytest.raises(LaunchError, match=r"train: cannot start \(PartitionNodeLimit\), job 7"):
             status.follow([RunDir(tmp_path)], 0.01, lambda rows: None)
@@ -412,7 +426,12 @@ def test_what_can_never_start_is_not_waited_for(
 def test_of_several_ranks_the_one_that_failed_first_is_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run = RunDir.create(config(out=str(tmp_path)))
+    run, logger = RunDir.create(config(out=str(tmp_path))), logging.getLogger("medpsp")
+    for name in ("handlers", "propagate", "level"):  # a job sets them for its process
+        monkeypatch.setattr(logger, name, [] if name == "handlers" else getattr(logger, name))
+    for module in (sys, threading):
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
+    submitted(run)
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}.items():
         monkeypatch.setenv(name, value)
 
@@ -432,6 +451,22 @@ def test_of_several_ranks_the_one_that_failed_first_is_believed(
         fails("2", late)
         assert told_by(run, "train") == said
     assert (run.logs / "train.failed").read_text() == "no room on the GPU\n"
+    train._say(run, "asked to end before its first step", 75)  # nor does the watch of a rank
+    assert told_by(run, "train") == said
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    train._say(run, "rank 0 hangs", 76)
+    found = told_by(run, "train")
+    assert found
+    assert (found.state, found.reason, found.restarts) == ("failed", "rank 0 hangs", 2)
+
+
+def test_without_slurm_a_submission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LaunchError, match=r"preflight: not submitted: .*srun"):
+        submit.submit_cluster(
+            plan_cluster(config(), Profile()), Profile(), "generic", RunDir(tmp_path)
+        )
+    assert not (tmp_path / "jobs/chain.json").exists()
 
 
 def test_a_failed_submission_leaves_what_was_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -458,4 +493,6 @@ def test_a_failed_submission_leaves_what_was_known(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(submit, "cancel_jobs", silent)
     with pytest.raises(LaunchError, match=r"no; 1, 2, 3 were submitted .* cannot be cancelled now"):
         submit.submit_cluster(plan, Profile(), "generic", run)
-    assert [job.id for job in read_chain(run).jobs] == ["1", "2", "3"]  # `cancel` finds them
+    chain = read_chain(run)
+    assert [job.id for job in chain.jobs] == ["1", "2", "3"]  # `cancel` finds them
+    assert list(chain.planned) == ORDER  # and `resume` what was to follow

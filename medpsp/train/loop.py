@@ -29,8 +29,8 @@ from medpsp.train.engine import Engine, build_engine
 from medpsp.train.guard import Guard
 from medpsp.train.optimizer import Moments
 from medpsp.train.ranks import Agreement, gather_numbers, share_buffers, sum_over_ranks
-from medpsp.train.resume import restore
-from medpsp.train.saving import rescore, save, score, scores_at
+from medpsp.train.resume import restore, scores_at
+from medpsp.train.saving import rescore, save, score
 from medpsp.train.stop import StopRequest, interrupted
 from medpsp.train.timing import Clock
 from medpsp.train.warptorch import apply_batch

@@ -200,14 +200,18 @@ def _best(
             "profile): it goes on with them",
             state.step,
         )
-    of_now = {path: s for path, s in found.items() if s.judged in (run.judged, "")}
-    best, again = best_of(of_now), None
-    if state.judged not in (run.judged, ""):
+
+    def is_of_now(known: TrainState) -> bool:
+        """Earlier versions know their shards, not their validation slices."""
+        return known.judged == run.judged or (not known.judged and known.content == run.content)
+
+    best, again = best_of({path: s for path, s in found.items() if is_of_now(s)}), None
+    if not is_of_now(state):
         state = replace(state, scored=False, best=-1.0)
         if best is None:
             again = best_of(found)
             log.warning("train: the validation slices are others, so the best is scored again")
-            if again and found[again].step == state.step:
+            if again and found[again].step == state.step and scores_at(run.config, state.step):
                 again = None  # as the newest one it is
     if best is None or found[best].score < state.best:
         left = found[best].score if best else -1.0
@@ -228,3 +232,8 @@ def names_of(config: Config, step: int) -> list[str]:
     ends = step == total_steps(config.train.stages[: index + 1])
     stage = [f"stage-{index}-{config.train.stages[index].name}"] if ends else []
     return [*stage, f"step-{step:08d}"]
+
+
+def scores_at(config: Config, step: int) -> bool:
+    """Whether the validation split is scored after a step."""
+    return step % config.train.eval_every == 0 or len(names_of(config, step)) > 1

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from medpsp.config import Config
 from medpsp.errors import NonFiniteLossError
 from medpsp.stages import stage_at
 from medpsp.train.checkpoint import (
@@ -19,6 +18,7 @@ from medpsp.train.checkpoint import (
     prune,
     rewrite_state,
     save_checkpoint,
+    whole_checkpoints,
 )
 from medpsp.train.ema import scored_weights
 from medpsp.train.engine import Engine
@@ -106,14 +106,9 @@ def rescore(run: Run, progress: Progress, path: Path) -> None:
     found = validate(run, network, state.step, show=False)
     if run.leads:
         state = replace(state, score=found, best=found, scored=True, judged=run.judged)
-        for name in names_of(run.config, state.step):
-            if (run.checkpoints / name).is_dir():
-                rewrite_state(run.checkpoints / name, state)
+        whole, _ = whole_checkpoints(run.checkpoints)  # to rewrite a damaged one would hide that
+        for other in [other for other, known in whole.items() if known.step == state.step]:
+            rewrite_state(other, state)
         mark_best(path)
     barrier()
     progress.state = replace(progress.state, best=found)
-
-
-def scores_at(config: Config, step: int) -> bool:
-    """Whether the validation split is scored after a step."""
-    return step % config.train.eval_every == 0 or len(names_of(config, step)) > 1
