@@ -76,8 +76,8 @@ def test_a_shard_that_must_change_waits_for_what_it_holds(
     second.rename(tmp_path / "away")
     with pytest.raises(
         ShardError,
-        match=rf"shard {BUCKET}-\d: must be made anew, and slices that it holds cannot be read now "
-        r"\(\d FILE_UNREADABLE; .*; shards that wait for such: \d",
+        match=rf"shard {BUCKET}-\d: must be made anew, and slices of series that it holds "
+        r"cannot be read now \(\d FILE_UNREADABLE; .*; shards that wait for such: \d",
     ):
         convert_part(own, 1, 1)
     (tmp_path / "away").rename(second)
@@ -98,7 +98,7 @@ def test_a_moved_study_is_known_by_its_place(own: Config, key: bytes, tmp_path: 
         file.rename(name)
     plan_shards(own)
     first.rename(tmp_path / "away")
-    with pytest.raises(ShardError, match="slices that it holds cannot be read now"):
+    with pytest.raises(ShardError, match="slices of series that it holds cannot be read now"):
         convert_part(own, 1, 1)
     (tmp_path / "away").rename(first)
     build_shards(own)
@@ -119,7 +119,7 @@ def test_repair_keeps_what_it_cannot_read(
         first.rename(tmp_path / "away")
 
     monkeypatch.setattr(repair, "_forget", planned)
-    with pytest.raises(ShardError, match="slices that it holds cannot be read now"):
+    with pytest.raises(ShardError, match="slices of series that it holds cannot be read now"):
         check_job(own, repair=True)
     monkeypatch.undo()
     now = contents(own.shards)

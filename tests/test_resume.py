@@ -59,7 +59,8 @@ def test_what_a_begun_stage_goes_on_with_is_said(
 ) -> None:
     stopped_at(make_config(*TWO), tmp_path, 3)
     other = make_config(TWO[0], {**TWO[1], "lr": 0.5, "fraction": 0.5})
-    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("medpsp"), "handlers", [caplog.handler])
     fit(make_run(other, tmp_path), network(other))
     (line,) = [text for text in caplog.messages if "goes on with" in text]
     assert line.startswith("train: stage full goes on with lr 0.5, begun with ")
@@ -118,7 +119,8 @@ def test_the_best_is_scored_again_on_other_validation_slices(
     run = replace(make_run(config, tmp_path), content="after", judged="after")
     said = {2: 0.9, 3: 0.2, 4: 0.3}
     monkeypatch.setattr("medpsp.train.saving.validate", lambda run, m, step, show=True: said[step])
-    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("medpsp"), "handlers", [caplog.handler])
     for _ in range(2):
         state = fit(run, network(config))
         assert (state.best, state.score) == (0.9, said[ends])

@@ -386,7 +386,8 @@ def test_a_command_here_keeps_off_a_folder_where_jobs_are_at_work(
         patched.setenv("SLURM_JOB_ID", "7")
         refuse_beside_jobs(chosen)
     monkeypatch.setenv("PATH", "/nowhere")  # a laptop that has the folder, and no SLURM
-    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("medpsp"), "handlers", [caplog.handler])
     refuse_beside_jobs(chosen)
     assert "may be at work" in caplog.text
 
