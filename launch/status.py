@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Row:
     restarts: int
     at: str
     note: str
-    waits: str
+    waits: str = field(compare=False)  # it changes while a job waits, and is no news
     ended: bool
     well: bool
 
@@ -100,7 +100,7 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
         restarts=max([state.restarts, *(t.restarts for t in told)]),
         at=_at(run, job) if "RUNNING" in word else "",
         note=note or (state.reason if word != "COMPLETED" else ""),
-        waits=state.reason if "PENDING" in word else "",
+        waits=state.reason if state.state == "PENDING" else "",
         ended=state.ended,
         well=well,
     )
@@ -182,9 +182,10 @@ def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], objec
             able = heard
         elif heard - able > SILENT_S:
             run, row = stuck[0]
+            root = runs[0].root if runs[0].root in run.root.parents else run.root
             raise LaunchError(
                 f"{row.name}: cannot start ({row.waits}), job {row.id}; change the profile to what "
-                f"the partition allows, `medpsp cancel {run.root}`, and submit again"
+                f"the partition allows, `medpsp cancel {root}`, and submit again"
             )
         time.sleep(seconds)
 

@@ -131,6 +131,20 @@ def test_the_best_is_scored_again_on_other_validation_slices(
     assert "is gone" not in caplog.text
 
 
+@pytest.mark.parametrize("judged", ["now", ""])
+def test_the_best_of_an_earlier_version_stays(tmp_path: Path, judged: str) -> None:
+    """It knows neither its shards nor its slices; a newer one was compared with it."""
+    config = make_config({"name": "full", "steps": 3}, eval_every=1)
+    first = make_run(config, tmp_path)
+    fit(first, network(config))
+    scored_as(first.checkpoints, {2: 0.9, 3: 0.5}, "")
+    for path in (*first.checkpoints.glob("step-*3"), *first.checkpoints.glob("stage-*")):
+        rewrite_state(path, replace(read_state(path), content="X", judged=judged))
+    run = replace(make_run(config, tmp_path), content="X", judged="now")
+    assert fit(run, network(config)).best == 0.9
+    assert read_state(run.checkpoints / "best").step == 2
+
+
 def test_a_damaged_name_of_the_best_is_not_made_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

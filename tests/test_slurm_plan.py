@@ -398,6 +398,7 @@ def test_a_command_here_keeps_off_a_folder_where_jobs_are_at_work(
         ("PartitionNodeLimit", "Dependency", False),
         ("PartitionNodeLimit", "Priority", True),
         ("Resources", "Dependency", True),
+        ("launch failed requeued held", "Dependency", True),  # of one part, while others run
     ],
 )
 def test_what_can_never_start_is_not_waited_for(
@@ -411,6 +412,8 @@ def test_what_can_never_start_is_not_waited_for(
 
     def next_state(ids: object) -> dict[str, slurmstate.JobState]:
         counts = Counter({states.pop(0): 1})
+        if reason.startswith("launch") and "PENDING" in counts:
+            counts["RUNNING"] = 3
         why = {"7": reason, "8": other}
         return {n: slurmstate.JobState(counts=counts, reason=why[n]) for n in why}
 

@@ -205,8 +205,14 @@ def _best(
         """Earlier versions know their shards, not their validation slices."""
         return known.judged == run.judged or (not known.judged and known.content == run.content)
 
-    best, again = best_of({path: s for path, s in found.items() if is_of_now(s)}), None
-    if not is_of_now(state):
+    now = is_of_now(state)
+
+    def counts(known: TrainState) -> bool:
+        """Also those of before that the newest one has been compared with."""
+        return is_of_now(known) or (now and not known.judged and known.score <= state.best)
+
+    best, again = best_of({path: s for path, s in found.items() if counts(s)}), None
+    if not now:
         state = replace(state, scored=False, best=-1.0)
         if best is None:
             again = best_of(found)
