@@ -130,7 +130,7 @@ def label_of(name: str, part: int, parts: int) -> str:
 
 def write_chain(run: RunDir, chain: Chain) -> None:
     """Keep what was submitted."""
-    write_json(run.jobs / "chain.json", asdict(chain))
+    write_json(run.chain, asdict(chain))
 
 
 def read_chain(run: RunDir) -> Chain:
@@ -139,7 +139,7 @@ def read_chain(run: RunDir) -> Chain:
     Raises:
         LaunchError: Nothing was, or the file is damaged.
     """
-    path = run.jobs / "chain.json"
+    path = run.chain
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         jobs = tuple(Submitted(**{**job, "after": tuple(job["after"])}) for job in tree["jobs"])

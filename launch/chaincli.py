@@ -123,7 +123,7 @@ def runs_of(folder: RunDir) -> list[RunDir]:
         for inside in (FOLDER, "scale")
         for path in folder.root.glob(f"{inside}/*/jobs/chain.json")
     )
-    own = (folder.jobs / "chain.json").exists() or not found
+    own = folder.chain.exists() or not found
     return [*([folder] if own else []), *(RunDir(path) for path in found)]
 
 
@@ -134,7 +134,7 @@ def require_idle(folder: RunDir) -> None:
         ConfigError: A job that was submitted before has not ended.
         LaunchError: No SLURM answers.
     """
-    if not (folder.jobs / "chain.json").exists():
+    if not folder.chain.exists():
         return
     if left := _at_work([folder]):
         names = ", ".join(job.name for job in left)
@@ -149,7 +149,7 @@ def refuse_beside_jobs(config: Config) -> None:
     Raises:
         ConfigError: As `require_idle`.
     """
-    from launch.chain import read_chain
+    from launch.chain import chain_of
     from launch.rundir import REASONS, RunDir
 
     folder = RunDir(config.out)
@@ -157,9 +157,8 @@ def refuse_beside_jobs(config: Config) -> None:
         return
     try:
         own = {os.environ.get(f"SLURM_{name}JOB_ID", "") for name in ("", "ARRAY_")}
-        if (folder.jobs / "chain.json").exists():
-            if own & {job.id for job in read_chain(folder).jobs}:
-                return
+        chain = chain_of(folder)
+        if not (chain and own & {job.id for job in chain.jobs}):
             require_idle(folder)
     except LaunchError as error:
         log.warning("jobs that were submitted before may be at work in %s: %s", config.out, error)

@@ -66,6 +66,11 @@ class RunDir:
         return self.root / "jobs"
 
     @property
+    def chain(self) -> Path:
+        """Which jobs were submitted last."""
+        return self.jobs / "chain.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints of the run."""
         return self.root / "checkpoints"

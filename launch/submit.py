@@ -98,9 +98,14 @@ def submit_cluster(
             write_chain(run, chain)  # at once: no job may be there that nobody knows
             array = f", {spec.parts} parts" if spec.parts > 1 else ""
             log.info("%s: job %s%s", spec.name, number, array)
-        write_chain(run, chain)
+        if not plan:  # of a sweep whose shards are there
+            write_chain(run, chain)
     except BaseException as error:  # Ctrl-C, too
-        _take_back(jobs, earlier, run, error)
+        take_back(jobs, run, error)
+        if earlier:
+            write_chain(run, earlier)
+        else:
+            run.chain.unlink(missing_ok=True)
         raise
     return chain
 
@@ -130,13 +135,16 @@ def _send(spec: JobSpec, profile: Profile, ids: dict[str, str], run: RunDir) -> 
     return str(sent.job_id).split("_")[0]
 
 
-def _take_back(
-    jobs: list[Submitted], earlier: Chain | None, run: RunDir, error: BaseException
-) -> None:
-    """Cancel what was submitted, and know again what was known before.
+def take_back(jobs: list[Submitted], run: RunDir, error: BaseException) -> None:
+    """Cancel what was submitted before an error: half of it is of no use.
+
+    Args:
+        jobs: To cancel.
+        run: That knows of them.
+        error: What went wrong.
 
     Raises:
-        LaunchError: They cannot be cancelled now; the run knows them.
+        LaunchError: They cannot be cancelled now.
     """
     try:
         cancel_jobs([job.id for job in jobs])
@@ -146,10 +154,6 @@ def _take_back(
             f"{error}; {ids} were submitted before it and cannot be cancelled now ({why}): "
             f"`medpsp cancel {run.root}` when SLURM answers"
         ) from None
-    if earlier:
-        write_chain(run, earlier)
-    else:
-        (run.jobs / "chain.json").unlink(missing_ok=True)
 
 
 @contextmanager

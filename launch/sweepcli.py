@@ -84,8 +84,7 @@ def _sweep_on(
 ) -> None:
     from launch.chain import Submitted, unfinished
     from launch.plan import JobSpec, plan_cluster
-    from launch.slurmstate import cancel_jobs
-    from launch.submit import submit_cluster
+    from launch.submit import submit_cluster, take_back
     from launch.sweep import own_part, shared_part
 
     shared = unfinished(shared_part(plan_cluster(base, profile)), base, folder)
@@ -105,8 +104,8 @@ def _sweep_on(
         ends = tuple(job.name for job in last)
         job = JobSpec(name="compare", after=ends, cores=1, minutes=10, anyway=True)
         submit_cluster((job,), profile, cluster, folder, (*first.jobs, *last), keep=True)
-    except BaseException:  # Ctrl-C, too: half a sweep ends in no table
-        cancel_jobs(job.id for job in sent)
+    except BaseException as error:  # Ctrl-C, too: half a sweep ends in no table
+        take_back(sent, folder, error)
         raise
 
 
@@ -147,7 +146,7 @@ def scale(
     base, folder = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
     opened = open_members(folder, scale_members(base, ranks, backbones), "scale")
     if cluster:
-        _scale_on(cluster, opened)
+        _scale_on(cluster, folder, opened)
     else:
         from launch.plan import JobSpec
         from launch.submit import submit_plan
@@ -164,14 +163,14 @@ def scale(
     console.print(calculated_table(found, link_gb))
 
 
-def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
+def _scale_on(cluster: str, folder: RunDir, opened: list[tuple[Config, RunDir]]) -> None:
     """One after another, so that no two share a node."""
     from launch.chain import Submitted
     from launch.measure import forget
     from launch.plan import JobSpec, spread
     from launch.profile import load_profile
     from launch.slurmstate import cancel_jobs
-    from launch.submit import submit_cluster
+    from launch.submit import submit_cluster, take_back
 
     profile = load_profile(cluster)
     spans = [spread(member, profile) for member, _ in opened]  # all of them fit, or none is sent
@@ -192,8 +191,8 @@ def _scale_on(cluster: str, opened: list[tuple[Config, RunDir]]) -> None:
             )
             (one,) = submit_cluster((job,), profile, cluster, run, tuple(sent[-1:])).jobs
             sent.append(Submitted(name=f"{run.root.name}/measure", id=one.id, after=one.after))
-    except BaseException:
-        cancel_jobs(job.id for job in sent)
+    except BaseException as error:
+        take_back(sent, folder, error)
         raise
     for one, (_, run) in zip(sent, opened, strict=True):
         try:

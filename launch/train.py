@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,9 @@ from medpsp.types import World
 if TYPE_CHECKING:
     import torch
 
-    from medpsp.modelconfig import ModelConfig
+    from medpsp.train.checkpoint import TrainState
     from medpsp.train.loop import Run
     from medpsp.train.stop import StopRequest
-    from medpsp.train.watch import Watch
     from shards.index import SliceRow
 
 log = logging.getLogger("medpsp")
@@ -70,7 +70,6 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     from medpsp.model.psp import build_model
     from medpsp.stages import in_steps
     from medpsp.train.boardsetup import finish
-    from medpsp.train.checkpoint import latest_checkpoint, read_state
     from medpsp.train.loop import fit
     from medpsp.train.memory import memory_note
     from medpsp.train.ranks import process_group
@@ -79,8 +78,8 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     from shards.dataset import stage_rows
 
     run, train = RunDir(config.out), config.train
-    newest = latest_checkpoint(run.checkpoints)
-    begun = begun_stages(read_state(newest)) if newest else ()
+    before = _last_state(run)
+    begun = begun_stages(before) if before else ()
     train = in_steps(train, lambda fraction: len(stage_rows(rows, fraction)), begun)
     config = config.model_copy(update={"train": train})
     limits = train.first_step_seconds, train.step_seconds
@@ -93,7 +92,8 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
         watch.at(0, "model", first=True)
         check_device(config.model, device)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        chosen = _without_file(config.model) if newest else config.model
+        # a checkpoint has all weights: those it began with may be gone
+        chosen = config.model.untrained if before else config.model
         model = build_model(chosen, len(config.data.classes))
         if train.precision == "fp64":
             model.double()
@@ -103,12 +103,21 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
             log.info("train: %d ranks on %s, engine %s", world.size, device.type, train.engine)
             log.info("train: %s", memory_note(model, train, world))
             _warn_of_random_parts(config)
-        parts = _run_of(config, world, rows, device, watch, stop)
+        parts = _run_of(config, world, rows, device, before.step if before else 0)
+        parts = replace(parts, stop=stop, watch=watch)
         with closing(parts.board):  # when stopped, too: what was said must be in the file
             state = fit(parts, model)
             finish(parts.board, config, state.step, state.best)
     if world.rank == 0:
         log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
+
+
+def _last_state(run: RunDir) -> TrainState | None:
+    """Where training goes on; None before its first step."""
+    from medpsp.train.checkpoint import latest_checkpoint, read_state
+
+    newest = latest_checkpoint(run.checkpoints)
+    return read_state(newest) if newest else None
 
 
 def refuse_other_run(config: Config) -> None:
@@ -129,11 +138,6 @@ def refuse_other_run(config: Config) -> None:
     newest = newest_of(found)
     if newest and all(stage.epochs is None for stage in config.train.stages):
         refuse_other(config, newest, found[newest], read_manifest(config.shards).data_id)
-
-
-def _without_file(model: ModelConfig) -> ModelConfig:
-    """A checkpoint has all weights: those it began with may be gone."""
-    return model.model_copy(update={"pretrained": False})
 
 
 def _judged_by(val: Sequence[SliceRow]) -> str:
@@ -171,14 +175,12 @@ def _run_of(
     world: World,
     rows: tuple[SliceRow, ...],
     device: torch.device,
-    watch: Watch,
-    stop: StopRequest,
+    first_step: int,
 ) -> Run:
     import torch
 
     from medpsp.model.loss import class_weights
     from medpsp.train.boardsetup import data_text, open_board
-    from medpsp.train.checkpoint import latest_checkpoint, read_state
     from medpsp.train.loop import Run
     from shards.dataset import example_batch, stage_rows, train_batches, whole_slices
     from shards.index import SHARDS, class_pixels, read_manifest
@@ -188,8 +190,6 @@ def _run_of(
     clean = [row for row in val if "PHI_BURNED_IN" not in row.flags]  # event files travel
     pixels = class_pixels(stage_rows(rows, 1.0), len(config.data.classes))
     weights = class_weights(torch.from_numpy(pixels), config.loss.class_weights).to(device)
-    newest = latest_checkpoint(run.checkpoints)
-    first_step = read_state(newest).step if newest else 0
     manifest = read_manifest(root)
     content = manifest.tables[SHARDS]
     facts = {"data": data_text(content, config.data.classes, weights.tolist())}
@@ -214,6 +214,4 @@ def _run_of(
         examples=example_batch(root, clean, config, EXAMPLES) if clean else None,
         batches=batches,
         val_batches=lambda: whole_slices(root, val, world, config),
-        stop=stop,
-        watch=watch,
     )

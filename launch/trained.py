@@ -76,9 +76,7 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
             f"checkpoint {path}: made with other {', '.join(changed)}; use another out folder, or "
             "delete its checkpoints and train again"
         )
-    model = build_model(
-        config.model.model_copy(update={"pretrained": False}), len(config.data.classes)
-    )
+    model = build_model(config.model.untrained, len(config.data.classes))
     model.load_state_dict(scored_weights(tensors))
     return model.eval(), state.step
 

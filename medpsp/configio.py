@@ -16,9 +16,8 @@ from pydantic import ValidationError
 from medpsp.config import Config, TrainConfig
 from medpsp.dataconfig import Node
 from medpsp.errors import ConfigError
-from medpsp.modelconfig import STRIDE_OF_HEAD, ModelConfig
+from medpsp.modelconfig import usual_of_head
 
-HEAD = ModelConfig.model_fields["head"].default
 _DECIDE = ("train.preset=", "train.steps=", "model.head=")
 """Overrides that come first: what follows from them is made anew, and others may change it then."""
 
@@ -91,10 +90,9 @@ def _forget_what_follows(tree: dict[str, Any], key: str, value: str) -> None:
             )
         del section["stages"]
     if key == "model.head":
-        before = str(section.get("head", HEAD))
-        usual = {"output_stride": STRIDE_OF_HEAD.get(before), "aux": before == "classic"}
-        for name, known in usual.items():
-            if value.strip() != before and name in section and section[name] == known:
+        usual = usual_of_head(section)
+        if usual != usual_of_head({"head": value.strip()}):
+            for name in [name for name in usual if section.get(name) == usual[name]]:
                 del section[name]
 
 

@@ -17,6 +17,14 @@ STRIDE_OF_HEAD = {"refine": 16, "classic": 8, "shallow": 8}
 """Where ``model.output_stride`` is not given."""
 
 
+def usual_of_head(tree: dict[str, Any]) -> dict[str, Any]:
+    """What follows from the head of a section, unless it says otherwise; nothing of no head."""
+    head = str(tree.get("head", "refine"))
+    if head not in STRIDE_OF_HEAD:
+        return {}
+    return {"output_stride": STRIDE_OF_HEAD[head], "aux": head == "classic"}
+
+
 class ModelConfig(Node):
     """PSPNet: a timm backbone, the pyramid, a head."""
 
@@ -70,14 +78,16 @@ class ModelConfig(Node):
         """Input channels of the network: of all slices and windows together."""
         return (len(self.windows) or self.in_channels) * (2 * self.context + 1)
 
+    @property
+    def untrained(self) -> ModelConfig:
+        """The same network without pretrained weights."""
+        return self.model_copy(update={"pretrained": False})
+
     @model_validator(mode="before")
     @classmethod
     def _of_head(cls, tree: Any) -> Any:
-        head = str(tree.get("head", "refine")) if isinstance(tree, dict) else ""
-        if head not in STRIDE_OF_HEAD:
-            return tree  # the field itself says what is wrong
-        usual = {"output_stride": STRIDE_OF_HEAD[head], "aux": head == "classic"}
-        return {**usual, **tree}
+        # the field itself says what is wrong with a head
+        return {**usual_of_head(tree), **tree} if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:

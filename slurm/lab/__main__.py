@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
-import re
 import shutil
 import signal
 import socket
@@ -33,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import database
+from before import real_cluster, require_place
 from layout import GPUS, Lab, Node, files
 from nodes import (
     can_have_namespaces,
@@ -130,23 +130,6 @@ def _status(lab: Lab) -> None:
         sys.stdout.write(f"  {node.name:10} {here:5} {state:12} {node.address} {gpus}\n")
 
 
-def real_cluster() -> str:
-    """What answers where SLURM is set up on this machine; empty for nothing, or for a lab."""
-    if (
-        not shutil.which("scontrol")
-        or (Path(os.environ.get("SLURM_CONF", "/")).parent / "../lab.json").exists()
-    ):
-        return ""
-    try:
-        done = subprocess.run(
-            ["scontrol", "ping"], capture_output=True, text=True, timeout=10, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return ""
-    lines = [line for line in done.stdout.splitlines() if "is UP" in line]
-    return lines[0] if lines else ""
-
-
 def _up(args: argparse.Namespace) -> int:
     if not args.force and (found := real_cluster()):
         sys.stdout.write(f"lab: a real cluster is there ({found}); use that one, or --force\n")
@@ -157,7 +140,7 @@ def _up(args: argparse.Namespace) -> int:
         raise LabError(f"no {missing[0]} here; on Debian: {PACKAGES}{more}")
     os.environ["PATH"] = _path()
     root: Path = args.root.resolve()
-    _require_place(root)
+    require_place(root)
     if args.cpu + args.gpu < 1 or args.cpu < 0 or args.gpu < 0 or args.cpu + args.gpu > 200:
         raise LabError(f"--cpu {args.cpu} --gpu {args.gpu}: expected 1 to 200 nodes together")
     began = time.monotonic()
@@ -176,17 +159,6 @@ def _up(args: argparse.Namespace) -> int:
         f"export SLURM_CONF={lab.conf}\n"
     )
     return 0
-
-
-def _require_place(root: Path) -> None:
-    if root.exists() and root.stat().st_uid != os.geteuid():
-        raise LabError(f"{root}: of another user; take another --root")
-    if root.exists() and any(root.iterdir()):
-        raise LabError(f"{root}: not empty; `down` first, or another --root")
-    if len(os.fsencode(root)) > 80:
-        raise LabError(f"{root}: too long for the sockets in it (80 bytes at most)")
-    if not re.fullmatch(r"[\w./+@=-]+", str(root), re.ASCII):
-        raise LabError(f"{root}: slurm.conf takes no blanks or quotes in it; another --root")
 
 
 def _path() -> str:
