@@ -79,15 +79,16 @@ def _shards(config: Config, profile: Profile, found: Found) -> list[str]:
 
 def _training(config: Config, run: RunDir) -> list[str]:
     from medpsp.model.psp import build_model
+    from medpsp.train.memory import checkpoint_bytes
 
-    fresh = config.model.model_copy(update={"pretrained": False})
-    model = build_model(fresh, len(config.data.classes))
+    model, stages = (
+        build_model(config.model.untrained, len(config.data.classes)),
+        config.train.stages,
+    )
     params = sum(p.numel() for p in model.parameters())
-    stages = config.train.stages
-    kept = len(stages) + 3  # of the ends of stages, the best and the newest
     lines = [
         f"training  {params / 1e6:.1f} M parameters: {16 * params / 2**20:.0f} MiB a rank before "
-        f"activations, {12 * params * kept / 1e9:.2g} GB of checkpoints at most"
+        f"activations, {checkpoint_bytes(model, config.train) / 1e9:.2g} GB of checkpoints at most"
     ]
     found = [one for path in run.root.glob("scale/*") if (one := measured(RunDir(path)))]
     same = [

@@ -17,8 +17,8 @@ from medpsp.errors import LaunchError
 
 log = logging.getLogger("medpsp")
 MOST_SKEW_S = 5.0
-LEAST_FREE = 5 * 2**30
-"""Bytes; a checkpoint of the largest backbone with its moments has 0.4 GB, and five are kept."""
+BESIDE = 2**30
+"""Bytes that have to be free beside the checkpoints: curves, pictures, the exported files, logs."""
 SEEN_S = 60.0
 
 
@@ -31,6 +31,8 @@ def preflight_job(config: Config) -> None:
     import torch
     import torch.distributed as dist
 
+    from medpsp.model.psp import build_model
+    from medpsp.train.memory import checkpoint_bytes
     from medpsp.train.ranks import process_group
 
     world, run = detect_world(), RunDir(config.out)
@@ -59,23 +61,29 @@ def preflight_job(config: Config) -> None:
             dist.barrier()
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        for line in faults(everyone):
+        model = build_model(config.model.untrained, len(config.data.classes))
+        need = checkpoint_bytes(model, config.train) + BESIDE
+        for line in faults(everyone, need):
             raise LaunchError(line)
         nodes = sorted({facts["node"] for facts in everyone})
         log.info("preflight: %d ranks on %s see each other and %s", world.size, nodes, run.root)
 
 
-def faults(everyone: list[dict[str, Any]]) -> list[str]:
+def faults(everyone: list[dict[str, Any]], need: int) -> list[str]:
     """What does not fit, worst first.
 
     Args:
         everyone: Of each rank: node, time, free bytes, whether scontrol is there, GPUs.
+        need: Bytes that have to be free in the run folder.
     """
     lines = []
     for facts in everyone:
         where = f"preflight: node {facts['node']}"
-        if facts["free"] < LEAST_FREE:
-            lines.append(f"{where}: {facts['free'] / 2**30:.1f} GiB free in out; make room")
+        if facts["free"] < need:
+            lines.append(
+                f"{where}: {facts['free'] / 2**30:.1f} GiB free in out, training may need "
+                f"{need / 2**30:.1f}; make room"
+            )
         if not facts["scontrol"]:
             lines.append(f"{where}: no scontrol, so a job there cannot queue itself again")
     times = [facts["time"] for facts in everyone]

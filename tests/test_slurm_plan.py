@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from launch import jobs, slurmstate, status, submit, train
 from launch.chain import (
@@ -26,11 +27,13 @@ from launch.chain import (
 )
 from launch.chaincli import refuse_beside_jobs, require_idle
 from launch.plan import JobSpec, plan_cluster, starting_at
+from launch.preflight import faults
 from launch.profile import Profile, load_profile, shipped_profiles
 from launch.rundir import RunDir
 from launch.sbatch import check_folder, describe_scripts, parameters
 from medpsp.config import Config
 from medpsp.errors import ConfigError, Interrupted, LaunchError
+from medpsp.train.memory import checkpoint_bytes
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm.txt"
 ORDER = ["preflight", "plan", "convert", "publish", "check", "train", "evaluate", "export"]
@@ -500,3 +503,20 @@ def test_a_failed_submission_leaves_what_was_known(tmp_path: Path, monkeypatch: 
     chain = read_chain(run)
     assert [job.id for job in chain.jobs] == ["1", "2", "3"]  # `cancel` finds them
     assert list(chain.planned) == ORDER  # and `resume` what was to follow
+
+
+def test_preflight_asks_for_the_room_that_the_checkpoints_of_the_run_take() -> None:
+    gib = 2**30
+    one = {"node": "a", "time": 100.0, "free": 2 * gib, "scontrol": True, "gpus": 0}
+    assert faults([one], need=2 * gib) == []
+    (line,) = faults([one], need=3 * gib)
+    assert line == ("preflight: node a: 2.0 GiB free in out, training may need 3.0; make room")
+    late = {**one, "node": "b", "time": 106.0, "scontrol": False}
+    lines = faults([one, late], need=gib)
+    assert [line.split("; ")[0].split(", so")[0] for line in lines] == [
+        "preflight: node b: no scontrol",
+        "preflight: clocks differ by 6 s",
+    ]
+    config = Config.model_validate({"out": "out", "data": {"archive": "a", "classes": ["a", "b"]}})
+    assert (len(config.train.stages), config.train.ema) == (3, 0.0)
+    assert checkpoint_bytes(nn.Linear(10, 9, bias=False), config.train) == 90 * 4 * 3 * 6

@@ -1,4 +1,4 @@
-"""What weights and optimizer take on each rank, before anything is started."""
+"""What weights and optimizer take on each rank and on disk, before anything is started."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def memory_note(model: nn.Module, train: TrainConfig, world: World) -> str:
         return f"{text}, activations come on top"
     saved = f"{plain - ours:.0f} MiB less than ddp, which is the faster one"
     return f"{text}, {saved}; activations come on top"
+
+
+def checkpoint_bytes(model: nn.Module, train: TrainConfig) -> int:
+    """What a run keeps at most: the ends of its stages, the best and the newest two.
+
+    Each has the weights, two moments of AdamW and, where it is on, the average of the weights.
+    """
+    one = sum(p.numel() * p.element_size() for p in model.parameters())
+    return one * (3 + bool(train.ema)) * (len(train.stages) + 3)
