@@ -79,16 +79,15 @@ def _shards(config: Config, profile: Profile, found: Found) -> list[str]:
 
 def _training(config: Config, run: RunDir) -> list[str]:
     from medpsp.model.psp import build_model
-    from medpsp.train.memory import checkpoint_bytes
+    from medpsp.train.memory import checkpoint_bytes, checkpoints_kept
 
-    model, stages = (
-        build_model(config.model.untrained, len(config.data.classes)),
-        config.train.stages,
-    )
+    stages = config.train.stages
+    model = build_model(config.model.untrained, len(config.data.classes))
     params = sum(p.numel() for p in model.parameters())
+    kept = checkpoint_bytes(model, config.train) * checkpoints_kept(config.train)
     lines = [
         f"training  {params / 1e6:.1f} M parameters: {16 * params / 2**20:.0f} MiB a rank before "
-        f"activations, {checkpoint_bytes(model, config.train) / 1e9:.2g} GB of checkpoints at most"
+        f"activations, {kept / 1e9:.2g} GB of checkpoints at most"
     ]
     found = [one for path in run.root.glob("scale/*") if (one := measured(RunDir(path)))]
     same = [

@@ -31,8 +31,6 @@ def preflight_job(config: Config) -> None:
     import torch
     import torch.distributed as dist
 
-    from medpsp.model.psp import build_model
-    from medpsp.train.memory import checkpoint_bytes
     from medpsp.train.ranks import process_group
 
     world, run = detect_world(), RunDir(config.out)
@@ -61,9 +59,7 @@ def preflight_job(config: Config) -> None:
             dist.barrier()
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        model = build_model(config.model.untrained, len(config.data.classes))
-        need = checkpoint_bytes(model, config.train) + BESIDE
-        for line in faults(everyone, need):
+        for line in faults(everyone, _room(config, run)):
             raise LaunchError(line)
         nodes = sorted({facts["node"] for facts in everyone})
         log.info("preflight: %d ranks on %s see each other and %s", world.size, nodes, run.root)
@@ -90,6 +86,18 @@ def faults(everyone: list[dict[str, Any]], need: int) -> list[str]:
     if max(times) - min(times) > MOST_SKEW_S:
         lines.append(f"preflight: clocks differ by {max(times) - min(times):.0f} s; set up NTP")
     return lines
+
+
+def _room(config: Config, run: RunDir) -> int:
+    """Bytes that training still needs: while one is written, one more than are kept."""
+    from medpsp.model.psp import build_model
+    from medpsp.train.memory import checkpoint_bytes, checkpoints_kept
+
+    one = checkpoint_bytes(
+        build_model(config.model.untrained, len(config.data.classes)), config.train
+    )
+    held = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
+    return max(one, one * (checkpoints_kept(config.train) + 1) - held) + BESIDE
 
 
 def _facts(root: Path) -> dict[str, Any]:

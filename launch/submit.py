@@ -151,8 +151,8 @@ def take_back(jobs: list[Submitted], run: RunDir, error: BaseException) -> None:
     except LaunchError as why:
         ids = ", ".join(job.id for job in jobs)
         raise LaunchError(
-            f"{error}; {ids} were submitted before it and cannot be cancelled now ({why}): "
-            f"`medpsp cancel {run.root}` when SLURM answers"
+            f"{str(error) or type(error).__name__}; {ids} were submitted before it and cannot be "
+            f"cancelled now ({why}): `medpsp cancel {run.root}` when SLURM answers"
         ) from None
 
 

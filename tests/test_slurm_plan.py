@@ -33,7 +33,7 @@ from launch.rundir import RunDir
 from launch.sbatch import check_folder, describe_scripts, parameters
 from medpsp.config import Config
 from medpsp.errors import ConfigError, Interrupted, LaunchError
-from medpsp.train.memory import checkpoint_bytes
+from medpsp.train.memory import checkpoint_bytes, checkpoints_kept
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm.txt"
 ORDER = ["preflight", "plan", "convert", "publish", "check", "train", "evaluate", "export"]
@@ -519,4 +519,5 @@ def test_preflight_asks_for_the_room_that_the_checkpoints_of_the_run_take() -> N
     ]
     config = Config.model_validate({"out": "out", "data": {"archive": "a", "classes": ["a", "b"]}})
     assert (len(config.train.stages), config.train.ema) == (3, 0.0)
-    assert checkpoint_bytes(nn.Linear(10, 9, bias=False), config.train) == 90 * 4 * 3 * 6
+    assert checkpoint_bytes(nn.Linear(10, 9, bias=False), config.train) == 90 * 4 * 3
+    assert checkpoints_kept(config.train) == 6

@@ -31,9 +31,11 @@ def memory_note(model: nn.Module, train: TrainConfig, world: World) -> str:
 
 
 def checkpoint_bytes(model: nn.Module, train: TrainConfig) -> int:
-    """What a run keeps at most: the ends of its stages, the best and the newest two.
+    """Of one: the weights, two moments of AdamW and, where it is on, the average of the weights."""
+    one = (8 if train.precision == "fp64" else 4) * sum(p.numel() for p in model.parameters())
+    return one * (3 + bool(train.ema))
 
-    Each has the weights, two moments of AdamW and, where it is on, the average of the weights.
-    """
-    one = sum(p.numel() * p.element_size() for p in model.parameters())
-    return one * (3 + bool(train.ema)) * (len(train.stages) + 3)
+
+def checkpoints_kept(train: TrainConfig) -> int:
+    """At most, between two saves: the ends of the stages, the best and the newest two."""
+    return len(train.stages) + 3
