@@ -14,6 +14,7 @@ import typer
 
 from launch import chaincli, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
+from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
 
 if TYPE_CHECKING:
@@ -166,32 +167,23 @@ def demo(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="ONNX file of `medpsp export`.")],
-    source: Annotated[Path, typer.Argument(help="Folder of DICOM files, or of plain images.")],
-    out: Annotated[Path, typer.Argument(help="Folder for NIfTI masks and PNG overlays.")],
+    source: Annotated[
+        Path, typer.Argument(help="DICOM: a folder, a file, a zip. Or a NIfTI, or plain images.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the answers; empty or new.")],
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all.")] = 0,
+    formats: Annotated[
+        str, typer.Option("--format", help="Some of seg, nifti, png, gif, mesh; with commas.")
+    ] = "seg,nifti,png",
 ) -> None:
-    """Segment a folder with onnxruntime alone."""
-    from collections import Counter
-
+    """Segment DICOM with onnxruntime alone."""
     from launch.jobs import setup_logging
+    from launch.ondevice import predict_source
     from launch.rundir import keep_private
-    from medpsp.deploy.predict import Predictor
-    from medpsp.progress import Bar
 
     setup_logging()
     keep_private(source)
-    predictor = Predictor(model, threads)
-    with Bar("predict", 0, "series") as bar:
-        predictions, rows = predictor.folder(source, out, lambda name: bar.advance(note=name))
-    for item in predictions:
-        pixels = ", ".join(
-            f"{name} {count}"
-            for name, count in zip(predictor.classes[1:], item.pixels[1:], strict=True)
-        )
-        typer.echo(f"{item.files[0]}  {item.slices} slices, pixels: {pixels}")
-    if rows:
-        codes = Counter(row.code for row in rows)
-        typer.echo("not segmented: " + ", ".join(f"{n} {c}" for c, n in sorted(codes.items())))
+    predict_source(model, source, out, threads, formats)
 
 
 @app.command()
@@ -209,6 +201,7 @@ def backbones(
     show_backbones(height or rows, width or columns, classes or count, model)
 
 
+app.command()(tensorrt)
 _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
 for _command in (*_chain, sweepcli.sweep, sweepcli.compare, sweepcli.scale):
     app.command()(_command)

@@ -41,17 +41,25 @@ def _row(root: Path) -> tuple[float, tuple[str, ...]]:
     config = load_config(run.config)
     scores, export = _read(run.evaluation), _read(run.export_report)
     means = [_mean(scores, key) for key in ("dice", "hd95_mm", "nsd")]
-    size = export.get("bytes", {}).get("int8")
+    size, agreement = _int8(export)
     cells = (
         root.name,
         config.model.backbone,
         str(config.seed),
         str(scores.get("step", "-")),
         *(_shown(mean) for mean in means),
-        _shown(export.get("int8_dice_against_fp32")),
+        _shown(agreement),
         f"{size / 2**20:.1f}" if size else "-",
     )
     return (means[0] if means[0] is not None else -math.inf), cells
+
+
+def _int8(dossier: dict[str, Any]) -> tuple[int | None, float | None]:
+    """Bytes of the int8 file for CPUs, and the Dice of its masks against those of fp32."""
+    files = {file["variant"]: file["bytes"] for file in dossier.get("files", ())}
+    means = {row["variant"]: row["mean"] for row in dossier.get("agreement", ())}
+    name = "int8 QDQ U8S8"
+    return files.get(name), means.get(name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
     Returns:
         One line an artefact.
     """
+    from medpsp.deploy.answers import FORMATS
     from medpsp.deploy.predict import Predictor
 
     archive = out / "archive"
@@ -52,7 +53,7 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
     submit_plan(plan_jobs(config), run)
     new, _ = write_archive(out / "new-patient", 1, Phantom(oblique_deg=10), seed=99)
     shutil.rmtree(out / "masks", ignore_errors=True)
-    predictions, _ = Predictor(run.int8).folder(new, out / "masks")
+    predictions, _ = Predictor(run.int8, formats=FORMATS).folder(new, out / "masks")
     return _artefacts(config, run, [f for p in predictions for f in p.files])
 
 
@@ -68,7 +69,10 @@ def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
         f"checkpoint   {run.checkpoints / 'best'}",
         f"onnx fp32    {run.fp32}",
         f"onnx int8    {run.int8}",
+        f"dossier      {run.export / 'dossier.html'}",
+        f"DICOM SEG    {next(f for f in files if f.suffix == '.dcm')}",
         f"masks        {next(f for f in files if f.suffix == '.gz')}",
+        f"meshes       {next(f for f in files if f.suffix == '.glb')}",
         f"overlays     {sheet}   (and {len(overlays)} single slices in {overlays[0].parent})",
         f"held-out Dice of {scores['patients']} patients: {dice}",
         f"constant mask, for comparison: {blind}",

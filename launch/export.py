@@ -1,28 +1,101 @@
-"""The best network of a run to checked ONNX files."""
+"""The best network of a run to checked ONNX files, and the dossier that proves it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch.feeds import GraphSlice, graph_input, graph_slices, one_tile_each
 from launch.rundir import RunDir
-from launch.trained import labelled_rows, load_trained, number, shown
+from launch.trained import labelled_rows, load_trained
 from medpsp import __version__
 from medpsp.config import Config
+from medpsp.deploy.inputs import GraphInput
 from medpsp.errors import ExportError
-from medpsp.tiles import Tiling, framed, tile_places
 from medpsp.types import ReadPolicy
 
 if TYPE_CHECKING:
+    from launch.exportfacts import Found
+    from medpsp.deploy.session import Feeds
     from shards.index import SliceRow
 
 log = logging.getLogger("medpsp")
+EXAMPLES, PROBES = 8, 16
+"""Slices that parity is tried on; tiles that int8 layers are ranked and restored by."""
+
+
+def export_job(config: Config) -> None:
+    """Best checkpoint to ONNX files, each checked, with their dossier.
+
+    Raises:
+        ParityError: fp32 differs from the network.
+        ExportError: A gate did not pass, and is not among ``export.allow``.
+    """
+    target, rows = RunDir(config.out), labelled_rows(config)
+    run = RunDir(config.out, export_name=".export.partial")  # nothing has its name before the gates
+    shutil.rmtree(run.export, ignore_errors=True)
+    model, step = load_trained(config)
+    from launch.dossier import write_dossier
+    from launch.exportfacts import Found, dossier_facts
+    from medpsp.deploy.export import export_onnx
+    from medpsp.deploy.graph import DeployGraph
+    from medpsp.deploy.verify import Example, check_parity
+    from shards.dataset import stage_rows
+
+    given, train = graph_input(config, rows), stage_rows(rows, 1.0)
+    metadata, found = model_metadata(config, rows, step, given), Found()
+    log.info("export: fp32, opset %d, image %s", config.export.opset, given.dtype)
+    export_onnx(model, run.fp32, given, config.export.opset, {**metadata, "variant": "fp32"})
+    shown = graph_slices(config, rows, spread(train, EXAMPLES), given)
+    examples = [Example(one.image, one.window) for one in shown]
+    graph = DeployGraph(model, given)
+    found.parity = check_parity(graph, run.fp32, given, examples, config.export.parity_tolerance)
+    worst = max(row.max_abs_diff for row in found.parity)
+    log.info("export: largest logit difference %.1e over %d shapes", worst, len(found.parity))
+    _write_variants(config, run, rows, (given, metadata, found))
+    _compare(config, run, rows, given, found)
+    write_dossier(run.export, dossier_facts(config, run, metadata, rows, found))
+    _judge(config, found)
+    shutil.rmtree(target.export, ignore_errors=True)
+    run.export.rename(target.export)
+
+
+def model_metadata(
+    config: Config, rows: Sequence[SliceRow], step: int, given: GraphInput
+) -> dict[str, Any]:
+    """What the file says of itself, and what `predict` needs to read as training did."""
+    from shards.index import read_manifest
+
+    window, manifest = config.data.fixed_window, read_manifest(config.shards)
+    known = [row.spacing for row in rows if np.isfinite(row.spacing).all()]
+    model, wanted = config.model, config.export
+    return {
+        "tool": f"medpsp {__version__}",
+        "classes": list(config.data.classes),
+        "codes": {name: terms.model_dump() for name, terms in wanted.codes.items()},
+        "input": given.to_json(),
+        "modalities": sorted({row.modality for row in rows}),
+        "window": asdict(window) if window else None,
+        "header_window": config.data.header_window,
+        "windows": [view.model_dump() for view in model.windows],
+        "tile": asdict(config.tiling),
+        "spacing_mm": [round(float(v), 4) for v in np.median(known, axis=0)] if known else None,
+        "backbone": model.backbone,
+        "head": model.head,
+        "stride": model.output_stride,
+        "bins": list(model.bins),
+        "step": step,
+        "policy": _device_policy(config.data.policy),
+        "manifest": manifest.data_id,
+        "key_fingerprint": manifest.key_fingerprint,
+        "licence": wanted.licence,
+        "intended_use": wanted.intended_use,
+    }
 
 
 def _device_policy(policy: ReadPolicy) -> dict[str, str]:
@@ -35,103 +108,112 @@ def _device_policy(policy: ReadPolicy) -> dict[str, str]:
     return tree
 
 
-def _metadata(config: Config, rows: tuple[SliceRow, ...], step: int) -> dict[str, Any]:
-    """What the file says of itself, and what `predict` needs to read as training did."""
-    from shards.index import read_manifest
-
-    window = config.data.fixed_window
-    return {
-        "tool": f"medpsp {__version__}",
-        "classes": list(config.data.classes),
-        "modalities": sorted({row.modality for row in rows}),
-        "window": asdict(window) if window else None,
-        "header_window": config.data.header_window,
-        "tile": asdict(config.tiling),
-        "backbone": config.model.backbone,
-        "head": config.model.head,
-        "bins": list(config.model.bins),
-        "step": step,
-        "in_channels": config.model.in_channels,
-        "windows": [window.model_dump() for window in config.model.windows],
-        "context": config.model.context,
-        "policy": _device_policy(config.data.policy),
-        "key_fingerprint": read_manifest(config.shards).key_fingerprint,
-    }
-
-
-def export_job(config: Config) -> None:
-    """Best checkpoint to fp32 and int8 ONNX, both checked.
-
-    Raises:
-        ParityError: fp32 differs from the network.
-        ExportError: int8 masks agree too little with the fp32 masks.
-    """
-    target, rows = RunDir(config.out), labelled_rows(config)
-    run = RunDir(config.out, export_name=".export.partial")  # nothing has its name before the gates
-    shutil.rmtree(run.export, ignore_errors=True)
-    model, step = load_trained(config)
-    from medpsp.deploy.export import export_onnx
-    from medpsp.deploy.quantize import quantize_int8
-    from medpsp.deploy.verify import check_parity, mask_agreement
+def _write_variants(
+    config: Config,
+    run: RunDir,
+    rows: tuple[SliceRow, ...],
+    made: tuple[GraphInput, dict[str, Any], Found],
+) -> None:
+    from launch.exportfacts import SAID
+    from medpsp.deploy.gates import least_dice, saturation_gate
+    from medpsp.deploy.half import half
+    from medpsp.deploy.quantize import Quantizer
+    from medpsp.deploy.restore import restore, saturation
     from shards.dataset import stage_rows
 
-    metadata = _metadata(config, rows, step)
-    channels, limit = config.model.channels, config.export.calibration_slices
-    log.info("export: fp32, opset %d", config.export.opset)
-    export_onnx(model, run.fp32, channels, config.export.opset, metadata)
-    parity = check_parity(model, run.fp32, channels, config.export.parity_tolerance)
-    worst = max(row.max_abs_diff for row in parity)
-    log.info("export: largest logit difference %.1e over %d shapes", worst, len(parity))
-    train = spread(stage_rows(rows, 1.0), limit)
-    calibration = one_tile_each(unit_images(config, rows, train), config.tiling)
-    quantize_int8(run.fp32, run.int8, calibration, {**metadata, "int8": "QDQ U8S8"})
-    val = spread([row for row in rows if row.split == "val"], limit)
-    agreement = mask_agreement(
-        run.fp32,
-        run.int8,
-        unit_images(config, rows, val),
-        len(config.data.classes),
-        config.tiling,
-    )
-    log.info("export: int8 masks against fp32 masks, Dice %s", shown(number(agreement)))
-    report = {
-        "parity": [
-            {"shape": r.shape, "max_abs_diff": r.max_abs_diff, "changed": r.changed} for r in parity
-        ],
-        "int8_dice_against_fp32": number(agreement),
-        "int8_slices": len(val),
-        "bytes": {"fp32": run.fp32.stat().st_size, "int8": run.int8.stat().st_size},
-    }
-    run.export_report.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    least = config.export.int8_min_dice
-    if least and not agreement >= least:  # NaN: no foreground in either
-        raise ExportError(
-            f"{run.int8.name}: masks agree with fp32 by Dice {shown(number(agreement))}, expected "
-            f"at least {least} (export.int8_min_dice); train longer"
+    given, metadata, found = made
+    wanted = config.export
+    train = spread(stage_rows(rows, 1.0), wanted.calibration_slices)
+    probes = spread(validation(rows), PROBES)
+
+    def tiles(chosen: list[SliceRow]) -> Iterator[Feeds]:
+        slices = graph_slices(config, rows, chosen, given)
+        return (feeds(one) for one in one_tile_each(slices, given, config))
+
+    for name in wanted.variants:
+        said, path = {**metadata, "variant": SAID[name]}, run.variant(name)
+        log.info("export: %s", SAID[name])
+        if name == "half":
+            half(run.fp32, path, said)
+            continue
+        quantizer = Quantizer(run.fp32, lambda: tiles(train), name, wanted.percentile)
+        found.restored[name] = restore(
+            quantizer,
+            path,
+            said,
+            lambda: tiles(probes),
+            least_dice(name, config.model.backbone),
+            wanted.restore_layers,
         )
-    shutil.rmtree(target.export, ignore_errors=True)
-    run.export.rename(target.export)
+        if layers := found.restored[name].nodes:
+            log.info("export: %d layers back to fp32: %s", len(layers), ", ".join(layers))
+    if "cpu" in wanted.variants:
+        found.saturation = saturation(run.fp32, run.int8, lambda: tiles(probes))
+        found.gates.append(saturation_gate(*found.saturation))
 
 
-def spread(rows: list[SliceRow], count: int) -> list[SliceRow]:
+def feeds(one: GraphSlice) -> Feeds:
+    """Of one slice."""
+    from medpsp.deploy.session import feeds_of
+
+    return feeds_of(one.image, one.window)
+
+
+def _compare(
+    config: Config, run: RunDir, rows: tuple[SliceRow, ...], given: GraphInput, found: Found
+) -> None:
+    """All files on validation slices, and their latency on one tile."""
+    from medpsp.deploy.gates import dice_gates, latency, latency_gate, least_dice, scores
+    from medpsp.deploy.session import open_session
+
+    wanted = config.export
+    chosen = spread(validation(rows), wanted.validation_slices)
+    if not chosen:
+        raise ExportError("export: no labelled slice of a validation patient to compare files on")
+    files = {"fp32": run.fp32}
+    files |= {name: run.variant(name) for name in wanted.variants}
+    # trt: what TensorRT computes is nearer to float emulation than to the kernels of this CPU
+    sessions = {n: open_session(p, 0, optimise=n != "trt") for n, p in files.items()}
+    slices = graph_slices(config, rows, chosen, given)
+    found.scores = scores(sessions, slices, given, len(config.data.classes), config.tiling)
+    found.slices = len(chosen)
+    fp32 = found.scores["fp32"]
+    for name in wanted.variants:
+        least = least_dice(name, config.model.backbone)
+        found.gates += dice_gates(name, least, found.scores[name], fp32)
+        log.info(
+            "export: %s masks against fp32 masks, Dice %.4f", name, found.scores[name].agreement
+        )
+    one = next(one_tile_each(graph_slices(config, rows, chosen[:1], given), given, config))
+    found.feeds = feeds(one)
+    for threads in (1, 2):
+        quick = {name: path for name, path in files.items() if name != "trt"}
+        found.times[threads] = latency(quick, found.feeds, threads)
+    if "cpu" in wanted.variants:
+        found.gates.append(latency_gate(list(found.times.values())))
+
+
+def _judge(config: Config, found: Found) -> None:
+    failed = [gate for gate in found.gates if not gate.passed]
+    for gate in failed:
+        if gate.name in config.export.allow:
+            log.warning("export: %s: %s; allowed by export.allow", gate.name, gate.says)
+    if left := [gate for gate in failed if gate.name not in config.export.allow]:
+        says = "; ".join(f"{gate.name}: {gate.says}" for gate in left)
+        raise ExportError(
+            f"export: {says}; train longer, or allow it with export.allow.{left[0].name}='why', "
+            "which the dossier then shows"
+        )
+
+
+def validation(rows: Sequence[SliceRow]) -> list[SliceRow]:
+    """Rows that files are compared on: of validation patients, those with foreground first."""
+    val = [row for row in rows if row.split == "val"]
+    return [row for row in val if sum(row.histogram[1:-1])] or val
+
+
+def spread(rows: Sequence[SliceRow], count: int) -> list[SliceRow]:
     """At most ``count`` rows, evenly spaced over the list."""
     if len(rows) <= count:
-        return rows
+        return list(rows)
     return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
-
-
-def one_tile_each(images: Iterable[Any], tiling: Tiling) -> Iterator[Any]:
-    """Of each image one tile, of each the next."""
-    for place, image in enumerate(images):
-        whole, _ = framed(image, tiling.size)
-        tiles = tile_places(whole.shape, tiling)
-        yield np.ascontiguousarray(whole[tiles[place % len(tiles)]])
-
-
-def unit_images(config: Config, rows: tuple[SliceRow, ...], chosen: list[SliceRow]) -> Any:
-    """(1, C, H, W) inputs of the network, one after another; neighbours are among ``rows``."""
-    from shards.dataset import Inputs
-    from shards.reader import ShardReader
-
-    inputs = Inputs(ShardReader(config.shards), config, rows)
-    return (inputs.batch([row]).image.numpy() for row in chosen)

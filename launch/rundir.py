@@ -18,6 +18,7 @@ log = logging.getLogger("medpsp")
 RANKS_LOCK = ".ranks.lock"
 REASONS = "MEDPSP_RANK_REASONS"
 """Set for ranks that a command of ours started: the folder where a failing one leaves its line."""
+VARIANTS = {"cpu": "int8", "trt": "int8.trt", "half": "fp16"}
 _locked: set[Path] = set()
 _private: set[Path] = set()
 _places: list[Path] = []
@@ -97,13 +98,17 @@ class RunDir:
 
     @property
     def int8(self) -> Path:
-        """ONNX, int8."""
-        return self.export / "model.int8.onnx"
+        """ONNX, int8 for CPUs."""
+        return self.variant("cpu")
+
+    def variant(self, name: str) -> Path:
+        """ONNX: ``cpu`` int8 for CPUs, ``trt`` int8 for TensorRT, ``half`` fp16."""
+        return self.export / f"model.{VARIANTS[name]}.onnx"
 
     @property
     def export_report(self) -> Path:
-        """Parity and agreement figures of the export."""
-        return self.export / "report.json"
+        """All figures of the export."""
+        return self.export / "dossier.json"
 
     def lock(self, shared: bool = False) -> None:
         """Keep other commands out of this folder until the process ends.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from medpsp.dataconfig import DataConfig, Node
+from medpsp.exportconfig import ExportConfig
 from medpsp.modelconfig import BACKBONES, ModelConfig
 from medpsp.tiles import Tiling
 from medpsp.trainconfig import EvaluateConfig, LossConfig, StageConfig, TrainConfig
@@ -24,19 +25,6 @@ __all__ = [
 ]
 
 
-class ExportConfig(Node):
-    """The ONNX files."""
-
-    opset: Literal[18, 19, 20] = 18
-    calibration_slices: Annotated[int, Field(ge=1)] = 64
-    parity_tolerance: Annotated[float, Field(gt=0)] = Field(
-        default=1e-4, description="Difference of logits from the network's, over the largest one."
-    )
-    int8_min_dice: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.9, description="Least mean Dice of the int8 masks against the fp32 masks; 0: any."
-    )
-
-
 class Config(Node):
     """Everything that decides a run."""
 
@@ -48,6 +36,14 @@ class Config(Node):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _terms_of_known_classes(self) -> Config:
+        if unknown := sorted(set(self.export.codes) - set(self.data.classes)):
+            raise ValueError(
+                f"export.codes: {', '.join(unknown)}; classes are {', '.join(self.data.classes)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_for_batch_norm(self) -> Config:

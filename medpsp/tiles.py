@@ -44,7 +44,7 @@ class Tiling:
             raise ValueError(f"tiles of {rows} x {columns} that overlap by {self.overlap}")
 
 
-def _as_it_is(array: NDArray[np.float32]) -> Any:
+def _as_it_is(array: NDArray[Any]) -> Any:
     return array
 
 
@@ -52,21 +52,23 @@ def tiled(
     predict: Callable[[Any], Any],
     image: Any,
     tiling: Tiling,
-    like: Callable[[NDArray[np.float32]], Any] = _as_it_is,
+    like: Callable[[NDArray[Any]], Any] = _as_it_is,
+    outside: float = 0.0,
 ) -> Any:
     """(N, K, H, W) mean of what all tiles say, each weighted by a Gaussian around its middle.
 
     Args:
         predict: (N, C, h, w) of a tile to (N, K, h, w).
-        image: (N, C, H, W), array or tensor. A side that is shorter than a tile gets zeros at both
-            ends, as crops of training have them.
+        image: (N, C, H, W), array or tensor. A side that is shorter than a tile is framed at both
+            ends, as crops of training are.
         tiling: How to cut it.
         like: Makes of an array what the image is.
+        outside: Value of the frame: what the network sees as 0.
 
     Raises:
         ValueError: The image has no pixel.
     """
-    image, inside = framed(image, tiling.size, like)
+    image, inside = framed(image, tiling.size, like, outside)
     places = tile_places(image.shape, tiling)
     if len(places) == 1:
         return predict(image)[inside]
@@ -83,9 +85,12 @@ def tiled(
 
 
 def framed(
-    image: Any, size: tuple[int, int], like: Callable[[NDArray[np.float32]], Any] = _as_it_is
+    image: Any,
+    size: tuple[int, int],
+    like: Callable[[NDArray[Any]], Any] = _as_it_is,
+    outside: float = 0.0,
 ) -> tuple[Any, Place]:
-    """An image with zeros around it where it is smaller than a tile, and where it lies therein.
+    """An image, framed where it is smaller than a tile, and where it lies therein.
 
     Raises:
         ValueError: The image has no pixel.
@@ -98,7 +103,8 @@ def framed(
     inside = (..., slice(top, top + height), slice(left, left + width))
     if whole == (height, width):
         return image, inside
-    frame = like(np.zeros((*image.shape[:-2], *whole), np.float32))
+    dtype = image.dtype if isinstance(image, np.ndarray) else np.float32
+    frame = like(np.full((*image.shape[:-2], *whole), outside, dtype))
     frame[inside] = image
     return frame, inside
 

@@ -213,7 +213,11 @@ def _config(planted: Planted, root: Path) -> dict[str, Any]:
             "batch_size": 4,
             "stages": [{"name": "only", "steps": 2, "lr": 1e-3}],
         },
-        "export": {"int8_min_dice": 0, "calibration_slices": 2},
+        "export": {
+            "variants": ["cpu"],
+            "calibration_slices": 2,
+            "allow": dict.fromkeys(("cpu_dice", "cpu_drop", "latency"), "a few steps of training"),
+        },
     }
 
 
@@ -259,7 +263,7 @@ def test_the_scan_covers_every_kind_of_artefact(chain: Chain) -> None:
         *("main/shards/*/*/c/**/0", "main/shards/commits/*.json", "main/shards/index.parquet"),
         *("main/shards/objects.parquet", "main/shards/manifest.json", "main/shards/report.html"),
         *("main/logs/*.log", "main/logs/jobs/*_log.err", "main/logs/jobs/*.pkl"),
-        *("main/config.yaml", "main/evaluation.json", "main/export/report.json"),
+        *("main/config.yaml", "main/evaluation.json", "main/export/dossier.html"),
         *("main/tensorboard/events.*", "main/checkpoints/*/state.pt", "main/checkpoints/*/*.json"),
         *("main/export/model.onnx", "main/export/model.int8.onnx", "p/*.nii.gz", "p/*/*.png"),
         *("voc/JPEGImages/*.png", "voc/SegmentationClass/*.png", "voc/slices.csv"),

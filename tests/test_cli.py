@@ -26,6 +26,8 @@ from launch.plan import describe, plan_jobs
 from launch.rundir import find_config, shipped_configs
 from medpsp.config import BACKBONES, Config
 from medpsp.configio import dump_yaml, load_config
+from medpsp.deploy.inputs import GraphInput
+from medpsp.types import Window
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 Make = Callable[..., Config]
@@ -53,7 +55,8 @@ COMMANDS = {
     "report": ["config", "overrides"],
     "voc": ["config", "out", "overrides", "--bits"],
     "key new": ["path"],
-    "predict": ["model", "source", "out", "--threads"],
+    "predict": ["model", "source", "out", "--threads", "--format"],
+    "tensorrt": ["model", "out", "--least", "--most", "--batch", "--dla"],
     "backbones": ["config", "overrides", "--height", "--width", "--classes"],
     "config schema": [],
     "config list": [],
@@ -105,6 +108,11 @@ NONSENSE = {
     "demo below a file": (1, r"cannot be written \(Not a directory\)", "demo {file}/demo"),
     "no model": (1, "model .*: no such file", "predict {root}/no.onnx {dicom} {out}/p"),
     "a model from elsewhere": (1, "not from `medpsp export`", "predict {foreign} {dicom} {out}/p"),
+    "predict what": (
+        2,
+        "--format masks: expected some of seg",
+        "predict {ours} {dicom} {out}/p --format masks",
+    ),
     "predict nothing": (1, "holds no file", "predict {ours} {empty} {out}/p"),
     "predict below a file": (1, "Not a directory: ", "predict {ours} {dicom} {file}/p"),
 }
@@ -144,6 +152,9 @@ def places(
                     "modalities": ["CT"],
                     "window": None,
                     "tile": {"size": [32, 32], "overlap": 0.5},
+                    "input": GraphInput(
+                        dtype="float32", windows=(Window(center=0.5, width=1),)
+                    ).to_json(),
                 }
             )
         },
@@ -164,14 +175,23 @@ def places(
 
 
 def write_identity(path: Path, metadata: dict[str, str]) -> None:
-    """The smallest network: logits are the image."""
-    kind = onnx.TensorProto.FLOAT
-    shape = ["N", 1, "H", "W"]
+    """The smallest network: logits are the image, of one class."""
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    kind, shape = onnx.TensorProto.FLOAT, ["N", 1, "H", "W"]
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Identity", ["image"], ["logits"])],
+        [
+            node("Identity", ["image"], ["logits"]),
+            node("ArgMax", ["logits"], ["index"], axis=1, keepdims=0),
+            node("Cast", ["index"], ["mask"], to=onnx.TensorProto.UINT8),
+            node("Cast", ["index"], ["confidence"], to=kind),
+        ],
         "identity",
-        [onnx.helper.make_tensor_value_info("image", kind, shape)],
-        [onnx.helper.make_tensor_value_info("logits", kind, shape)],
+        [info("image", kind, shape)],
+        [
+            info("mask", onnx.TensorProto.UINT8, ["N", "H", "W"]),
+            info("confidence", kind, ["N", "H", "W"]),
+            info("logits", kind, shape),
+        ],
     )
     model = onnx.helper.make_model(
         graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 18)]

@@ -19,8 +19,11 @@ from launch.jobs import train_job
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
+from medpsp.deploy import gates
+from medpsp.deploy.inputs import GraphInput
+from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.predict import Predictor
-from medpsp.errors import ArchiveError, ConfigError, ShardError
+from medpsp.errors import ArchiveError, ConfigError, ExportError, ShardError
 from medpsp.intensity import EIGHT_BIT
 from medpsp.train.batch import Batch
 from medpsp.train.metrics import confusion, dice_per_class
@@ -28,7 +31,7 @@ from medpsp.types import World
 from shards.build import build_shards
 from shards.check import check_shards
 from shards.dataset import example_batch, train_batches, whole_slices
-from shards.index import SliceRow, read_index
+from shards.index import SliceRow, read_index, read_manifest
 from shards.reader import ShardReader
 
 Make = Callable[..., Config]
@@ -211,7 +214,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, make_config: Make, ray_on
     tree["train"] |= {"size": [SIDE, SIDE], "batch_size": 8, "stages": [stage], "threads": 1}
     tree["model"] |= {"backbone": "mobilenetv3_large_100", "in_channels": 3}
     tree["model"] |= {"psp_channels": 16, "decoder_channels": 16}
-    tree["export"] |= {"int8_min_dice": 0.5}
+    names = ("cpu_dice", "cpu_drop", "trt_dice", "trt_drop", "half_dice", "half_drop", "latency")
+    tree["export"] |= {"allow": dict.fromkeys(names, "60 steps of training")}
     config = Config.model_validate(tree)
     build_shards(config)
     return config
@@ -269,6 +273,50 @@ def test_hue_is_learnt_and_exported(pictures: Config, exported: RunDir, tmp_path
     assert found[1:].tolist() == pytest.approx(
         [scores["dice"][n] for n in ("red", "blue")], abs=2e-3
     )
+
+
+def test_files_say_what_they_are_and_the_dossier_what_was_measured(
+    pictures: Config, exported: RunDir
+) -> None:
+    names = ("fp32", "cpu", "trt", "half")
+    files = [exported.fp32, *(exported.variant(name) for name in names[1:])]
+    said = [ModelFile(path) for path in files]
+    for file in said:
+        assert file.given == GraphInput(dtype="uint8", colours=3, windows=(EIGHT_BIT,))
+        assert file.meta["manifest"] == read_manifest(pictures.shards).data_id
+        assert (file.meta["stride"], file.meta["bins"]) == (16, [1, 3, 5, 7])
+    variants = [file.meta["variant"] for file in said]
+    assert variants == ["fp32", "int8 QDQ U8S8", "int8 QDQ S8S8", "fp16"]
+    found = json.loads(exported.export_report.read_text())
+    assert [file["sha256"] for file in found["files"]] == [file.digest for file in said]
+    assert len(found["parity"]) >= 20
+    assert sum(row["changed"] - row["near_ties"] for row in found["parity"]) == 0
+    assert found["training"]["splits"]["val"] == {"patients": 2, "slices": 4}
+    assert {row["threads"] for row in found["latency"]} == {1, 2}
+    assert all(row["peak_rss_mib"] > 30 for row in found["latency"])
+    page = (exported.export / "dossier.html").read_text()
+    assert "int8 QDQ S8S8" in page
+    assert sorted(path.name for path in exported.export.iterdir()) == sorted(
+        [*(path.name for path in files), "dossier.html", "dossier.json", "sbom.cdx.json"]
+    )
+
+
+def test_a_gate_that_fails_leaves_the_files_of_before(
+    pictures: Config, exported: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in exported.export.iterdir()}
+    monkeypatch.setattr(gates, "MOST_DROP", -1.0)
+    strict = {"allow": {"cpu_dice": "60 steps of training", "latency": "shared machine"}}
+    only = pictures.export.model_copy(update={**strict, "variants": ("cpu",)})
+    with pytest.raises(ExportError, match=r"cpu_drop: .* allow it with export\.allow\.cpu_drop="):
+        export_job(pictures.model_copy(update={"export": only}))
+    assert {path: path.stat().st_mtime_ns for path in exported.export.iterdir()} == before
+    told = {**strict["allow"], "cpu_drop": "because <it> is a test"}
+    out = pictures.model_copy(update={"export": only.model_copy(update={"allow": told})})
+    export_job(out)
+    page = (exported.export / "dossier.html").read_text()
+    assert "because &lt;it&gt; is a test" in page
+    assert not exported.variant("trt").exists()
 
 
 def test_a_folder_of_nothing_but_colour_is_none_for_a_grey_network(

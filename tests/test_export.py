@@ -17,21 +17,26 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from launch.export import one_tile_each
 from medpsp.config import ModelConfig
 from medpsp.deploy.export import IR_VERSION, export_onnx
-from medpsp.deploy.quantize import quantize_int8
-from medpsp.deploy.session import class_masks, open_session
-from medpsp.deploy.verify import SHAPES, check_parity, mask_agreement
+from medpsp.deploy.gates import Slice, dice_gates, latency, latency_gate, least_dice, scores
+from medpsp.deploy.graph import DeployGraph
+from medpsp.deploy.inputs import GraphInput
+from medpsp.deploy.quantize import quantize
+from medpsp.deploy.session import OUTPUTS, Feeds, class_masks, open_session
+from medpsp.deploy.verify import SHAPES, Example, check_parity
 from medpsp.errors import ExportError, ParityError
 from medpsp.model.psp import PSPNet, build_model
 from medpsp.tiles import Tiling
 from medpsp.train.sliding import probabilities
+from medpsp.types import Window
 
 CLASSES = 3
 TOLERANCE = 1e-4
 TILING = Tiling((80, 72))
 METADATA = {"classes": ["background", "liver", "lésion"], "step": 7, "window": None}
+GIVEN = GraphInput(windows=(Window(center=500, width=1000),))
+"""Shows 0 to 1000 as 0 to 1."""
 NETS = {
     "mobile": ModelConfig(
         backbone="mobilenetv3_large_100",
@@ -70,6 +75,18 @@ def images(count: int, size: tuple[int, int] = (64, 64)) -> list[NDArray[np.floa
     return out
 
 
+def raw(images: list[NDArray[np.float32]]) -> list[NDArray[np.int16]]:
+    """As a scanner gives them."""
+    return [(image * 1000).round().astype(np.int16) for image in images]
+
+
+def feeds(count: int) -> list[Feeds]:
+    return [{"image": image} for image in raw(images(count))]
+
+
+EXAMPLES = [Example(image, None) for image in raw(images(4, (80, 72)))]
+
+
 def lively(config: ModelConfig) -> PSPNet:
     """A network whose normalisation statistics and logits are not those of a fresh one."""
     torch.manual_seed(0)
@@ -97,28 +114,54 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     model = lively(NETS[request.param])
     fp32, int8 = folder / "model.onnx", folder / "model.int8.onnx"
-    export_onnx(model, fp32, 1, 18, METADATA)
-    quantize_int8(fp32, int8, iter(images(8)), {**METADATA, "int8": "QDQ"})
+    export_onnx(model, fp32, GIVEN, 18, METADATA)
+    quantize(fp32, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
     return Exported(model, fp32, int8)
 
 
+def parity(exported: Exported, path: Path | None = None, tolerance: float = TOLERANCE) -> list:
+    graph = DeployGraph(exported.model, GIVEN)
+    return check_parity(graph, path or exported.fp32, GIVEN, EXAMPLES, tolerance)
+
+
 def test_network_and_file_agree_at_every_size(exported: Exported) -> None:
-    rows = check_parity(exported.model, exported.fp32, 1, TOLERANCE)
+    rows = parity(exported)
     assert [row.shape for row in rows] == list(SHAPES)
+    assert len(SHAPES) >= 20
+    assert sum(h % 32 > 0 and w % 32 > 0 for _, h, w in SHAPES) >= 10
     assert max(row.relative for row in rows) <= TOLERANCE
     assert all(row.relative <= row.max_abs_diff for row in rows)
-    assert sum(row.changed for row in rows) <= 2  # a tie may break either way
+    assert sum(row.changed for row in rows) == 0
     session = open_session(exported.fp32)
-    assert session.get_inputs()[0].shape[1] == 1
-    assert all(isinstance(session.get_inputs()[0].shape[i], str) for i in (0, 2, 3))
-    batch = np.concatenate(images(5, (65, 79)))
+    (image,) = session.get_inputs()
+    assert (image.name, image.type, image.shape[1]) == ("image", "tensor(int16)", 1)
+    assert all(isinstance(image.shape[i], str) for i in (0, 2, 3))
+    values = np.concatenate(raw(images(5, (65, 79))))
     with torch.no_grad():
-        expected = exported.model(torch.from_numpy(batch))[0].numpy()
-    found = session.run(None, {"image": batch})[0]
-    assert found.shape == (5, CLASSES, 65, 79)
-    assert np.abs(found - expected).max() <= TOLERANCE
+        expected = exported.model(torch.from_numpy(values / np.float32(1000)))[0].numpy()
+    mask, confidence, logits = session.run(OUTPUTS, {"image": values})
+    assert (mask.shape, mask.dtype) == ((5, 65, 79), np.uint8)
+    assert logits.shape == (5, CLASSES, 65, 79)
+    assert np.abs(logits - expected).max() <= TOLERANCE
+    np.testing.assert_array_equal(mask, logits.argmax(1))
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(confidence, shares.max(1), atol=1e-5)
     assert set(np.unique(expected.argmax(1))) == {0, 1, 2}  # not an empty agreement
     assert expected.std() > 1
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+def test_old_runtimes_get_the_same_network(exported: Exported, tmp_path: Path, opset: int) -> None:
+    old = tmp_path / "old.onnx"
+    given = GraphInput(context=0)  # windows as an input, too
+    export_onnx(exported.model, old, given, opset, METADATA)
+    proto = onnx.load(old)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
+    assert not re.search(rb"\.py\b", proto.SerializeToString()[:2000])
+    windows = np.float32([[[0, 1000, 0]], [[1000, -1000, 0]]])[:, :1]
+    examples = [Example(one.image, windows[n % 2 : n % 2 + 1]) for n, one in enumerate(EXAMPLES)]
+    rows = check_parity(DeployGraph(exported.model, given), old, given, examples, TOLERANCE)
+    assert sum(row.changed for row in rows) == 0
 
 
 def test_files_say_what_they_are(exported: Exported) -> None:
@@ -190,56 +233,102 @@ def test_the_device_cuts_tiles_as_evaluation_does(
     exported: Exported, shape: tuple[int, int]
 ) -> None:
     """Larger than a tile, larger along one side, smaller."""
-    tiling, batch = Tiling((64, 48), 0.25), np.concatenate(images(3, (112, 112)))
-    batch = np.ascontiguousarray(batch[..., : shape[0], : shape[1]])
-    shares = probabilities(exported.model, torch.from_numpy(batch), tiling)
-    found = class_masks(open_session(exported.fp32), batch, tiling)
+    tiling, values = Tiling((64, 48), 0.25), np.concatenate(raw(images(3, (112, 112))))
+    values = np.ascontiguousarray(values[..., : shape[0], : shape[1]])
+    batch = torch.from_numpy(values / np.float32(1000))
+    shares = probabilities(exported.model, batch, tiling)
+    found = class_masks(open_session(exported.fp32), GIVEN, values, None, tiling)
     assert found.shape == (3, *shape)
     assert (found != shares.argmax(1).numpy()).sum() <= 2  # a tie may break either way
     assert len(np.unique(found)) > 1
     with torch.no_grad():
-        whole = exported.model(torch.from_numpy(batch))[0].argmax(1).numpy()
+        whole = exported.model(batch)[0].argmax(1).numpy()
     assert (found != whole).sum() > 20  # the pyramid would see something else
 
 
-def test_calibration_runs_through_the_tiles() -> None:
-    tiling = Tiling((64, 48), 0.0)
-    some = [np.full((1, 1, 64, 90), n, np.float32) for n in range(3)]
-    some = [image + np.linspace(0, 0.5, 90, dtype=np.float32) for image in some]
-    found = list(one_tile_each(some, tiling))
-    assert [tile.shape for tile in found] == [(1, 1, 64, 48)] * 3
-    for tile, image, left in zip(found, some, (0, 42, 0), strict=True):
-        np.testing.assert_array_equal(tile, image[..., left : left + 48])
+@dataclass(frozen=True)
+class One:
+    image: NDArray[np.int16]
+    label: NDArray[np.uint8]
+    window: None = None
 
 
 def test_int8_masks_agree_with_fp32_masks(exported: Exported) -> None:
-    fresh = images(12, (80, 72))[8:]
-    assert mask_agreement(exported.fp32, exported.fp32, fresh, CLASSES, TILING) == 1
-    agreement = mask_agreement(exported.fp32, exported.int8, fresh, CLASSES, TILING)
-    assert 0.8 < agreement < 1
+    sessions = {"fp32": open_session(exported.fp32), "cpu": open_session(exported.int8)}
+    label = np.zeros((80, 72), np.uint8)
+    label[20:40] = 1
+    slices: list[Slice] = [One(image, label) for image in raw(images(12, (80, 72))[8:])]
+    found = scores(sessions, slices, GIVEN, CLASSES, TILING)
+    assert found["fp32"].agreement == 1
+    assert (found["fp32"].changed, found["fp32"].worst) == (0, ())
+    assert 0.8 < found["cpu"].agreement < 1
+    worst = found["cpu"].worst
+    assert len(worst) == 3
+    assert worst[0].pixels >= worst[1].pixels >= worst[2].pixels > 0
+    total = sum((one.fp32 != one.other).sum() for one in worst)
+    assert total <= found["cpu"].changed * 4 * 80 * 72 + 0.5
 
 
-def test_mask_agreement_by_hand(tmp_path: Path) -> None:
+def test_scores_by_hand(tmp_path: Path) -> None:
     """Files that call the upper half and the upper three quarters of an image class 1."""
     paths = [tmp_path / "half.onnx", tmp_path / "most.onnx"]
-    for path, level in zip(paths, (0.5, 0.25), strict=True):
-        node = onnx.helper.make_node("Constant", [], ["level"], value_float=level)
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    for path, level in zip(paths, (5, 2), strict=True):
+        nodes = [
+            node("Constant", [], ["level"], value_int=level),
+            node("Cast", ["image"], ["wide"], to=7),
+            node("Squeeze", ["wide", "one"], ["plane"]),
+            node("Constant", [], ["one"], value_ints=[1]),
+            node("Greater", ["plane", "level"], ["above"]),
+            node("Cast", ["above"], ["mask"], to=2),
+        ]
+        nodes.insert(0, nodes.pop(3))
         graph = onnx.helper.make_graph(
-            [
-                node,
-                onnx.helper.make_node("Sub", ["image", "level"], ["one"]),
-                onnx.helper.make_node("Neg", ["one"], ["zero"]),
-                onnx.helper.make_node("Concat", ["zero", "one"], ["logits"], axis=1),
-            ],
+            nodes,
             "threshold",
-            [onnx.helper.make_tensor_value_info("image", 1, ["N", 1, "H", "W"])],
-            [onnx.helper.make_tensor_value_info("logits", 1, ["N", 2, "H", "W"])],
+            [info("image", 5, ["N", 1, "H", "W"])],
+            [info("mask", 2, ["N", "H", "W"])],
         )
         opset = [onnx.helper.make_opsetid("", 18)]
         onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
-    ramp = np.repeat(np.float32([0.9, 0.6, 0.3, 0.1]), 5).reshape(1, 1, 4, 5)
-    found = mask_agreement(*paths, [ramp, ramp], 2, Tiling((4, 5)))
-    assert found == pytest.approx(2 * 10 / (10 + 15))  # two rows against three
+    ramp = np.repeat(np.int16([9, 6, 3, 1]), 5).reshape(1, 1, 4, 5)
+    label = np.uint8([[1] * 5, [1] * 5, [1] * 5, [255] * 5])
+    files = {"fp32": open_session(paths[0]), "cpu": open_session(paths[1])}
+    found = scores(files, [One(ramp, label)] * 2, GIVEN, 2, Tiling((4, 5)))
+    assert found["cpu"].agreement == pytest.approx(2 * 10 / (10 + 15))  # two rows against three
+    assert found["cpu"].changed == pytest.approx(0.25)
+    assert found["fp32"].against_labels[1] == pytest.approx(2 * 10 / (10 + 15))
+    assert found["cpu"].against_labels[1] == 1
+    agree, drop = dice_gates("cpu", 0.95, found["cpu"], found["fp32"])
+    assert (agree.name, agree.passed, drop.name, drop.passed) == (
+        "cpu_dice",
+        False,
+        "cpu_drop",
+        True,
+    )
+    assert "Dice 0.8000, expected 0.95" in agree.says
+    _, drop = dice_gates("cpu", 0.5, found["fp32"], found["cpu"])
+    assert (drop.passed, "0.2000 lower" in drop.says) == (False, True)
+
+
+def test_bounds_are_those_of_the_backbone() -> None:
+    assert least_dice("cpu", "resnet18") == least_dice("cpu", "convnext_tiny") == 0.99
+    assert least_dice("cpu", "efficientnet_b0") == least_dice("trt", "convnext_tiny") == 0.97
+    assert least_dice("cpu", "mobilenetv3_large_100") == least_dice("cpu", "timm/some") == 0.95
+    assert least_dice("trt", "mobilenetv3_large_100") == least_dice("trt", "timm/some") == 0.93
+    assert least_dice("half", "resnet18") == 0.998
+
+
+def test_latency_is_that_of_pairs(exported: Exported) -> None:
+    (one,) = feeds(1)
+    found = latency({"fp32": exported.fp32, "cpu": exported.int8}, one, threads=1, rounds=3)
+    assert {name: times.shape for name, times in found.items()} == {"fp32": (3,), "cpu": (3,)}
+    assert min(times.min() for times in found.values()) > 0
+    slow = {"fp32": np.array([1.0, 2, 3]), "cpu": np.array([2.0, 2, 3])}
+    fast = {"fp32": np.array([2.0, 2, 4]), "cpu": np.array([1.0, 3, 2])}
+    assert latency_gate([slow]).passed  # the median pair is as fast
+    assert latency_gate([slow, fast]).says.startswith("int8 takes 0.50 of the time")
+    assert not latency_gate([{"fp32": np.ones(3), "cpu": np.full(3, 1.1)}]).passed
 
 
 def test_a_changed_weight_is_noticed(exported: Exported, tmp_path: Path) -> None:
@@ -250,9 +339,9 @@ def test_a_changed_weight_is_noticed(exported: Exported, tmp_path: Path) -> None
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     onnx.save(proto, tmp_path / "tampered.onnx")
     with pytest.raises(ParityError, match=r"tampered\.onnx at \(N,H,W\)=.* logits differ by"):
-        check_parity(exported.model, tmp_path / "tampered.onnx", 1, TOLERANCE)
+        parity(exported, tmp_path / "tampered.onnx")
     with pytest.raises(ParityError, match=r"allowed 1e-12 \(export\.parity_tolerance\)"):
-        check_parity(exported.model, exported.fp32, 1, 1e-12)
+        parity(exported, tolerance=1e-12)
 
 
 class Elsewhere(nn.Module):
@@ -269,9 +358,23 @@ class Elsewhere(nn.Module):
 
 @pytest.mark.parametrize("change", [1.0, float("nan"), float("inf")])
 def test_a_difference_at_one_size_is_noticed(exported: Exported, change: float) -> None:
-    odd = Elsewhere(exported.model, 47, change)
+    odd = DeployGraph(Elsewhere(exported.model, 47, change), GIVEN)
     with pytest.raises(ParityError, match=r"\(N,H,W\)=\(1, 33, 47\)"):
-        check_parity(odd, exported.fp32, 1, TOLERANCE)
+        check_parity(odd, exported.fp32, GIVEN, EXAMPLES, TOLERANCE)
+
+
+def test_a_pixel_of_another_class_is_noticed(exported: Exported) -> None:
+    """However small the difference of the logits is against the largest of them."""
+
+    class Turned(nn.Module):
+        def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+            mask, confidence, logits = DeployGraph(exported.model, GIVEN)(image)
+            mask[:, 0, 0] = 2 - mask[:, 0, 0]  # 0 to 2, 2 to 0
+            mask[:, -1, -1] = 1 - mask[:, -1, -1].clamp(max=1)
+            return mask, confidence, logits
+
+    with pytest.raises(ParityError, match=r"\d pixels have another class although"):
+        check_parity(Turned(), exported.fp32, GIVEN, EXAMPLES, TOLERANCE)
 
 
 def test_two_exports_are_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
@@ -279,9 +382,9 @@ def test_two_exports_are_the_same_bytes(exported: Exported, tmp_path: Path) -> N
     levels = [logger.level for logger in loggers]
     loggers[0].setLevel(logging.INFO)
     again, int8 = tmp_path / "again" / "model.onnx", tmp_path / "again.int8.onnx"
-    export_onnx(copy.deepcopy(exported.model).train(), again, 1, 18, METADATA)
+    export_onnx(copy.deepcopy(exported.model).train(), again, GIVEN, 18, METADATA)
     assert again.read_bytes() == exported.fp32.read_bytes()
-    quantize_int8(again, int8, iter(images(8)), {**METADATA, "int8": "QDQ"})
+    quantize(again, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
     assert int8.read_bytes() == exported.int8.read_bytes()
     assert [logger.level for logger in loggers] == [logging.INFO, levels[1]]
     loggers[0].setLevel(levels[0])
@@ -299,10 +402,15 @@ class Plain(nn.Module):
 
 
 def test_the_exporter_may_not_substitute_an_opset(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="asked for opset 11, the exporter wrote 18"):
-        export_onnx(Plain(1), tmp_path / "old.onnx", 1, 11, {})
+    with pytest.raises(ExportError, match="asked for opset 10, the exporter wrote 18"):
+        export_onnx(Plain(1), tmp_path / "old.onnx", GIVEN, 10, {})
     assert list(tmp_path.iterdir()) == []
-    export_onnx(Plain(3), tmp_path / "new.onnx", 3, 20, {})
+    colours = GraphInput(dtype="uint8", colours=3, windows=(Window(center=127.5, width=255),))
+    plain = Plain(3)
+    export_onnx(plain, tmp_path / "new.onnx", colours, 20, {})
     proto = onnx.load(tmp_path / "new.onnx")
     assert [o.version for o in proto.opset_import] == [20]
-    check_parity(Plain(3), tmp_path / "new.onnx", 3, 10.0)  # three channels pass through
+    rng = np.random.default_rng(0)
+    some = [Example(rng.integers(0, 256, (1, 3, 30, 40), np.uint8), None)]
+    graph = DeployGraph(plain, colours)
+    check_parity(graph, tmp_path / "new.onnx", colours, some, TOLERANCE)

@@ -77,7 +77,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "log_every": 40,
             "stages": [{"name": "a", "steps": STEPS, "lr": 1e-3}],
         },
-        "export": {"int8_min_dice": 0, "calibration_slices": 4},
+        "export": {
+            "variants": ["cpu"],
+            "calibration_slices": 4,
+            "allow": dict.fromkeys(("cpu_dice", "cpu_drop", "latency"), "a few steps of training"),
+        },
     }
     (root / "c.yaml").write_text(dump_yaml(Config.model_validate(tree)))
     (root / "site.yaml").write_text(yaml.safe_dump(PROFILE))

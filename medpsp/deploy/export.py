@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -14,63 +15,87 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from medpsp.deploy.session import INPUT, OUTPUT
+from medpsp.deploy.graph import DeployGraph
+from medpsp.deploy.inputs import GraphInput
+from medpsp.deploy.session import IMAGE, OUTPUTS, WINDOW
 from medpsp.errors import ExportError
 
 IR_VERSION = 8
 """Readable by runtimes from ONNX Runtime 1.10 on; the exporter alone would write 10."""
 
 
-class LogitsOnly(nn.Module):
-    """The network without its auxiliary output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, K, H, W)."""
-        logits, _ = self.model(image)
-        return logits  # type: ignore[no-any-return]
+LEGACY = range(11, 16)
+"""Opsets that only the older exporter writes; the dynamo one gives 18 for them without a word."""
 
 
 def export_onnx(
-    model: nn.Module, path: Path, channels: int, opset: int, metadata: dict[str, Any]
+    model: nn.Module, path: Path, given: GraphInput, opset: int, metadata: dict[str, Any]
 ) -> None:
-    """Write an fp32 ONNX file.
+    """Write an fp32 ONNX file with dynamic N, H and W.
 
     Args:
         model: Trained network; set to eval mode here.
         path: Where to write.
-        channels: Image channels C.
-        opset: Asked for, and checked in the file afterwards: the exporter may substitute.
+        given: What the graph is fed.
+        opset: 18 to 20, or 11 to 15 for old runtimes; checked in the file afterwards.
         metadata: Written as one JSON value under the key ``medpsp``.
 
     Raises:
         ExportError: The exporter gave another opset.
     """
-    model.eval()
-    sample = torch.zeros(2, channels, 64, 96)
-    dynamic = {0: torch.export.Dim("N"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")}
+    graph = DeployGraph(model, given).eval()
+    image = torch.zeros(2, given.planes, 64, 96, dtype=getattr(torch, given.dtype))
+    feeds = [image] if given.windows else [image, torch.ones(2, given.views, 3)]
+    names = [IMAGE, WINDOW][: len(feeds)]
     with warnings.catch_warnings(), quiet("torch.onnx", logging.ERROR):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            LogitsOnly(model),
-            (sample,),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            opset_version=opset,
-            dynamo=True,
-            dynamic_shapes=(dynamic,),
-            verbose=False,
-        )
-    if program is None:
-        raise ExportError("torch.onnx.export returned nothing; use the versions of constraints.txt")
-    proto = program.model_proto
+        make = _legacy if opset in LEGACY else _dynamo
+        proto = make(graph, tuple(feeds), names, opset)
     found = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if found != opset:
         raise ExportError(f"asked for opset {opset}, the exporter wrote {found}")
     write_model(proto, path, metadata)
+
+
+def _dynamo(
+    graph: nn.Module, feeds: tuple[Tensor, ...], names: list[str], opset: int
+) -> onnx.ModelProto:
+    batch, height, width = (torch.export.Dim(letter) for letter in "NHW")
+    dynamic = ({0: batch, 2: height, 3: width}, {0: batch})
+    program = torch.onnx.export(
+        graph,
+        feeds,
+        input_names=names,
+        output_names=OUTPUTS,
+        opset_version=opset,
+        dynamo=True,
+        dynamic_shapes=dynamic[: len(feeds)],
+        verbose=False,
+    )
+    if program is None:
+        raise ExportError("torch.onnx.export returned nothing; use the versions of constraints.txt")
+    return program.model_proto
+
+
+def _legacy(
+    graph: nn.Module, feeds: tuple[Tensor, ...], names: list[str], opset: int
+) -> onnx.ModelProto:
+    plane, map_ = {0: "N", 2: "H", 3: "W"}, {0: "N", 1: "H", 2: "W"}
+    dynamic = dict(
+        zip([IMAGE, WINDOW, *OUTPUTS], [plane, {0: "N"}, map_, map_, plane], strict=True)
+    )
+    written = io.BytesIO()
+    torch.onnx.export(
+        graph,
+        feeds,
+        written,  # type: ignore[arg-type] # its stub knows no files, its documentation does
+        input_names=names,
+        output_names=OUTPUTS,
+        opset_version=opset,
+        dynamo=False,
+        dynamic_axes={name: dynamic[name] for name in [*names, *OUTPUTS]},
+    )
+    return onnx.load_from_string(written.getvalue())
 
 
 @contextmanager

@@ -2,55 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from medpsp.deploy.stream import Segmented
 from medpsp.intensity import CLASS_COLOURS, overlay
-from medpsp.types import FloatArray
 
 TILE, COLUMNS, MAX_TILES, LEGEND = 224, 4, 8, 32
 """Pixels of a tile's longer side, tiles a row, tiles at most, pixels of the legend line."""
 
 
-def write_sheet(
-    path: Path,
-    show: Callable[[int], FloatArray],
-    mask: NDArray[np.uint8],
-    classes: tuple[str, ...],
-    names: Sequence[int],
-) -> None:
-    """Draw evenly spaced slices of what the mask covers.
+class Sheet:
+    """Collects evenly spaced slices of what the mask covers; of all where it covers none.
 
     Args:
-        path: PNG to write.
-        show: Number of a slice to (H, W) or (H, W, 3) in [0, 1].
-        mask: (N, H, W) class indices.
         classes: Names for the legend; the first is the background.
-        names: What to call each slice.
     """
-    covered = np.flatnonzero(mask.any(axis=(1, 2)))
-    pool = covered if covered.size else np.arange(len(mask))
-    count = min(MAX_TILES, len(pool))
-    chosen = pool[np.linspace(0, len(pool) - 1, count).round().astype(int)]
-    height, width = mask.shape[1:]
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self._classes = classes
+        self._covered, self._all = _Spread(), _Spread()
+
+    def add(self, item: Segmented) -> None:
+        """The next slice."""
+        self._all.add(item)
+        if item.mask.any():
+            self._covered.add(item)
+
+    def save(self, path: Path) -> None:
+        """Write the PNG."""
+        found = (self._covered.kept or self._all.kept)[: 2 * MAX_TILES]
+        count = min(MAX_TILES, len(found))
+        chosen = [found[i] for i in np.linspace(0, len(found) - 1, count).round().astype(int)]
+        tile = chosen[0][1].size
+        rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
+        size = max(tile[0] * columns, 2 * TILE), tile[1] * rows + LEGEND
+        sheet = Image.new("RGB", size, "black")
+        for number, (place, picture) in enumerate(chosen):
+            corner = (number % COLUMNS * tile[0], number // COLUMNS * tile[1])
+            sheet.paste(picture, corner)
+            at = (corner[0] + 5, corner[1] + 3)
+            ImageDraw.Draw(sheet).text(at, f"{place}", fill=(170, 170, 170))
+        _legend(sheet, self._classes)
+        sheet.save(path)
+
+
+class _Spread:
+    """Evenly spaced slices of a stream of unknown length: at twice as many as are shown, every
+    other one goes, and only every other one is taken from then on."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[int, Image.Image]] = []
+        self._step, self._count = 1, 0
+
+    def add(self, item: Segmented) -> None:
+        if self._count % self._step == 0:
+            if len(self.kept) == 2 * MAX_TILES:
+                del self.kept[1::2]
+                self._step *= 2
+            if self._count % self._step == 0:
+                self.kept.append((item.place, _thumbnail(item)))
+        self._count += 1
+
+
+def _thumbnail(item: Segmented) -> Image.Image:
+    height, width = item.mask.shape
     scale = TILE / max(height, width)
-    tile = (max(1, round(width * scale)), max(1, round(height * scale)))
-    rows = -(-count // COLUMNS)
-    columns = min(count, COLUMNS)
-    sheet = Image.new("RGB", (max(tile[0] * columns, 2 * TILE), tile[1] * rows + LEGEND), "black")
-    for place, index in enumerate(chosen):
-        picture = Image.fromarray(overlay(show(int(index)), mask[index])).resize(tile)
-        corner = (place % COLUMNS * tile[0], place // COLUMNS * tile[1])
-        sheet.paste(picture, corner)
-        ImageDraw.Draw(sheet).text(
-            (corner[0] + 5, corner[1] + 3), f"{names[index]}", fill=(170, 170, 170)
-        )
-    _legend(sheet, classes)
-    sheet.save(path)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return Image.fromarray(overlay(item.unit, item.mask)).resize(size)
 
 
 def _legend(sheet: Image.Image, classes: tuple[str, ...]) -> None:

@@ -9,33 +9,76 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from medpsp.tiles import Tiling, tiled
+from medpsp.deploy.inputs import GraphInput
+from medpsp.tiles import Tiling, tile_places, tiled
+from medpsp.types import FloatArray
 
-INPUT, OUTPUT = "image", "logits"
+IMAGE, WINDOW = "image", "window"
+MASK, CONFIDENCE, LOGITS = OUTPUTS = ["mask", "confidence", "logits"]
+Feeds = dict[str, NDArray[Any]]
+"""By the name of the input."""
 
 
-def open_session(path: Path, threads: int = 1) -> ort.InferenceSession:
-    """A session on the CPU.
+def open_session(
+    path: Path, threads: int = 1, optimise: bool = True, provider: str = "CPUExecutionProvider"
+) -> ort.InferenceSession:
+    """A session.
 
     Args:
         path: Of the ONNX file.
-        threads: Of it; 0 for all cores.
+        threads: Of the CPU; 0 for all cores.
+        optimise: False runs each node as it stands, QDQ in float: what a CPU with VNNI computes.
+        provider: Of ONNX Runtime.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(path, options, providers=[provider])
+
+
+def run_graph(session: ort.InferenceSession, feeds: Feeds, *names: str) -> list[NDArray[Any]]:
+    """These outputs; nodes that none of them needs are not run."""
+    options = ort.RunOptions()
+    options.only_execute_path_to_fetches = True
+    found: list[NDArray[Any]] = session.run(names, feeds, options)
+    return found
+
+
+def feeds_of(image: NDArray[Any], window: FloatArray | None) -> Feeds:
+    """Both inputs, or the one where windows are constants."""
+    image = np.ascontiguousarray(image)
+    return {IMAGE: image} if window is None else {IMAGE: image, WINDOW: window}
 
 
 def class_masks(
-    session: ort.InferenceSession, image: NDArray[np.float32], tiling: Tiling
+    session: ort.InferenceSession,
+    given: GraphInput,
+    image: NDArray[Any],
+    window: FloatArray | None,
+    tiling: Tiling,
 ) -> NDArray[np.uint8]:
-    """(N, H, W) class indices of (N, C, H, W) images, cut into tiles as in evaluation."""
+    """(N, H, W) class ids, cut into tiles as in evaluation.
 
-    def predict(part: NDArray[np.float32]) -> Any:
-        logits = session.run(None, {INPUT: np.ascontiguousarray(part)})[0]
+    Args:
+        session: Of an exported file.
+        given: What it takes.
+        image: (N, P, H, W) modality values.
+        window: (N, V, 3); None where windows are constants of the graph.
+        tiling: How much the network sees at once.
+    """
+    outside = given.outside(window is not None and bool(window[0, 0, 1] < 0))
+    rows, columns = (max(pair) for pair in zip(image.shape[-2:], tiling.size, strict=True))
+    alone = len(tile_places((rows, columns), tiling)) == 1
+
+    def predict(part: NDArray[Any]) -> Any:
+        if alone:
+            return run_graph(session, feeds_of(part, window), MASK)[0]
+        (logits,) = run_graph(session, feeds_of(part, window), LOGITS)
         shares = np.exp(logits - logits.max(1, keepdims=True))
         return shares / shares.sum(1, keepdims=True)
 
-    mask: NDArray[np.uint8] = tiled(predict, image, tiling).argmax(1).astype(np.uint8)
+    found = tiled(predict, image, tiling, outside=outside)
+    mask: NDArray[np.uint8] = found if alone else found.argmax(1).astype(np.uint8)
     return mask

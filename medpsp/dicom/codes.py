@@ -160,6 +160,12 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Save each as a file of its own."),
     "COLOUR_FOR_GREY_MODEL": ("skipped", "A colour image for a model of grey images.",
         "Train with model.in_channels 3."),
+    "INPUT_FOR_MODEL": ("skipped", "Values or a window that the graph of the model does not take.",
+        "Use a model that was trained on such images."),
+    "NIFTI_UNREADABLE": ("quarantined", "The NIfTI file is not one readable grey volume.",
+        "Save it again."),
+    "SEG_NOT_WRITTEN": ("kept", "The headers of the images make no DICOM SEG; other files have it.",
+        "Send the original images for a SEG."),
     # geometry
     "GEOM_MISSING": ("kept", "CT or MR without a position: single images, no volume.",
         "Send the original series."),

@@ -1,0 +1,263 @@
+"""The dossier of an export: `dossier.json`, `dossier.html`, `sbom.cdx.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.evalfigures import estimate
+from medpsp.deploy.dossier import AgreementFact, Facts, plain
+from medpsp.deploy.sbom import bill_of_materials
+from shards.page import Html, page, pairs, picture, table, tag
+from shards.sections import section
+
+RED = "#d63b3b"
+NOT_MEASURED = tag("p", "not measured", css="quiet")
+NONE = "–"
+
+MODEL = {
+    "intended_use": "intended use",
+    "licence": "licence",
+    "classes": "classes",
+    "codes": "coded terms",
+    "modalities": "modalities",
+    "windows": "windows",
+    "window": "window of all series",
+    "header_window": "window of the header",
+    "spacing_mm": "spacing, mm",
+    "tile": "tile",
+    "colours": "colours",
+    "context": "neighbouring slices",
+    "backbone": "backbone",
+    "head": "head",
+    "stride": "stride",
+    "bins": "pyramid bins",
+    "step": "training step",
+    "tool": "made by",
+}
+"""Keys of the metadata that are shown, in this order, and their names."""
+
+METRICS = {"dice": "Dice", "dice_pooled": "Dice, pooled", "iou": "IoU", "hd95_mm": "HD95, mm",
+           "nsd": "NSD"}  # fmt: skip
+"""Of `evaluation.json`, see `launch.scores`."""
+
+
+def write_dossier(folder: Path, facts: Facts) -> None:
+    """Write the three files; the same facts and the same installed versions give the same bytes.
+
+    Args:
+        folder: Exists.
+        facts: Plain Python numbers, no numpy ones. What is left out is shown as not measured.
+
+    Raises:
+        TypeError: A value that JSON has not.
+    """
+    digest = facts["training"]["manifest"] if "training" in facts else ""
+    bill = bill_of_materials(facts.get("files", ()), facts.get("model", {}), digest)
+    for name, tree in (("dossier.json", plain(facts)), ("sbom.cdx.json", bill)):
+        text = json.dumps(tree, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    (folder / "dossier.html").write_text(dossier_page(facts), encoding="utf-8")
+
+
+def dossier_page(facts: Facts) -> str:
+    """One page: no script, nothing from a network, all text escaped."""
+    parts = {
+        "Files": _files(facts),
+        "What it is for": _model(facts),
+        "Scores": _scores(facts),
+        "Parity with the trained network": _parity(facts),
+        "Quantized against fp32": _agreement(facts),
+        "Largest disagreements": _overlays(facts),
+        "Latency": _latency(facts),
+        "Training data": _training(facts),
+        "What was optimised": _steps(facts),
+        "Environment": _environment(facts),
+    }
+    numbered = list(enumerate(parts.items()))
+    links = (tag("a", title, href=f"#part-{n}") for n, (title, _) in numbered)
+    lead = "What the model files are, what was measured of them, and on what."
+    header = tag("header", tag("h1", "Dossier"), tag("p", lead, css="lead"), tag("nav", *links))
+    sections = (
+        section(f"part-{n}", title, *(content or (NOT_MEASURED,)))
+        for n, (title, content) in numbered
+    )
+    return page("Dossier", (header, _allowances(facts), *sections))
+
+
+def _allowances(facts: Facts) -> Html:
+    given = facts.get("allowances")
+    if given is None:
+        return section("allowances", "Gates", NOT_MEASURED)
+    if not given:
+        return section("allowances", "Gates", tag("p", "Every gate was met."))
+    lines = (tag("li", tag("strong", a["gate"]), ": ", a["reason"]) for a in given)
+    title = tag("h2", "Gates that were not met and were allowed", style=f"color:{RED}")
+    return tag(
+        "section", title, tag("ul", *lines), id="allowances", style=f"border:2px solid {RED}"
+    )
+
+
+def _files(facts: Facts) -> list[Html]:
+    rows = [
+        (f["name"], f["variant"], f["bytes"], f["opset"], f["ir"], tag("code", f["sha256"]))
+        for f in facts.get("files", ())
+    ]
+    head = ("file", "variant", "bytes", "opset", "IR", "SHA-256")
+    return [table(head, rows, (2, 3, 4))] if rows else []
+
+
+def _model(facts: Facts) -> list[Html]:
+    given = facts.get("model")
+    if given is None:
+        return []
+    shown = {key: name for key, name in MODEL.items() if key in given or key == "intended_use"}
+    return [pairs((name, _words(given.get(key)) or "not stated") for key, name in shown.items())]
+
+
+def _words(value: Any) -> str:
+    """Nested JSON values in a line."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {_words(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_words(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
+
+
+def _scores(facts: Facts) -> list[Html]:
+    given = facts.get("evaluation")
+    if given is None:
+        return []
+    split = "test" if given["split"] == "test" else "validation"
+    text = (
+        given["patients"], f" held-out patients ({split}), ", given["slices"],
+        " slices, network of step ", given["step"], ". Below each value its 95 % interval, a "
+        "bootstrap over patients.",
+    )  # fmt: skip
+    rows = (
+        (tag("strong", name), *(estimate(of[key]) for key in METRICS))
+        for name, of in given["classes"].items()
+    )
+    head = ("class", *METRICS.values())
+    return [tag("p", *text, css="quiet"), table(head, rows, range(1, len(head)))]
+
+
+def _parity(facts: Facts) -> list[Html]:
+    given = facts.get("parity", ())
+    text = (
+        "Largest difference of the logits, the same relative to the largest logit, and pixels of "
+        "another class. Near ties: those of them whose two largest logits lay within 0.0002."
+    )
+    rows = [
+        (
+            r["variant"],
+            " x ".join(map(str, r["shape"])),
+            f"{r['max_abs_diff']:.1e}",
+            f"{r['relative']:.1e}",
+            r["changed"],
+            r["near_ties"],
+        )
+        for r in given
+    ]
+    head = ("variant", "N x H x W", "difference", "relative", "changed pixels", "near ties")
+    return [tag("p", text, css="quiet"), table(head, rows, range(1, 6))] if rows else []
+
+
+def _agreement(facts: Facts) -> list[Html]:
+    given = facts.get("agreement", ())
+    if not given:
+        return []
+    text = (
+        "Dice of the masks against those of fp32, and of both against the labels; SQNR of the "
+        "logits by the kernels of this CPU and by float emulation of the same graph, which a CPU "
+        "that does not saturate computes."
+    )
+    rows = [row for fact in given for row in _classes(fact)]
+    head = ("variant", "class", "against fp32", "fp32, labels", "variant, labels", "change")
+    sqnr = [
+        (
+            fact["variant"],
+            fact["slices"],
+            _digits(fact["mean"], 4),
+            _digits(fact["sqnr_real_db"], 1),
+            _digits(fact["sqnr_emulated_db"], 1),
+            len(fact["restored"]),
+            ", ".join(fact["restored"]),
+        )
+        for fact in given
+    ]
+    whole = ("variant", "slices", "mean Dice", "SQNR, dB", "emulated, dB", "restored", "nodes")
+    return [
+        tag("p", text, css="quiet"),
+        table(head, rows, range(2, 6)),
+        table(whole, sqnr, range(1, 6)),
+    ]
+
+
+def _classes(fact: AgreementFact) -> Iterator[tuple[object, ...]]:
+    for name, dice in fact["against_fp32"].items():
+        before, after = fact["labels_fp32"].get(name), fact["labels"].get(name)
+        change = NONE if before is None or after is None else f"{after - before:+.4f}"
+        values = (_digits(value, 4) for value in (dice, before, after))
+        yield fact["variant"], name, *values, change
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def _overlays(facts: Facts) -> list[Html]:
+    wide = "margin:0 0 14px;max-width:100%"
+    return [
+        tag(
+            "figure",
+            tag("div", picture(f["png"], f["title"]), css="scroll"),
+            tag("figcaption", f["title"]),
+            style=wide,
+        )
+        for f in facts.get("overlays", ())
+    ]
+
+
+def _latency(facts: Facts) -> list[Html]:
+    cpu = facts.get("cpu")
+    about = "CPU not recorded." if cpu is None else f"{cpu['model']}: {' '.join(cpu['flags'])}"
+    rows = [
+        (
+            r["variant"],
+            r["threads"],
+            " x ".join(map(str, r["size"])),
+            f"{r['median_ms']:.1f}",
+            f"{r['p95_ms']:.1f}",
+            _digits(r["peak_rss_mib"], 0),
+        )
+        for r in facts.get("latency", ())
+    ]
+    head = ("variant", "threads", "H x W", "median, ms", "95th percentile, ms", "peak RSS, MiB")
+    return [tag("p", about, css="quiet"), table(head, rows, range(1, 6))] if rows else []
+
+
+def _training(facts: Facts) -> list[Html]:
+    given = facts.get("training")
+    if given is None:
+        return []
+    about = (
+        ("digest of the manifest", tag("code", given["manifest"])),
+        ("label classes", ", ".join(given["classes"])),
+    )
+    rows = [(name, of["patients"], of["slices"]) for name, of in given["splits"].items()]
+    return [pairs(about), table(("split", "patients", "slices"), rows, (1, 2), "narrow")]
+
+
+def _steps(facts: Facts) -> list[Html]:
+    given = facts.get("steps", ())
+    return [tag("ul", *(tag("li", step) for step in given))] if given else []
+
+
+def _environment(facts: Facts) -> list[Html]:
+    given = facts.get("environment", {})
+    return [pairs((name, tag("code", text)) for name, text in given.items())] if given else []

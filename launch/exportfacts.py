@@ -1,0 +1,267 @@
+"""What an export found, as the dossier takes it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from PIL import Image
+
+from launch.rundir import RunDir
+from medpsp.config import Config
+from medpsp.deploy.dossier import (
+    AgreementFact,
+    Facts,
+    FileFact,
+    LatencyFact,
+    OverlayFact,
+    ParityFact,
+    TrainingFact,
+    cpu_facts,
+    environment_facts,
+)
+from medpsp.deploy.gates import Differing
+from medpsp.intensity import overlay
+from shards.index import file_sha256
+
+if TYPE_CHECKING:
+    from medpsp.deploy.gates import Gate, Scores
+    from medpsp.deploy.restore import Restored
+    from medpsp.deploy.session import Feeds
+    from medpsp.deploy.verify import Parity
+    from shards.index import SliceRow
+
+SAID = {"cpu": "int8 QDQ U8S8", "trt": "int8 QDQ S8S8", "half": "fp16"}
+"""What the metadata of each file calls it."""
+SHOWN = 3
+"""Disagreements that are drawn, of each variant."""
+PEAK = """
+import sys
+import numpy as np
+from pathlib import Path
+from medpsp.deploy.session import MASK, open_session, run_graph
+session = open_session(Path(sys.argv[1]), int(sys.argv[2]))
+feeds = dict(np.load(sys.argv[3]))
+for _ in range(2):
+    run_graph(session, feeds, MASK)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+
+
+@dataclass
+class Found:
+    """What an export measured, for the gates and the dossier.
+
+    Attributes:
+        parity: Of each file that has to equal the network.
+        restored: Of each int8 file.
+        saturation: Real and emulated SQNR of the ``cpu`` file, dB.
+        scores: Of fp32 and each variant, on validation slices.
+        slices: How many those were.
+        times: (rounds,) ms of fp32 and each file for CPUs, by threads.
+        feeds: The tile that they were measured on.
+        gates: All that were tried.
+    """
+
+    parity: list[Parity] = field(default_factory=list)
+    restored: dict[str, Restored] = field(default_factory=dict)
+    saturation: tuple[float, float] | None = None
+    scores: dict[str, Scores] = field(default_factory=dict)
+    slices: int = 0
+    times: dict[int, dict[str, Any]] = field(default_factory=dict)
+    feeds: Feeds = field(default_factory=dict)
+    gates: list[Gate] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the tile."""
+        height, width = self.feeds["image"].shape[2:]
+        return height, width
+
+
+def dossier_facts(
+    config: Config, run: RunDir, metadata: dict[str, Any], rows: Sequence[SliceRow], found: Found
+) -> Facts:
+    """All of an export.
+
+    Args:
+        config: Of the run.
+        run: With the folder of the files.
+        metadata: Of the fp32 file.
+        rows: Labelled ones.
+        found: What was measured.
+    """
+    files = {"fp32": run.fp32}
+    files |= {name: run.variant(name) for name in config.export.variants}
+    facts = Facts(
+        model=metadata,
+        files=[_file(path, said_of(name)) for name, path in files.items()],
+        parity=_parity(found),
+        agreement=[_agreement(config, found, name) for name in config.export.variants],
+        overlays=list(_overlays(config, found)),
+        latency=list(_latency(files, found)),
+        cpu=cpu_facts(),
+        training=_training(config, rows, metadata["manifest"]),
+        allowances=[
+            {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}
+            for gate in found.gates
+            if not gate.passed and gate.name in config.export.allow
+        ],
+        steps=_steps(config, found),
+        environment=environment_facts(),
+    )
+    if run.evaluation.is_file():
+        facts["evaluation"] = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    return facts
+
+
+def said_of(name: str) -> str:
+    """Variant as the metadata of the file has it."""
+    return SAID.get(name, name)
+
+
+def _file(path: Path, variant: str) -> FileFact:
+    proto = onnx.load(path)
+    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    return {
+        "name": path.name,
+        "variant": variant,
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+        "opset": int(opset),
+        "ir": int(proto.ir_version),
+    }
+
+
+def _parity(found: Found) -> list[ParityFact]:
+    return [
+        {
+            "variant": "fp32",
+            "shape": row.shape,
+            "max_abs_diff": row.max_abs_diff,
+            "relative": row.relative,
+            "changed": row.changed + row.ties,
+            "near_ties": row.ties,
+        }
+        for row in found.parity
+    ]
+
+
+def _agreement(config: Config, found: Found, name: str) -> AgreementFact:
+    scores, fp32 = found.scores[name], found.scores["fp32"]
+    restored = found.restored.get(name)
+    real, emulated = found.saturation if name == "cpu" and found.saturation else (None, None)
+
+    def named(values: Sequence[float]) -> dict[str, float | None]:
+        pairs = zip(config.data.classes[1:], values[1:], strict=True)
+        return {label: None if math.isnan(value) else value for label, value in pairs}
+
+    return {
+        "variant": said_of(name),
+        "slices": found.slices,
+        "against_fp32": named(scores.against_fp32),
+        "mean": None if math.isnan(scores.agreement) else scores.agreement,
+        "labels_fp32": named(fp32.against_labels),
+        "labels": named(scores.against_labels),
+        "sqnr_real_db": real,
+        "sqnr_emulated_db": emulated,
+        "restored": list(restored.nodes) if restored else [],
+    }
+
+
+def _overlays(config: Config, found: Found) -> Iterator[OverlayFact]:
+    for name in config.export.variants:
+        for one in found.scores[name].worst[:SHOWN]:
+            share = 100 * one.pixels / one.fp32.size
+            title = f"{said_of(name)}: {one.pixels} pixels differ, {share:.2f} % of the slice"
+            yield {"title": title, "png": _picture(one)}
+
+
+def _picture(one: Differing) -> bytes:
+    """Image, both masks over it, and where they differ."""
+    plane = one.image[0, one.image.shape[1] // 2].astype(np.float32)
+    low, high = np.percentile(plane[np.isfinite(plane)], (1, 99))
+    unit = np.clip((np.nan_to_num(plane) - low) / max(high - low, 1e-6), 0, 1)
+    nothing, other = np.zeros_like(one.fp32), (one.fp32 != one.other).astype(np.uint8) * 3
+    parts = [overlay(unit, mask) for mask in (nothing, one.fp32, one.other, other)]
+    written = io.BytesIO()
+    Image.fromarray(np.concatenate(parts, axis=1)).save(written, "PNG")
+    return written.getvalue()
+
+
+def _latency(files: Mapping[str, Path], found: Found) -> Iterator[LatencyFact]:
+    for threads, times in found.times.items():
+        for name, ms in times.items():
+            yield {
+                "variant": said_of(name),
+                "threads": threads,
+                "size": found.size,
+                "median_ms": float(np.median(ms)),
+                "p95_ms": float(np.percentile(ms, 95)),
+                "peak_rss_mib": _peak(files[name], threads, found),
+            }
+
+
+def _peak(path: Path, threads: int, found: Found) -> float | None:
+    """MiB of a process that does nothing else; None where the kernel does not say."""
+    feeds = path.parent / "feeds.npz"
+    np.savez(feeds, **found.feeds)  # type: ignore[arg-type] # its stub takes no names
+    command = [sys.executable, "-c", PEAK, str(path), str(threads), str(feeds)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout) / 1024
+    except (subprocess.CalledProcessError, ValueError):
+        return None
+    finally:
+        feeds.unlink(missing_ok=True)
+
+
+def _training(config: Config, rows: Sequence[SliceRow], manifest: str) -> TrainingFact:
+    patients: dict[str, set[str]] = defaultdict(set)
+    slices: dict[str, int] = defaultdict(int)
+    for row in rows:
+        patients[row.split].add(row.patient)
+        slices[row.split] += 1
+    splits = [name for name in ("train", "val", "test") if name in slices]
+    return {
+        "manifest": manifest,
+        "splits": {n: {"patients": len(patients[n]), "slices": slices[n]} for n in splits},
+        "classes": list(config.data.classes),
+    }
+
+
+def _steps(config: Config, found: Found) -> list[str]:
+    steps = [
+        "Windows, padding to the stride, network, softmax and argmax are one graph.",
+        "BatchNorm is folded into the convolutions where onnxruntime prepares int8; the auxiliary "
+        "head is left out.",
+    ]
+    for name in config.export.variants:
+        if name == "half":
+            steps.append(
+                "fp16: weights and activations of the network; windows, pooling sums, softmax and "
+                "argmax stay fp32."
+            )
+            continue
+        kept = found.restored[name].nodes
+        more = f" Back to fp32 for accuracy: {', '.join(kept)}." if kept else ""
+        ranges = (
+            "all values" if config.export.percentile == 100 else f"{config.export.percentile} %"
+        )
+        steps.append(
+            f"{said_of(name)}: static, per channel, convolutions and matrix products with constant "
+            f"weights; depthwise ones stay fp32. Ranges hold {ranges} of "
+            f"{config.export.calibration_slices} tiles of training patients at most.{more}"
+        )
+    return steps

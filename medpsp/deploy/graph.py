@@ -1,0 +1,50 @@
+"""The network between what a scanner gives and what a device shows, as one graph to export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from medpsp.deploy.inputs import GraphInput, window_rows
+
+
+class DeployGraph(nn.Module):
+    """Modality values in, class ids out: windows, network, argmax.
+
+    Args:
+        model: Gives logits (N, K, H, W) and something else for (N, C, H, W) in [0, 1].
+        given: What it is fed.
+    """
+
+    def __init__(self, model: nn.Module, given: GraphInput) -> None:
+        super().__init__()
+        self.model = model
+        constant = torch.from_numpy(window_rows(given.windows)) if given.windows else None
+        self.register_buffer("window", constant, persistent=False)
+        self.sigmoid = not given.windows or any(w.function == "SIGMOID" for w in given.windows)
+
+    def forward(self, image: Tensor, window: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks, confidences and logits.
+
+        Args:
+            image: (N, P, H, W) modality values of any real dtype.
+            window: (N, V, 3), see `window_rows`; None where they are constants.
+
+        Returns:
+            (N, H, W) uint8 class ids, (N, H, W) share of the chosen class (softmax), and
+            (N, K, H, W) logits.
+        """
+        logits, _ = self.model(self.unit(image, window))
+        confidence = torch.softmax(logits, dim=1).amax(dim=1)
+        return logits.argmax(dim=1).to(torch.uint8), confidence, logits
+
+    def unit(self, image: Tensor, window: Tensor | None = None) -> Tensor:
+        """(N, P V, H, W) in [0, 1], as `intensity.to_unit` has it; NaN counts as low."""
+        rows = self.get_buffer("window")[None] if window is None else window
+        low, width, kind = (rows[:, None, :, i, None, None] for i in range(3))
+        x = (image.to(torch.float32)[:, :, None] - low) / width.abs()
+        if self.sigmoid:
+            x = torch.where(kind > 0, 0.5 + 0.5 * torch.tanh(2 * x), x)
+        x = torch.where(x > 0, x, torch.zeros_like(x)).clamp(max=1)  # NaN is not above 0
+        x = torch.where(width < 0, 1 - x, x) if window is not None else x
+        return x.flatten(1, 2)

@@ -1,0 +1,138 @@
+"""One source segmented into a folder that is there whole, or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from medpsp.deploy.predict import Prediction, Predictor
+from medpsp.dicom import nifti, voc
+from medpsp.errors import ConfigError, MedpspError
+from medpsp.types import ScanRow
+
+log = logging.getLogger("medpsp")
+
+WORK, SPOOL = ".part-", ".spool-"
+"""Beginnings of names of what is not whole yet in a folder of answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What became of one.
+
+    Attributes:
+        line: Counts, reason codes and seconds; no name of a file or folder.
+        files: Answers; none where it failed.
+        again: It failed for this machine (disk, memory), not for its source.
+    """
+
+    line: str
+    files: tuple[Path, ...] = ()
+    again: bool = False
+
+
+def run_job(
+    predictor: Predictor, source: Path, folder: Path, same: Callable[[], bool] = lambda: True
+) -> Job | None:
+    """Segment one source into a folder that appears whole, or not at all.
+
+    Args:
+        predictor: The model at work.
+        source: As for `Predictor.source`.
+        folder: To make.
+        same: Asked at the end: False where the source is not what it was.
+
+    Returns:
+        None where ``same`` says no; nothing is kept then.
+    """
+    began, part = time.perf_counter(), folder.with_name(WORK + folder.name)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        found, rows = _segment(predictor, source, part)
+        if not same():
+            return None
+        _to_disk(part)
+        part.rename(folder)
+        files = tuple(folder / path.relative_to(part) for made in found for path in made.files)
+        return Job(line=_told(found, rows, time.perf_counter() - began), files=files)
+    except MedpspError as error:
+        job = Job(line=_without_path(" ".join(str(error).split())))
+    except OSError as error:
+        job = Job(line=error.strerror or type(error).__name__, again=True)
+    except Exception as error:  # noqa: BLE001 - one job ends no service; ORT's errors share no base
+        job = Job(line=type(error).__name__, again=isinstance(error, MemoryError))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return job if same() else None
+
+
+def _segment(
+    predictor: Predictor, source: Path, out: Path
+) -> tuple[list[Prediction], list[ScanRow]]:
+    """Under a name that names nobody: messages and some answers carry that of the source."""
+    ends = (end for end in (*nifti.SUFFIXES, *voc.SUFFIXES) if source.name.lower().endswith(end))
+    with tempfile.TemporaryDirectory() as alone:
+        link = Path(alone) / f"entry{next(ends, '')}"
+        link.symlink_to(source.resolve())
+        return predictor.source(link, out)
+
+
+def _without_path(text: str) -> str:
+    head, _, rest_of_it = text.partition(": ")
+    return rest_of_it if tempfile.gettempdir() in head else text
+
+
+def _told(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) -> str:
+    slices = sum(made.slices for made in found)
+    line = f"{len(found)} series, {slices} slices, {seconds:.1f} s"
+    codes = Counter(row.code for row in rows)
+    left = ", ".join(f"{count} {code}" for code, count in sorted(codes.items()))
+    return f"{line}; not segmented: {left}" if left else line
+
+
+def _to_disk(folder: Path) -> None:
+    """A folder that is there after the power failed must not hold empty files."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def owned(out: Path) -> Iterator[None]:
+    """A folder of answers for this process alone; what a killed one left half made is removed.
+
+    Raises:
+        ConfigError: Another one is at work there.
+        OSError: It cannot be made.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{out}: another medpsp is at work there; end it, or take another folder"
+            ) from None
+        except OSError:
+            log.warning("%s: cannot be locked; start only one command on it", out)
+        for path in (*out.glob(f"{WORK}*"), *out.glob(f"{SPOOL}*")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,144 @@
+"""A file of `medpsp export`: its graph, and what it says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from medpsp.deploy.inputs import GraphInput
+from medpsp.deploy.session import IMAGE, OUTPUTS, WINDOW, class_masks, feeds_of, open_session
+from medpsp.errors import ModelFileError
+from medpsp.tiles import Tiling
+from medpsp.types import FloatArray, ReadPolicy, Window
+
+PROBE = 32
+"""Rows and columns of the image by which graph and metadata are compared."""
+
+
+class ModelFile:
+    """A model file with the windows and the classes that it carries.
+
+    Args:
+        path: ONNX file written by `medpsp export`.
+        threads: CPU threads; 0 for all.
+
+    Attributes:
+        classes: Names; the first is the background.
+        codes: Coded terms of classes: name to category and type, three texts each.
+        modalities: It was trained on.
+        window: Fixed for all series, if any.
+        header_window: Each slice by the window of its header.
+        policy: How training read its archive.
+        meta: All of the metadata.
+        times: Seconds of the network for a slice, of each batch so far.
+
+    Raises:
+        ModelFileError: Not an ONNX file, or not one of ours.
+    """
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        if not path.is_file():
+            raise ModelFileError(f"model {path}: no such file; give the .onnx of `medpsp export`")
+        try:
+            self.session = open_session(path, threads)
+        except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception
+            raise ModelFileError(
+                f"model {path}: onnxruntime cannot load it ({type(error).__name__})"
+            ) from None
+        self.path = path
+        self.times: list[float] = []
+        self.meta = read_metadata(path, self.session)
+        try:
+            self._parse(self.meta)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelFileError(
+                f"model {path}: its metadata is damaged ({type(error).__name__})"
+            ) from None
+        if fault := self._misfit():
+            raise ModelFileError(f"model {path}: metadata and graph do not fit: {fault}")
+
+    def _parse(self, meta: Mapping[str, Any]) -> None:
+        self.classes: tuple[str, ...] = tuple(meta["classes"])
+        self.codes: dict[str, dict[str, list[str]]] = dict(meta.get("codes", {}))
+        self.modalities: tuple[str, ...] = tuple(meta["modalities"])
+        window = meta["window"]
+        self.window = Window(**window) if window else None
+        self.header_window = bool(meta.get("header_window", False))
+        self.views = tuple(Window(**window) for window in meta.get("windows", ()))
+        self.given = GraphInput.from_json(meta["input"])
+        self.tiling = Tiling(tuple(meta["tile"]["size"]), float(meta["tile"]["overlap"]))
+        self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def masks(self, image: NDArray[Any], window: FloatArray) -> NDArray[np.uint8]:
+        """(N, H, W) class ids of (N, P, H, W) modality values seen through (N, V, 3) windows."""
+        rows = None if self.given.windows else window
+        began = time.perf_counter()
+        masks = class_masks(self.session, self.given, image, rows, self.tiling)
+        self.times.append((time.perf_counter() - began) / len(masks))
+        return masks
+
+    def _misfit(self) -> str:
+        """Why masks would be named or windowed wrongly; empty where they would not."""
+        if self.window and not self.window.width > 0:
+            return f"window width {self.window.width}, expected above 0"
+        given, inputs = self.given, {i.name: i for i in self.session.get_inputs()}
+        names = [IMAGE] if given.windows else [IMAGE, WINDOW]
+        if sorted(inputs) != names:
+            return f"inputs {', '.join(sorted(inputs))}, expected {', '.join(names)}"
+        types = {"int16": "tensor(int16)", "uint8": "tensor(uint8)", "float32": "tensor(float)"}
+        image = inputs[IMAGE]
+        if image.shape[1:2] != [given.planes] or image.type != types[given.dtype]:
+            return f"the input is not image (N, {given.planes}, H, W) of {given.dtype}"
+        if (len(self.views) or 1) != given.views:
+            return f"{len(self.views)} windows, the graph has {given.views}"
+        probe = np.zeros((1, given.planes, PROBE, PROBE), dtype=given.dtype)
+        window = None if given.windows else np.ones((1, given.views, 3), np.float32)
+        try:
+            shapes = [found.shape for found in self._outputs(probe, window)]
+        except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception
+            return f"it does not run ({type(error).__name__})"
+        size = PROBE, PROBE
+        wanted = [(1, *size), (1, *size), (1, len(self.classes), *size)]
+        return "" if shapes == wanted else f"outputs {shapes}, expected {wanted}"
+
+    def _outputs(self, image: NDArray[Any], window: FloatArray | None) -> list[NDArray[Any]]:
+        found: list[NDArray[Any]] = self.session.run(OUTPUTS, feeds_of(image, window))
+        return found
+
+
+def read_metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:
+    """What `medpsp export` wrote into a file.
+
+    Raises:
+        ModelFileError: Nothing, or not in this version's form.
+    """
+    text = session.get_modelmeta().custom_metadata_map.get("medpsp")
+    if text is None:
+        raise ModelFileError(
+            f"model {path}: an ONNX file, but not from `medpsp export` (no 'medpsp' metadata)"
+        )
+    try:
+        meta = json.loads(text)
+    except ValueError as error:
+        raise ModelFileError(
+            f"model {path}: its metadata is damaged ({type(error).__name__})"
+        ) from None
+    if not isinstance(meta, dict) or not meta:
+        raise ModelFileError(f"model {path}: its metadata is damaged (no table of names)")
+    if "input" not in meta:
+        raise ModelFileError(f"model {path}: of an earlier version; export it again")
+    return meta

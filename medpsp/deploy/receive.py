@@ -1,0 +1,241 @@
+"""Images that arrive by C-STORE (PS3.4 B), answered with DICOM SEG; pynetdicom speaks the protocol.
+
+Objects of one association lie in a private folder until it is released. They are segmented then,
+one association after another, in the thread that calls `Receiver.serve`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from medpsp.deploy.dicomnet import PAUSES, Peer, entity_of, send, take_images
+from medpsp.deploy.jobs import SPOOL, owned, run_job
+from medpsp.deploy.predict import Predictor
+from medpsp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pynetdicom.association import Association
+    from pynetdicom.events import Event
+    from pynetdicom.transport import ThreadedAssociationServer
+
+log = logging.getLogger("medpsp")
+
+POLL_S = 0.2
+"""Seconds until a request to stop is seen."""
+OUT_OF_RESOURCES = 0xA700
+"""Status of a C-STORE that may work later (PS3.4 table B.2-1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listen:
+    """How the receiver is reached, and where its answers go.
+
+    Attributes:
+        aet: Its application entity title.
+        host: Address to bind.
+        port: To bind; 0 for a free one.
+        answer: None: answers stay in the folder.
+        pauses: As `PAUSES`.
+    """
+
+    aet: str = "MEDPSP"
+    host: str = "127.0.0.1"
+    port: int = 11112
+    answer: Peer | None = None
+    pauses: tuple[float, ...] = PAUSES
+
+
+@dataclass
+class _Spool:
+    """Objects of one association: how many came, and how many are stored."""
+
+    name: str
+    folder: Path | None = None
+    came: int = 0
+    stored: int = 0
+
+
+class Receiver:
+    """A Storage SCP (PS3.4 B.2) and Verification SCP for all images whose pixels can be decoded.
+
+    Use it as a context: it listens from the beginning of that on.
+
+    Args:
+        predictor: The model at work.
+        out: For ``assoc-<number>`` folders, numbered on from those that are there.
+        listen: Addresses.
+
+    Raises:
+        ConfigError: pynetdicom is missing; the title is none; the port or the folder is in use.
+    """
+
+    def __init__(self, predictor: Predictor, out: Path, listen: Listen) -> None:
+        self.predictor, self.out, self.listen = predictor, out, listen
+        self._ae = entity_of(listen.aet)
+        take_images(self._ae)
+        self._server: ThreadedAssociationServer | None = None
+        self._open: dict[Association, _Spool] = {}
+        self._whole: queue.SimpleQueue[_Spool] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._number = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Receiver:
+        with ExitStack() as stack:
+            stack.enter_context(owned(self.out))
+            names = [path.name.removeprefix("assoc-") for path in self.out.glob("assoc-*")]
+            self._number = max((int(name) for name in names if name.isdecimal()), default=0)
+            self._server = self._listening()
+            stack.callback(self._drop_all)
+            stack.callback(self._ae.shutdown)
+            self._stack = stack.pop_all()
+        if not _is_loopback(self.address[0]):
+            log.warning(
+                "receive: %s can be reached from the network; there is no encryption and no "
+                "authentication",
+                self.address[0],
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that it listens on."""
+        if self._server is None:
+            raise RuntimeError("the receiver does not listen")
+        return str(self._server.server_address[0]), int(self._server.server_address[1])
+
+    def serve(self, stop: Callable[[], bool]) -> None:
+        """Segment and answer until asked to stop; associations at hand are finished then."""
+        while not stop():
+            self._next()
+        if self._server is None:
+            return
+        self._server.shutdown()
+        while self._server.active_associations or not self._whole.empty():
+            self._next()
+
+    def _listening(self) -> ThreadedAssociationServer | None:
+        from pynetdicom import evt
+
+        where = self.listen
+        handlers: list[tuple[object, Callable[[Event], object]]] = [
+            (evt.EVT_C_STORE, self._store),
+            (evt.EVT_RELEASED, self._released),
+            (evt.EVT_ABORTED, lambda event: self._aborted(event.assoc)),
+        ]
+        try:
+            return self._ae.start_server(
+                (where.host, where.port),
+                block=False,
+                evt_handlers=handlers,  # type: ignore[arg-type]
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"receive: cannot listen on port {where.port} of {where.host} ({error.strerror}); "
+                "another receiver may: end it, or take another --port or --host"
+            ) from None
+
+    def _store(self, event: Event) -> int:
+        with self._lock:
+            spool = self._open.get(event.assoc)
+            if spool is None:
+                self._number += 1
+                spool = self._open[event.assoc] = _Spool(f"assoc-{self._number:06d}")
+        spool.came += 1
+        path: Path | None = None
+        try:
+            if spool.folder is None:
+                spool.folder = Path(tempfile.mkdtemp(prefix=SPOOL, dir=self.out))  # mode 0700
+            path = spool.folder / f"{spool.came:06d}.dcm"
+            path.write_bytes(event.encoded_dataset())
+        except OSError as error:
+            log.error("%s: an object cannot be stored: %s", spool.name, error.strerror)
+            if path:
+                path.unlink(missing_ok=True)
+            return OUT_OF_RESOURCES
+        spool.stored += 1
+        return 0x0000
+
+    def _released(self, event: Event) -> None:
+        spool = self._open.pop(event.assoc, None)
+        if spool is None:
+            return
+        if spool.stored < spool.came:  # a mask of half a series looks like one of a whole one
+            self._drop(spool, f"{spool.came - spool.stored} of {spool.came} objects are not stored")
+        else:
+            self._whole.put(spool)
+
+    def _aborted(self, assoc: Association) -> None:
+        spool = self._open.pop(assoc, None)
+        if spool:
+            self._drop(spool, f"aborted after {spool.stored} objects")
+
+    def _drop(self, spool: _Spool, why: str) -> None:
+        log.error("%s: dropped: %s; its sender has to send it again", spool.name, why)
+        if spool.folder:
+            shutil.rmtree(spool.folder, ignore_errors=True)
+
+    def _drop_all(self) -> None:
+        while not self._whole.empty():
+            self._drop(self._whole.get(), "the receiver ends")
+        for assoc in list(self._open):
+            self._aborted(assoc)
+
+    def _next(self) -> None:
+        """The next association, if one is whole within `POLL_S`."""
+        for assoc in list(self._open):
+            if not assoc.is_alive():  # its thread ended without a word
+                self._aborted(assoc)
+        try:
+            spool = self._whole.get(timeout=POLL_S)
+        except queue.Empty:
+            return
+        if spool.folder is None:
+            return
+        try:
+            job = run_job(self.predictor, spool.folder, self.out / spool.name)
+        finally:
+            shutil.rmtree(spool.folder, ignore_errors=True)
+        if job is None or not job.files:
+            why = job.line if job else ""
+            log.error("%s: %d objects, failed: %s", spool.name, spool.stored, why)
+            return
+        log.info("%s: %d objects, %s", spool.name, spool.stored, job.line)
+        if self.listen.answer:
+            self._answer(spool.name, [path for path in job.files if path.suffix == ".dcm"])
+
+    def _answer(self, name: str, files: Sequence[Path]) -> None:
+        peer = self.listen.answer
+        if peer is None or not files:
+            return
+        left, why = send(files, peer, self.listen.aet, self.listen.pauses)
+        if sent := len(files) - len(left):
+            log.info("%s: %d SEG sent to %s", name, sent, peer)
+        if left:
+            log.error("%s: %d SEG not sent to %s: %s; they stay", name, len(left), peer, why)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

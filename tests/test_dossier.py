@@ -1,0 +1,273 @@
+"""The dossier page, its JSON, and the bill of materials."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import uuid
+from html.parser import HTMLParser
+from importlib.metadata import Distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from launch.dossier import dossier_page, write_dossier
+from medpsp.deploy import sbom
+from medpsp.deploy.dossier import Facts, cpu_facts, environment_facts, plain
+from medpsp.deploy.sbom import bill_of_materials, installed
+
+DIGEST, MANIFEST = "a" * 64, "b" * 64
+
+
+def value(middle: float | None, low: float | None = None, high: float | None = None) -> Any:
+    return {"value": middle, "low": low, "high": high}
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 1), 128).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def known() -> Facts:
+    scores = {
+        "dice": value(0.912, 0.88, 0.941),
+        "dice_pooled": value(0.92),
+        "iou": value(0.84),
+        "hd95_mm": value(None),
+        "nsd": value(0.97),
+    }
+    return {
+        "model": {
+            "classes": ["background", "liver <left>"],
+            "codes": {"liver <left>": {"type": ["10200004", "SCT", "Liver"]}},
+            "intended_use": "Research & teaching <only>",
+            "licence": "CC-BY-4.0",
+            "header_window": False,
+            "step": 1200,
+            "tool": "medpsp 1",
+        },
+        "files": [
+            {"name": "model.onnx", "variant": "fp32", "bytes": 1234567, "sha256": DIGEST,
+             "opset": 18, "ir": 8},
+        ],
+        "parity": [
+            {"variant": "fp32", "shape": (2, 97, 121), "max_abs_diff": 3.14e-6,
+             "relative": 2e-7, "changed": 3, "near_ties": 3},
+        ],
+        "agreement": [
+            {"variant": "int8 QDQ U8S8", "slices": 40, "against_fp32": {"liver <left>": 0.99123},
+             "mean": 0.99123, "labels_fp32": {"liver <left>": 0.9125},
+             "labels": {"liver <left>": 0.9100}, "sqnr_real_db": 31.04,
+             "sqnr_emulated_db": None, "restored": ["/conv1/Conv"]},
+        ],
+        "overlays": [{"title": "slice 3: 12 pixels <b>", "png": png()}],
+        "latency": [
+            {"variant": "fp32", "threads": 1, "size": (512, 512), "median_ms": 358.84,
+             "p95_ms": 361.0, "peak_rss_mib": 249.4},
+        ],
+        "cpu": {"model": "Some CPU", "flags": ["avx2", "fma"]},
+        "training": {
+            "manifest": MANIFEST,
+            "splits": {"train": {"patients": 30, "slices": 4200}},
+            "classes": ["background", "liver <left>"],
+        },
+        "evaluation": {"split": "test", "patients": 9, "slices": 800, "step": 1200,
+                       "classes": {"liver <left>": scores}},
+        "allowances": [{"gate": "latency", "reason": "int8 <slower> here"}],
+        "steps": ["Batch normalisation folded into convolutions."],
+        "environment": {"python": "3.11.7"},
+    }  # fmt: skip
+
+
+class Rows(HTMLParser):
+    """Cells of all tables; fails on what a closed page must not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[tuple[str, str]]] = []
+        self.inside = False
+        self.sources: list[str] = []
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = {key: text or "" for key, text in attributes}
+        assert name not in ("script", "link", "iframe", "b")
+        if name == "img":
+            self.sources.append(given["src"])
+        if name == "tr":
+            self.rows.append([])
+        if name in ("td", "th"):
+            self.rows[-1].append((given.get("class", ""), ""))
+            self.inside = True
+
+    def handle_endtag(self, name: str) -> None:
+        self.inside = self.inside and name not in ("td", "th")
+
+    def handle_data(self, text: str) -> None:
+        if self.inside:
+            kind, before = self.rows[-1][-1]
+            self.rows[-1][-1] = kind, before + text
+
+
+def rows_of(text: str) -> list[list[tuple[str, str]]]:
+    parser = Rows()
+    parser.feed(text)
+    assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
+    return parser.rows
+
+
+def test_page_shows_the_numbers_escaped_and_to_the_right() -> None:
+    text = dossier_page(known())
+    rows = rows_of(text)
+    assert [("", "model.onnx"), ("", "fp32"), ("n", "1\u202f234\u202f567"), ("n", "18"), ("n", "8"),
+            ("", DIGEST)] in rows  # fmt: skip
+    said = [[cell for _, cell in row] for row in rows]
+    assert ["fp32", "2 x 97 x 121", "3.1e-06", "2.0e-07", "3", "3"] in said
+    assert ["int8 QDQ U8S8", "liver <left>", "0.9912", "0.9125", "0.9100", "-0.0025"] in said
+    assert ["int8 QDQ U8S8", "40", "0.9912", "31.0", "–", "1", "/conv1/Conv"] in said
+    assert ["fp32", "1", "512 x 512", "358.8", "361.0", "249"] in said
+    assert ["train", "30", "4\u202f200"] in said
+    assert ["liver <left>", "0.9120.880 to 0.941", "0.920", "0.840", "–", "0.970"] in said
+    assert "Research &amp; teaching &lt;only&gt;" in text
+    assert "liver &lt;left&gt;: type: 10200004, SCT, Liver" in text
+    assert "slice 3: 12 pixels &lt;b&gt;" in text
+    assert "not measured" not in text
+    assert 'name="viewport"' in text
+    assert "default-src &#x27;none&#x27;" in text or "default-src 'none'" in text
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+def test_allowances_stand_first_and_in_red() -> None:
+    text = dossier_page(known())
+    red = text.index("Gates that were not met and were allowed")
+    assert red < text.index("<h2>Files</h2>")
+    assert "border:2px solid #d63b3b" in text
+    assert "<strong>latency</strong>: int8 &lt;slower&gt; here" in text
+    assert "Every gate was met." in dossier_page({**known(), "allowances": []})
+
+
+def test_what_is_missing_is_said_not_invented() -> None:
+    text = dossier_page({})
+    assert text.count("not measured") == 11  # ten parts and the gates
+    assert rows_of(text) == []
+    assert "Every gate was met" not in text
+
+
+def test_json_holds_the_facts(tmp_path: Path) -> None:
+    facts = known()
+    facts["agreement"][0]["mean"] = float("nan")
+    write_dossier(tmp_path, facts)
+    found = json.loads((tmp_path / "dossier.json").read_text())
+    assert found["agreement"][0]["mean"] is None
+    assert found["parity"][0]["shape"] == [2, 97, 121]
+    assert found["overlays"][0]["png"] == plain(png())  # its SHA-256: the picture is in the page
+    assert len(found["overlays"][0]["png"]) == 64
+    assert found["evaluation"] == facts["evaluation"]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_dossier(tmp_path, dict(reversed(facts.items())))  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert set(before) == {"dossier.json", "dossier.html", "sbom.cdx.json"}
+    assert not any(str(tmp_path).encode() in data for data in before.values())
+
+
+def test_values_that_json_has_not_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_dossier(tmp_path, {"evaluation": {}, "steps": [object()]})  # type: ignore[list-item]
+
+
+def test_bill_has_the_fields_that_cyclonedx_1_6_requires() -> None:
+    facts = known()
+    bill = bill_of_materials(facts["files"], facts["model"], MANIFEST)
+    assert (bill["bomFormat"], bill["specVersion"], bill["version"]) == ("CycloneDX", "1.6", 1)
+    assert bill["serialNumber"].startswith("urn:uuid:")
+    assert uuid.UUID(bill["serialNumber"][9:]).version == 5
+    kinds = {"library", "machine-learning-model", "data"}
+    scopes = {"required", "optional", "excluded"}
+    for part in bill["components"]:
+        assert part["type"] in kinds
+        assert part["name"]
+        assert part.get("scope", "required") in scopes
+        for hash_ in part.get("hashes", ()):
+            assert hash_["alg"] == "SHA-256"
+            assert re.fullmatch("[0-9a-f]{64}", hash_["content"])
+        for licence in part.get("licenses", ()):
+            assert licence.get("expression") or licence["license"]["name"]
+    refs = [part["bom-ref"] for part in bill["components"]]
+    assert len(set(refs)) == len(refs)
+    assert bill["dependencies"] == [{"ref": "medpsp-model", "dependsOn": refs}]
+    assert bill["metadata"]["component"]["bom-ref"] == "medpsp-model"
+    assert "timestamp" not in bill["metadata"]
+
+
+def test_bill_holds_model_data_and_distributions() -> None:
+    facts = known()
+    bill = bill_of_materials(facts["files"], facts["model"], MANIFEST)
+    parts = {part["name"]: part for part in bill["components"]}
+    assert parts["model.onnx"]["hashes"][0]["content"] == DIGEST
+    assert parts["model.onnx"]["licenses"] == [{"license": {"name": "CC-BY-4.0"}}]
+    assert parts["training manifest"]["hashes"][0]["content"] == MANIFEST
+    numpy = parts["numpy"]
+    assert numpy["purl"] == f"pkg:pypi/numpy@{numpy['version']}"
+    assert numpy["scope"] == parts["onnxruntime"]["scope"] == "required"
+    assert parts["torch"]["scope"] == "excluded"
+    assert "pydantic-core" in parts  # what a requirement requires
+    assert "zarr" not in parts  # of an extra
+    assert bill == bill_of_materials(facts["files"], facts["model"], MANIFEST)
+    other = bill_of_materials(facts["files"], facts["model"], "c" * 64)
+    assert other["serialNumber"] != bill["serialNumber"]
+    names = {part["name"] for part in bill_of_materials((), {}, "")["components"]}
+    assert "training manifest" not in names
+    assert "hashes" not in bill_of_materials((), {}, "short")["components"][0]
+
+
+def test_requirements_that_go_round_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made(Distribution):
+        def __init__(self, name: str, needs: list[str]) -> None:
+            self.name_, self.needs = name, needs
+
+        @property
+        def requires(self) -> list[str]:
+            return self.needs
+
+        @property
+        def metadata(self) -> Any:
+            return {"Name": self.name_}
+
+        def read_text(self, filename: str) -> str | None:
+            return None
+
+        def locate_file(self, path: Any) -> Any:
+            return path
+
+    world = {
+        "a": Made("a", ["B_x>=1", "gone", "c[more] ; extra == 'x'"]),
+        "B_x": Made("B.X", ["a", "d (>2) ; python_version > '3'"]),
+        "d": Made("d", []),
+    }
+    monkeypatch.setattr(sbom, "_found", world.get)
+    assert list(installed("a")) == ["a", "b-x", "d"]
+
+
+def test_cpu_of_x86_and_arm(tmp_path: Path) -> None:
+    source = tmp_path / "cpuinfo"
+    source.write_text(
+        "processor\t: 0\nmodel name\t: AMD EPYC 7B13\nflags\t\t: fpu avx2 fma avx512_vnni\n\n"
+        "processor\t: 1\nmodel name\t: another\nflags\t: fpu\n"
+    )
+    assert cpu_facts(source) == {"model": "AMD EPYC 7B13", "flags": ["avx2", "avx512_vnni", "fma"]}
+    source.write_text("Features\t: fp asimd asimddp\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n")
+    assert cpu_facts(source) == {
+        "model": "CPU implementer 0x41 CPU part 0xd42",
+        "flags": ["asimd", "asimddp"],
+    }
+    assert cpu_facts(tmp_path / "none")["flags"] == []
+
+
+def test_environment_names_versions() -> None:
+    found = environment_facts()
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", found["python"])
+    assert found["onnxruntime"]
