@@ -37,6 +37,12 @@ bench-accuracy: $(READY) $(PEERS)/smp
 	$(BIN)/python tests/bench/accuracy.py run $(BENCH)
 	$(BIN)/python tests/bench/accuracy.py table
 
+# An hour; SECTIONS="latency real" runs those alone, BENCH="--dir /scratch" keeps the networks.
+# `real` runs only when it is named: MEDPSP_DATA is the folder of real scans.
+.PHONY: bench-export
+bench-export: $(READY) $(PEERS)/export
+	$(BIN)/python tests/bench/export.py $(SECTIONS) $(BENCH)
+
 # Beside our torch and timm, so that both run in one process.
 $(PEERS)/smp: | $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ segmentation_models_pytorch==0.6.0
@@ -45,6 +51,12 @@ $(PEERS)/train: | $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ \
 	  lightning-fabric==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 \
 	  torchmetrics==1.9.0 accelerate==1.15.0 monai==1.6.1 pytorch-ignite==0.5.5
+
+$(PEERS)/export: | $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ \
+	  openvino==2026.4.1 openvino-telemetry==2025.2.0 nncf==3.4.0 networkx==3.6.1 ninja==1.13.2 \
+	  pydot==4.0.1 pyparsing==3.3.3 scikit-learn==1.9.1 joblib==1.6.0 threadpoolctl==3.8.0 \
+	  tabulate==0.10.0 safetensors==0.8.0 narwhals==2.29.0 monai==1.6.1
 
 # One by one: a peer that cannot be installed costs its own rows only.
 $(PEERS)/.ready: tests/bench/peers.txt | $(READY)
