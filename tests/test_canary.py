@@ -165,8 +165,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
         python("chain", "-c", CHAIN, config, f"out={out}")
         medpsp("report", "report", out / "config.yaml")
         medpsp("voc", "voc", out / "config.yaml", root / "out/voc", "--bits", "16")
-        medpsp("predict", "predict", out / "export/model.int8.onnx", planted.device, root / "out/p")
-        medpsp("predict odd", "predict", out / "export/model.onnx", planted.odd, root / "out/q")
+        # a SEG names its patient, and is the one file that may
+        others = ("--format", "nifti,png,gif,mesh")
+        model, fp32 = out / "export/model.int8.onnx", out / "export/model.onnx"
+        medpsp("predict", "predict", model, planted.device, root / "out/p", *others)
+        medpsp("predict odd", "predict", fp32, planted.odd, root / "out/q", *others)
 
     def side_line() -> None:
         secret = {"MEDPSP_KEY": planted.key, "PYTHONWARNINGS": "default"}
@@ -266,6 +269,7 @@ def test_the_scan_covers_every_kind_of_artefact(chain: Chain) -> None:
         *("main/config.yaml", "main/evaluation.json", "main/export/dossier.html"),
         *("main/tensorboard/events.*", "main/checkpoints/*/state.pt", "main/checkpoints/*/*.json"),
         *("main/export/model.onnx", "main/export/model.int8.onnx", "p/*.nii.gz", "p/*/*.png"),
+        *("p/*.gif", "main/export/dossier.json", "main/export/sbom.cdx.json"),
         *("voc/JPEGImages/*.png", "voc/SegmentationClass/*.png", "voc/slices.csv"),
         *("seg/shards/*_uint8/image/c/**/0", "pictures/shards/index.parquet"),
         *("temporary/ray_tmpdir/**/worker-*.err", "temporary/ray_tmpdir/**/raylet.out"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +261,9 @@ def test_hue_is_learnt_and_exported(pictures: Config, exported: RunDir, tmp_path
         Image.fromarray(image).save(tmp_path / "in" / name)
     Image.fromarray(discs(20)[0][..., 0]).save(tmp_path / "in" / "grey.png")
     predictions, rows = Predictor(exported.fp32).folder(tmp_path / "in", tmp_path / "out")
-    assert not rows
-    assert [p.name for p in predictions] == [*sorted(held_out), "grey.png"]
+    # training saw no grey: the graph has the window of colours in it
+    assert [(row.file_id, row.code) for row in rows] == [("grey.png", "INPUT_FOR_MODEL")]
+    assert [p.name for p in predictions] == sorted(held_out)
     counts = np.zeros((3, 3), np.int64)
     for name, (_, label) in held_out.items():
         with Image.open(tmp_path / "out" / f"{name}.mask.png") as mask:
@@ -323,7 +325,7 @@ def test_a_folder_of_nothing_but_colour_is_none_for_a_grey_network(
     exported: RunDir, tmp_path: Path
 ) -> None:
     predictor = Predictor(exported.fp32)
-    predictor.colours = predictor.channels = 1
+    predictor.model.given = replace(predictor.model.given, colours=1)
     (tmp_path / "in").mkdir()
     Image.fromarray(discs(20)[0]).save(tmp_path / "in" / "a.png")
     with pytest.raises(ArchiveError, match=r"1 files \(COLOUR_FOR_GREY_MODEL\)"):

@@ -12,7 +12,9 @@ import torch
 
 from medpsp.channels import channels_first, neighbours, stacked, window_channels
 from medpsp.config import Config
-from medpsp.deploy.predict import Predictor
+from medpsp.deploy.graph import DeployGraph
+from medpsp.deploy.inputs import GraphInput
+from medpsp.deploy.stream import Frame, Seen, count_values, segment
 from medpsp.dicom.read import Pixels
 from medpsp.errors import ShardError
 from medpsp.types import Window, World
@@ -214,9 +216,20 @@ def test_a_device_sees_neighbours_as_training_does() -> None:
     sample = Sample(bucket="", slots=(0, 1, 2), windows=windows[1:2], inverted=False)
     whole = (slice(None), slice(None))
     trained = network_channels(Reader(), sample, values[1].copy(), whole)  # type: ignore[arg-type]
-    model = Predictor.__new__(Predictor)
-    model.window, model.header_window, model.windows = None, True, ()
-    model.colours, model.context, model.channels = 1, 1, 3
-    show = model.show(Pixels(values, None), "MR", False, windows)
-    assert model.inputs(show, values)(1)[:, 0, 0].tolist() == trained[0, 0].tolist()
+    fed: list[tuple[np.ndarray, np.ndarray]] = []
+
+    class Model:
+        window, header_window, views, given = None, True, (), GraphInput(context=1)
+
+        def masks(self, image: np.ndarray, window: np.ndarray) -> np.ndarray:
+            fed.append((image, window))
+            return np.zeros((3, 2, 2), np.uint8)
+
+    frames = [Frame(n, n, Pixels(plane, None)) for n, plane in enumerate(values)]
+    seen = Seen(modality="MR", headers=windows)
+    list(segment(Model(), frames, seen, count_values(frames)))  # type: ignore[arg-type]
+    ((image, window),) = fed
+    graph = DeployGraph(torch.nn.Identity(), Model.given)
+    shown = graph.unit(torch.from_numpy(image), torch.from_numpy(window))
+    assert shown[1, :, 0, 0].tolist() == trained[0, 0].tolist()
     assert trained[0, 0].tolist() == pytest.approx([0.25, 0.5, 0.75])

@@ -14,6 +14,8 @@ import onnx
 import pytest
 
 from launch.phantom import Phantom, draw, write_series
+from medpsp.deploy.inputs import GraphInput
+from medpsp.intensity import CT_WINDOW
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,28 +85,43 @@ def test_device_predicts_on_dicom(device: Path, tmp_path: Path):
     import nibabel as nib
 
     mask = np.asarray(nib.load(tmp_path / "out" / "series-000.nii.gz").dataobj)
-    expected = (hu > 40).astype(np.uint8)  # CT window 40/400: the middle is 40 HU
+    expected = (hu > 40).astype(np.uint8)
     np.testing.assert_array_equal(mask.transpose(2, 1, 0), expected)
 
 
 def write_threshold_model(path: Path) -> None:
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    """Bright is what is above 40.5 HU, the middle of the window, by a graph on whole numbers."""
+    helper, kind, uint8 = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
     weights = onnx.numpy_helper.from_array(
-        np.array([[[[-2.0]]], [[[2.0]]]], dtype=np.float32), "weights"
+        np.array([[[[-1.0]]], [[[1.0]]]], dtype=np.float32), "weights"
     )
-    bias = onnx.numpy_helper.from_array(np.array([1.0, -1.0], dtype=np.float32), "bias")
+    bias = onnx.numpy_helper.from_array(np.array([40.5, -40.5], dtype=np.float32), "bias")
+    axis = onnx.numpy_helper.from_array(np.array([1]), "axis")
+    node, info = helper.make_node, helper.make_tensor_value_info
     graph = helper.make_graph(
-        [helper.make_node("Conv", ["image", "weights", "bias"], ["logits"])],
+        [
+            node("Cast", ["image"], ["values"], to=kind),
+            node("Conv", ["values", "weights", "bias"], ["logits"]),
+            node("Softmax", ["logits"], ["shares"], axis=1),
+            node("ReduceMax", ["shares", "axis"], ["confidence"], keepdims=0),
+            node("ArgMax", ["logits"], ["index"], axis=1, keepdims=0),
+            node("Cast", ["index"], ["mask"], to=uint8),
+        ],
         "threshold",
-        [helper.make_tensor_value_info("image", kind, ["N", 1, "H", "W"])],
-        [helper.make_tensor_value_info("logits", kind, ["N", 2, "H", "W"])],
-        [weights, bias],
+        [info("image", onnx.TensorProto.INT16, ["N", 1, "H", "W"])],
+        [
+            info("mask", uint8, ["N", "H", "W"]),
+            info("confidence", kind, ["N", "H", "W"]),
+            info("logits", kind, ["N", 2, "H", "W"]),
+        ],
+        [weights, bias, axis],
     )
     opset = [helper.make_opsetid("", 18)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=8)
     entry = model.metadata_props.add()
     entry.key = "medpsp"
+    given = GraphInput(windows=(CT_WINDOW,)).to_json()
     tile = {"size": [32, 32], "overlap": 0.5}
     told = {"classes": ["dark", "bright"], "modalities": ["CT"], "window": None, "tile": tile}
-    entry.value = json.dumps(told)
+    entry.value = json.dumps({**told, "input": given})
     path.write_bytes(model.SerializeToString())

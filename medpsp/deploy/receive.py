@@ -130,8 +130,14 @@ class Receiver:
         if self._server is None:
             return
         self._server.shutdown()
-        while self._server.active_associations or not self._whole.empty():
+        while self._at_hand():
             self._next()
+
+    def _at_hand(self) -> bool:
+        """Whether an association is to be finished; a connection that is none yet is not."""
+        threads = self._server.active_associations if self._server else []
+        busy = any(assoc.is_established for assoc in threads)
+        return busy or bool(self._open) or not self._whole.empty()
 
     def _listening(self) -> ThreadedAssociationServer | None:
         from pynetdicom import evt
@@ -176,13 +182,14 @@ class Receiver:
         return 0x0000
 
     def _released(self, event: Event) -> None:
-        spool = self._open.pop(event.assoc, None)
+        spool = self._open.get(event.assoc)
         if spool is None:
             return
         if spool.stored < spool.came:  # a mask of half a series looks like one of a whole one
             self._drop(spool, f"{spool.came - spool.stored} of {spool.came} objects are not stored")
         else:
             self._whole.put(spool)
+        del self._open[event.assoc]  # last: `_at_hand` must see it all the time
 
     def _aborted(self, assoc: Association) -> None:
         spool = self._open.pop(assoc, None)

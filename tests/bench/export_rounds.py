@@ -1,0 +1,241 @@
+"""Processes that answer rounds, whole commands with their time and memory, and rows of a table.
+
+CPU time is user + system. Memory is VmHWM, the most that a process ever had resident: that of a
+command is the sum over its processes, as if all had been at their largest at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.bench.shards_rounds import ROOT, Missing, below
+
+ENGINES = ROOT / "tests" / "bench" / "export_engines.py"
+RESULTS = ROOT / "runs" / "bench" / "export.json"
+POLL_S = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure: it should reach ``least``, or not pass ``most``; ``why`` there is none."""
+
+    label: str
+    value: float | None
+    least: float | None = None
+    most: float | None = None
+    unit: str = ""
+    why: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Empty where nothing is wanted of the figure."""
+        if self.value is None:
+            return self.why or "not measured"
+        wanted = self.least is not None or self.most is not None
+        low = self.least is not None and not self.value >= self.least
+        high = self.most is not None and not self.value <= self.most
+        return "MISSED" if low or high else "ok" if wanted else ""
+
+    @property
+    def text(self) -> str:
+        """As it is printed."""
+        goal = f">= {self.least:g}" if self.least is not None else ""
+        goal = f"<= {self.most:g}" if self.most is not None else goal
+        value = "-" if self.value is None else f"{self.value:.4g} {self.unit}".strip()
+        return f"{self.label:76} {value:>14}  {goal:9} {self.verdict}".rstrip()
+
+
+def report(
+    section: str, rows: Sequence[Row], facts: Mapping[str, object], lines: Sequence[str] = ()
+) -> None:
+    """Print what a section found, and put it into the results file."""
+    print(f"\n== {section}  (load {os.getloadavg()[0]:.1f})")
+    for name, value in facts.items():
+        print(f"  {name}: {value}")
+    for text in (*lines, *(row.text for row in rows)):
+        print("  " + text)
+    sys.stdout.flush()
+    tree = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    tree[section] = {
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "load": os.getloadavg(),
+        "facts": dict(facts),
+        "lines": list(lines),
+        "rows": [{**asdict(row), "verdict": row.verdict} for row in rows],
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(tree, indent=1))
+
+
+@dataclass
+class Engine:
+    """A process that holds one network ready; see `export_engines`.
+
+    Attributes:
+        cpu, wall: ms of one image, one figure a round.
+        peak: MiB.
+        about: Versions, and what the engine says of itself; why it does not answer.
+        missing: It does not.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    threads: int
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    peak: float = 0.0
+    about: str = ""
+    missing: bool = False
+
+    def __post_init__(self) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, str(ENGINES), "serve", *self.arguments, str(self.threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment(), "OMP_NUM_THREADS": str(self.threads)},
+        )
+        answer = self._answer()
+        self.about = str(answer.get("about", self.about))
+
+    def round(self, counted: bool) -> None:
+        """One image; unless it is not counted, its times are kept."""
+        child = self._child
+        if self.missing or child.stdin is None:
+            return
+        child.stdin.write("again\n")
+        child.stdin.flush()
+        answer = self._answer()
+        if counted and not self.missing:
+            self.cpu.append(answer["cpu"])
+            self.wall.append(answer["wall"])
+            self.peak = answer["peak"]
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._child.stdout.readline() if self._child.stdout else ""
+        if line:
+            found: dict[str, Any] = json.loads(line)
+            return found
+        said = self._child.stderr.read().strip().splitlines() if self._child.stderr else []
+        self.missing, self.about = True, said[-1][:200] if said else "ended without a word"
+        return {}
+
+    def close(self) -> None:
+        """End it."""
+        if self._child.stdin:
+            self._child.stdin.close()
+        self._child.wait()
+
+    @property
+    def text(self) -> str:
+        """As it is printed."""
+        if not self.cpu:
+            return f"{self.name:32} -- {self.about}"
+        cpu, wall = statistics.median(self.cpu), statistics.median(self.wall)
+        spread = f"{min(self.cpu):.1f}-{max(self.cpu):.1f}"
+        return (
+            f"{self.name:32} {cpu:8.1f} ms CPU ({spread}), wall {wall:8.1f} ms, "
+            f"{self.peak:5.0f} MiB  {self.about}"
+        )
+
+
+def in_turn(engines: Sequence[Engine], rounds: int) -> None:
+    """A round of each after the other, forwards and backwards; the first is not counted."""
+    for number in range(rounds + 1):
+        for engine in engines[:: -1 if number % 2 else 1]:
+            engine.round(counted=number > 0)
+
+
+def ratio(above: Engine, below_: Engine) -> float | None:
+    """Median of the paired ratios of CPU time; None where one is missing."""
+    pairs = list(zip(above.cpu, below_.cpu, strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def environment() -> dict[str, str]:
+    """For a child: what it imports may be kept compiled, and NNCF reports to nobody."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "NNCF_CI": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def engine_task(*arguments: str) -> str:
+    """One task of `export_engines`, in a process of its own; what it printed.
+
+    Raises:
+        Missing: It failed.
+    """
+    done = subprocess.run(
+        [sys.executable, str(ENGINES), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise Missing(f"{arguments[0]}: {said[-1][:200] if said else done.returncode}")
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A command that ended well: seconds, and MiB of it and of its children, each at its most."""
+
+    wall: float
+    cpu: float
+    main: float
+    children: tuple[float, ...] = ()
+
+    @property
+    def peak(self) -> float:
+        """MiB of all."""
+        return self.main + sum(self.children)
+
+
+def ran(command: Sequence[str | Path], log: Path) -> Ran:
+    """Run a command to its end.
+
+    Raises:
+        Missing: It failed; what it said is in the log.
+    """
+    peaks: dict[int, float] = {}
+    with log.open("wb") as output:
+        began = time.perf_counter()
+        child = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=output, env=environment()
+        )
+        while True:
+            for pid in (child.pid, *below(child.pid)):
+                # not the largest: before exec a child has the memory of its parent
+                peaks[pid] = high_water(pid) or peaks.get(pid, 0.0)
+            ended, status, used = os.wait4(child.pid, os.WNOHANG)
+            if ended:
+                break
+            time.sleep(POLL_S)
+        wall = time.perf_counter() - began
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        said = log.read_text(errors="replace").strip().splitlines()
+        raise Missing(f"exit {child.returncode}: {said[-1][:200] if said else 'no word'}")
+    main = peaks.pop(child.pid)
+    cpu = used.ru_utime + used.ru_stime
+    return Ran(wall=wall, cpu=cpu, main=main, children=tuple(peaks.values()))
+
+
+def high_water(pid: int | str) -> float:
+    """MiB that a process has had resident at most; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
