@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import chaincli, sweepcli
+from launch import chaincli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
@@ -201,9 +201,9 @@ def backbones(
     show_backbones(height or rows, width or columns, classes or count, model)
 
 
-app.command()(tensorrt)
 _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
-for _command in (*_chain, sweepcli.sweep, sweepcli.compare, sweepcli.scale):
+_several = (sweepcli.sweep, sweepcli.compare, sweepcli.scale)
+for _command in (*_chain, *_several, ondevice.watch, ondevice.receive, tensorrt):
     app.command()(_command)
 
 

@@ -56,6 +56,10 @@ COMMANDS = {
     "voc": ["config", "out", "overrides", "--bits"],
     "key new": ["path"],
     "predict": ["model", "source", "out", "--threads", "--format"],
+    "watch": ["model", "inbox", "out", "--settle", "--every", "--once", "--threads", "--format"],
+    "receive": [
+        *("model", "out", "--port", "--host", "--aet", "--answer", "--threads", "--format"),
+    ],
     "tensorrt": ["model", "out", "--least", "--most", "--batch", "--dla"],
     "backbones": ["config", "overrides", "--height", "--width", "--classes"],
     "config schema": [],
