@@ -29,7 +29,7 @@ class MaskWriter:
     only the sform is set. ITK reads a qform first, and would silently straighten the shear.
 
     Args:
-        path: ``.nii.gz``; it has its name only when all is written.
+        path: ``.nii`` or ``.nii.gz``; it has its name only when all is written.
         shape: (N, H, W) of the grid; places that get no slice are 0.
         affine_lps: (4, 4) index (column, row, slice) to mm LPS.
     """
@@ -40,7 +40,8 @@ class MaskWriter:
         self._path, self._shape, self._next = path, shape, 0
         self._partial = path.with_name(f".partial-{path.name}")
         self._raw = self._partial.open("wb")
-        self._file = gzip.GzipFile("", "wb", _LEVEL, self._raw, mtime=0)
+        packed = path.name.endswith(".gz")
+        self._file = gzip.GzipFile("", "wb", _LEVEL, self._raw, mtime=0) if packed else self._raw
         self._file.write(_header(shape, affine_lps))
 
     def add(self, place: int, mask: NDArray[np.uint8]) -> None:
