@@ -51,7 +51,7 @@ def names(folder: Path) -> list[str]:
 def evaluation(folder: Path, step: int) -> None:
     """What the loop does after an evaluation that is the best so far."""
     mark_best(save(folder, step))
-    prune(folder)
+    prune(folder, step)
 
 
 def test_saved_and_read_back_without_code_in_the_file(tmp_path: Path) -> None:
@@ -134,14 +134,24 @@ def test_prune_keeps_two_the_best_and_the_named(tmp_path: Path) -> None:
         save(tmp_path, step)
     save(tmp_path, 200, "stage-0-warm")
     mark_best(tmp_path / "step-00000200")
-    prune(tmp_path)
+    prune(tmp_path, 500)
     kept = ["best", "stage-0-warm", "step-00000200", "step-00000400", "step-00000500"]
     assert names(tmp_path) == kept
     assert load_checkpoint(tmp_path / "best", CPU)[1].step == 200
     mark_best(tmp_path / "step-00000500")
-    prune(tmp_path)
+    prune(tmp_path, 500)
     assert names(tmp_path) == ["best", "stage-0-warm", "step-00000400", "step-00000500"]
     assert load_checkpoint(tmp_path / "best", CPU)[1].step == 500
+
+
+def test_what_is_left_out_as_damaged_takes_no_place(tmp_path: Path) -> None:
+    """Training went on from step 200, below two torn ones; strange names are nobody's."""
+    for step in (100, 200, 300, 400, 500):
+        save(tmp_path, step)
+    (tmp_path / "step-notes.txt").touch()
+    prune(tmp_path, 300)
+    kept = ["step-00000200", "step-00000300", "step-00000400", "step-00000500", "step-notes.txt"]
+    assert names(tmp_path) == kept
 
 
 def test_best_survives_a_copy_that_followed_links(tmp_path: Path) -> None:

@@ -56,10 +56,6 @@ METADATA = {
     "tile": {"size": [64, 64], "overlap": 0.5},
     "input": GraphInput().to_json(),
 }
-MAIN = (
-    "from launch import cli, ondevice; cli.app.command()(ondevice.watch); "
-    "cli.app.command()(ondevice.receive); cli.main()"
-)
 PATIENT = "Doe-Jane"
 CT = Phantom(shape=(4, 48, 48))
 SECONDS = 30
@@ -166,7 +162,7 @@ def eventually(true: Callable[[], Any], every: float = 0.005) -> None:
 
 def command(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", MAIN, *map(str, words)],
+        [sys.executable, "-m", "launch.cli", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

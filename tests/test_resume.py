@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.train import _on_restart
 from medpsp.config import Config, TrainConfig
 from medpsp.errors import CheckpointError, Interrupted
 from medpsp.stages import in_steps
 from medpsp.train.checkpoint import STATE, TrainState, mark_best, read_state, rewrite_state
 from medpsp.train.loop import Run, fit
-from medpsp.train.resume import begun_stages, schedule_of
+from medpsp.train.resume import begun_stages, identify, refuse_other, schedule_of
 from medpsp.train.stop import StopRequest
 from medpsp.types import Window
 from shards.crops import jittered
@@ -83,6 +84,48 @@ def test_half_of_a_stages_end_is_made_whole(tmp_path: Path, left: str, how: str)
         run.checkpoints / "step-00000002"
     )
     assert {"stage-0-warm", "stage-1-full", "step-00000004"} <= set(names(run.checkpoints))
+
+
+def test_the_best_survives_the_lengthening_of_the_stage_that_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder of the stage's end is written anew; the name of its step was lost."""
+    said = {4: 0.9}
+    monkeypatch.setattr(
+        "medpsp.train.saving.validate", lambda run, m, step, show=True: said.get(step, 0.1)
+    )
+    config = make_config({"name": "full", "steps": 4}, save_every=2, eval_every=2)
+    run = make_run(config, tmp_path)
+    fit(run, network(config))
+    for path in run.checkpoints.glob("step-*"):
+        shutil.rmtree(path)
+    longer = make_config({"name": "full", "steps": 10}, save_every=2, eval_every=2)
+    fit(make_run(longer, tmp_path), network(longer))
+    best = read_state(run.checkpoints / "best")
+    assert (best.step, best.score) == (4, 0.9)
+
+
+def test_another_seed_is_refused_before_stages_in_epochs_have_steps() -> None:
+    stages = [{"name": "full", "epochs": 3, "lr": 1e-3}]
+    tree = make_config({"name": "full", "steps": 4}).model_dump(mode="json")
+    tree["train"]["stages"] = stages
+    config = Config.model_validate(tree)
+    state = TrainState(
+        step=2, stage="full", best=0, score=0, model=identify(config), schedule=schedule_of(config)
+    )
+    refuse_other(config, Path("step-00000002"), state, "")
+    other = config.model_copy(update={"seed": config.seed + 1})
+    with pytest.raises(CheckpointError, match=r"made with other train\.stages, train\.batch_size or"):
+        refuse_other(other, Path("step-00000002"), state, "")
+
+
+def test_a_job_that_queued_itself_again_goes_on_whatever_it_was_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config({"name": "full", "steps": 4}, resume="never")
+    assert _on_restart(config).train.resume == "never"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert _on_restart(config).train.resume == "auto"
 
 
 def test_a_stage_that_is_shortened_to_what_is_done_ends_there(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,14 +110,33 @@ def mark_best(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def prune(folder: Path) -> None:
-    """Keep the last two step checkpoints, the best, and every stage's end."""
+def keep_as_best(path: Path) -> None:
+    """Mark a checkpoint by the name of its step: that of a stage's end is written again where the
+    stage is lengthened."""
+    tensors, state = load_checkpoint(path, torch.device("cpu"))
+    name = f"step-{state.step:08d}"
+    mark_best(path if path.name == name else save_checkpoint(path.parent, name, tensors, state))
+
+
+def prune(folder: Path, step: int) -> None:
+    """Keep the last two step checkpoints, the best, and every stage's end.
+
+    Args:
+        folder: Checkpoints of the run.
+        step: Last one done. What lies above it was left out as damaged, and does not count.
+    """
     best = (folder / BEST).resolve()
-    for path in sorted(folder.glob("step-*"))[:-KEEP_LAST]:
+    names = (f"step-{number:08d}" for number in _steps(folder) if number <= step)
+    for path in [folder / name for name in names][:-KEEP_LAST]:
         if path.resolve() != best:
             partial = folder / f".{path.name}.partial"  # whole under its name, or not there
             path.rename(partial)
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[int]:
+    found = (re.fullmatch(r"step-(\d{8})", path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def whole_checkpoints(folder: Path) -> tuple[dict[Path, TrainState], list[str]]:

@@ -17,8 +17,8 @@ from medpsp.stages import stage_at, total_steps
 from medpsp.train.checkpoint import (
     TrainState,
     best_of,
+    keep_as_best,
     load_checkpoint,
-    mark_best,
     newest_of,
     save_checkpoint,
     whole_checkpoints,
@@ -74,11 +74,23 @@ def schedule_of(config: Config) -> dict[str, Any]:
     }
 
 
+def same_draws(state: TrainState, config: Config) -> bool:
+    """Whether a step number means the same samples within a stage."""
+    now = schedule_of(config)
+    return all(state.schedule.get(key) == now[key] for key in ("seed", "batch_size"))
+
+
 def same_so_far(state: TrainState, config: Config) -> bool:
-    """Whether the steps done are the same in this schedule; later ones may differ."""
+    """Whether the steps done are the same in this schedule; later ones may differ.
+
+    Stages in epochs have no steps before the shards are read: then only the draws are compared.
+    """
     now, stages = schedule_of(config), config.train.stages
-    alike = all(state.schedule.get(key) == now[key] for key in ("seed", "batch_size"))
-    if state.step > total_steps(stages) or not alike:
+    if not same_draws(state, config):
+        return False
+    if any(stage.epochs is not None and not stage.steps for stage in stages):
+        return True
+    if state.step > total_steps(stages):
         return False
     index, _ = stage_at(stages, state.step - 1)
     done: list[Any] = state.schedule["stages"]
@@ -175,7 +187,7 @@ def restore(run: Run, model: PSPNet) -> Restored:
             if other is None or other.step != state.step:
                 save_checkpoint(folder, name, tensors, state)
         if best is not None:  # it may have been killed before it was marked
-            mark_best(best)
+            keep_as_best(best)
     model.load_state_dict(tensors["model"])
     return Restored(
         state=state,

@@ -13,6 +13,7 @@ from torch import Tensor
 from medpsp.errors import NonFiniteLossError
 from medpsp.stages import stage_at
 from medpsp.train.checkpoint import (
+    keep_as_best,
     load_checkpoint,
     mark_best,
     prune,
@@ -69,7 +70,7 @@ def save(run: Run, engine: Engine, progress: Progress, step: int, *, scores: boo
     if scores:
         score(run, progress, weights)
     if run.leads:
-        prune(run.checkpoints)
+        prune(run.checkpoints, step)
     barrier()
     progress.clock.restart()
 
@@ -109,6 +110,6 @@ def rescore(run: Run, progress: Progress, path: Path) -> None:
         whole, _ = whole_checkpoints(run.checkpoints)  # to rewrite a damaged one would hide that
         for other in [other for other, known in whole.items() if known.step == state.step]:
             rewrite_state(other, state)
-        mark_best(path)
+        keep_as_best(path)
     barrier()
     progress.state = replace(progress.state, best=found)

@@ -12,6 +12,7 @@ memory is its own. OpenVINO is looked for in .venv-bench/export (see the Makefil
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -112,10 +113,12 @@ def serve(engine: str, file: str, feeds: str, threads: str) -> None:
         run(one)
     print(json.dumps({"about": about}), file=answers, flush=True)
     for _ in sys.stdin:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         used, began = time.process_time(), time.perf_counter()
         run(one)
         wall, cpu = time.perf_counter() - began, time.process_time() - used
-        found = {"cpu": cpu * 1e3, "wall": wall * 1e3, "peak": _peak()}
+        preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - before
+        found = {"cpu": cpu * 1e3, "wall": wall * 1e3, "peak": _peak(), "preempted": preempted}
         print(json.dumps(found), file=answers, flush=True)
 
 

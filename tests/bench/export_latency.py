@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ OVER_EAGER = {
 BEHIND_OPENVINO, SHARE_OF_FP32 = 1.05, 0.9
 PRESETS = ("performance", "mixed")
 """Symmetric activations, and asymmetric ones where they are signed."""
+EAGER, PASSIVE = "torch eager fp32", "torch eager fp32, passive"
 CALIBRATION, VALIDATION = 64, 128
 """Slices; the defaults of `export`."""
 
@@ -57,7 +58,11 @@ def _of_net(net: Net, args: Any) -> None:
     files = _files(net, peers)
     for threads in args.threads:
         engines = _measured(files, image, threads, args.rounds)
-        rows = list(_rows(net, peers, engines))
+        disturbed = any(engine.disturbed for engine in engines.values())
+        rows = [
+            replace(row, disturbed=disturbed and "CPU time" in row.label)
+            for row in _rows(net, peers, engines)
+        ]
         facts = {"threads": threads, "one image": "512 x 512, int16 in, class ids out"}
         lines = [engine.text for engine in engines.values()]
         report(f"latency {net.name}, {threads} thread{'s' * (threads > 1)}", rows, facts, lines)
@@ -66,7 +71,7 @@ def _of_net(net: Net, args: Any) -> None:
 def _files(net: Net, peers: dict[str, Peer]) -> dict[str, tuple[str, Path]]:
     run = net.run
     files = {
-        "torch eager fp32": ("torch_eager", eager_file(net)),
+        EAGER: ("torch_eager", eager_file(net)),
         "ONNX fp32": ("onnxruntime", run.fp32),
         "ONNX int8 (cpu)": ("onnxruntime", run.int8),
         "ONNX fp16": ("onnxruntime", run.variant("half")),
@@ -84,7 +89,10 @@ def _measured(
     engines: dict[str, Engine] = {}
     try:
         for name, (kind, path) in files.items():
-            engines[name] = Engine(name, (kind, str(path), str(image)), threads)
+            given = (kind, str(path), str(image))
+            engines[name] = Engine(name, given, threads)
+            if kind == "torch_eager" and threads > 1:
+                engines[PASSIVE] = Engine(PASSIVE, given, threads, passive=True)
         in_turn(list(engines.values()), rounds)
     finally:
         for engine in engines.values():
@@ -94,7 +102,7 @@ def _measured(
 
 def _rows(net: Net, peers: dict[str, Peer], engines: dict[str, Engine]) -> Iterator[Row]:
     backbone = net.config.model.backbone
-    eager, fp32 = engines["torch eager fp32"], engines["ONNX fp32"]
+    eager, fp32 = _faster(engines), engines["ONNX fp32"]
     int8, fp16 = engines["ONNX int8 (cpu)"], engines["ONNX fp16"]
     yield Row(label="eager / ONNX fp32, CPU time", value=ratio(eager, fp32))
     wanted = OVER_EAGER[backbone]
@@ -121,6 +129,12 @@ def _rows(net: Net, peers: dict[str, Peer], engines: dict[str, Engine]) -> Itera
             bound = BEHIND_OPENVINO if passes else None
             label += "" if passes else f" (its Dice is below {least:g})"
             yield Row(label=label, value=ratio(int8, engines[name]), most=bound)
+
+
+def _faster(engines: dict[str, Engine]) -> Engine:
+    """Eager with the less CPU time: whether its threads spin or sleep must not be our gain."""
+    found = [engines[name] for name in (EAGER, PASSIVE) if name in engines and engines[name].cpu]
+    return min(found, key=lambda e: statistics.median(e.cpu)) if found else engines[EAGER]
 
 
 def _wall(above: Engine, below: Engine) -> float | None:

@@ -26,6 +26,8 @@ from medpsp.config import ModelConfig
 from medpsp.model.psp import build_model
 
 ROI, BATCH = (512, 512), 4
+NEEDED = ("PatientSex", "StudyTime", "StudyID", "ReferringPhysicianName")
+"""Elements of type 2 that highdicom asks for and that scanners leave out: empty, then."""
 
 
 def main(net: str, folder: str, out: str, low: str, high: str) -> None:
@@ -38,6 +40,10 @@ def main(net: str, folder: str, out: str, low: str, high: str) -> None:
         logits = infer(volume.as_tensor(), lambda part: model(part)[0])
     masks = logits.argmax(1)[0].permute(2, 0, 1).to(torch.uint8).numpy()
     images = [dcmread(path) for path in Path(folder).iterdir()]
+    for ds in images:
+        for keyword in NEEDED:
+            if keyword not in ds:
+                setattr(ds, keyword, "")
     write(masks, sorted(images, key=lambda ds: ds.InstanceNumber), classes, Path(out))
 
 
