@@ -115,7 +115,7 @@ def test_another_seed_is_refused_before_stages_in_epochs_have_steps() -> None:
     )
     refuse_other(config, Path("step-00000002"), state, "")
     other = config.model_copy(update={"seed": config.seed + 1})
-    with pytest.raises(CheckpointError, match=r"made with other train\.stages, train\.batch_size or"):
+    with pytest.raises(CheckpointError, match=r"made with other train\.stages, "):
         refuse_other(other, Path("step-00000002"), state, "")
 
 
