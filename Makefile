@@ -22,7 +22,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	@for file in $(filter-out tests/bench/shards% tests/bench/accuracy.py,$(wildcard tests/bench/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out tests/bench/shards% tests/bench/export% tests/bench/accuracy.py,$(wildcard tests/bench/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # Some minutes; SECTIONS="convert headers" runs those alone, BENCH="--dir /scratch" keeps the data.
 bench-shards: $(READY) $(PEERS)/.ready

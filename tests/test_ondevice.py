@@ -167,6 +167,7 @@ def command(*words: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
 
 
@@ -675,7 +676,7 @@ def test_watch_finishes_the_entry_at_hand(
         series(inbox / name, 0, Phantom(shape=(24, 64, 64)))
     process = command("watch", model, inbox, out, "--settle", 0, "--threads", 1, "--format", "png")
     eventually(lambda: list(out.glob(".part-*/.partial-*/series-000/*.png")))
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as systemd and a terminal do: the decoders hear it, too
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     (done,) = jobs(out)

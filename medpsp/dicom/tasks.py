@@ -183,7 +183,8 @@ def answers_to(
 
 def main(seconds: int, memory_mib: int, tasks: Tasks | None = None) -> None:
     """Answer requests from stdin until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; we end by EOF
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, systemd and SLURM signal the whole
+        signal.signal(number, signal.SIG_IGN)  # group; who started us finishes, we end by EOF
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a codec prints is no answer
