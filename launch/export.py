@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +39,11 @@ def export_job(config: Config) -> None:
         ExportError: A gate did not pass, and is not among ``export.allow``.
     """
     target, rows = RunDir(config.out), labelled_rows(config)
+    if not validation(rows):
+        raise ExportError(
+            "export: no labelled slice of a validation patient to compare files on; raise "
+            "data.split.val"
+        )
     run = RunDir(config.out, export_name=".export.partial")  # nothing has its name before the gates
     shutil.rmtree(run.export, ignore_errors=True)
     model, step = load_trained(config)
@@ -61,8 +68,19 @@ def export_job(config: Config) -> None:
     _compare(config, run, rows, given, found)
     write_dossier(run.export, dossier_facts(config, run, metadata, rows, found))
     _judge(config, found)
-    shutil.rmtree(target.export, ignore_errors=True)
-    run.export.rename(target.export)
+    _take_the_place(run.export, target.export)
+
+
+def _take_the_place(made: Path, place: Path) -> None:
+    """Of an earlier export: its files go one by one, what else lies there stays."""
+    place.mkdir(exist_ok=True)
+    wanted = {path.name for path in made.iterdir()}
+    for path in sorted(made.iterdir()):
+        path.replace(place / path.name)
+    for old in place.glob("model*.onnx"):
+        if old.name not in wanted:
+            old.unlink()
+    made.rmdir()
 
 
 def model_metadata(
@@ -84,6 +102,7 @@ def model_metadata(
         "header_window": config.data.header_window,
         "windows": [view.model_dump() for view in model.windows],
         "tile": asdict(config.tiling),
+        "axes": usual_axes(rows),
         "spacing_mm": [round(float(v), 4) for v in np.median(known, axis=0)] if known else None,
         "backbone": model.backbone,
         "head": model.head,
@@ -96,6 +115,15 @@ def model_metadata(
         "licence": wanted.licence,
         "intended_use": wanted.intended_use,
     }
+
+
+def usual_axes(rows: Sequence[SliceRow]) -> list[list[int]] | None:
+    """Which way most slices lie; None where none has patient geometry."""
+    from medpsp.dicom.nifti import axes_of
+
+    affines = {row.series: np.reshape(row.affine, (4, 4)) for row in rows if row.affine}
+    found = Counter(axes_of(a) for a in affines.values() if np.isfinite(a).all())
+    return [list(pair) for pair in found.most_common(1)[0][0]] if found else None
 
 
 def _device_policy(policy: ReadPolicy) -> dict[str, str]:
@@ -168,8 +196,6 @@ def _compare(
 
     wanted = config.export
     chosen = spread(validation(rows), wanted.validation_slices)
-    if not chosen:
-        raise ExportError("export: no labelled slice of a validation patient to compare files on")
     files = {"fp32": run.fp32}
     files |= {name: run.variant(name) for name in wanted.variants}
     # trt: what TensorRT computes is nearer to float emulation than to the kernels of this CPU

@@ -207,6 +207,8 @@ class DataConfig(Node):
     def _map_into_classes(self) -> DataConfig:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must differ, got {', '.join(self.classes)}")
+        if odd := [name for name in self.classes if "\\" in name or not name.isprintable()]:
+            raise ValueError(f"classes: {odd[0]!r} has a backslash or no printable letter")
         for name in self.modalities:
             if name != name.upper().strip() or not name:
                 raise ValueError(f"modalities: '{name}', expected a DICOM code in capitals, as CT")

@@ -517,6 +517,22 @@ def empty(model: Path, path: Path) -> Path:
             ),
             r"do not fit: the input is not image \(N, 3, H, W\) of int16",
         ),
+        *(
+            (
+                lambda m, p, more=more: with_metadata(
+                    m, p, medpsp=json.dumps({**METADATA, **more})
+                ),
+                r"metadata is damaged \((Value|Type)Error\)",
+            )
+            for more in (
+                {"classes": "abc"},
+                {"classes": [1, 2, 3]},
+                {"tile": {"size": [64.5, 64], "overlap": 0.5}},
+                {"tile": {"size": [10**9, 64], "overlap": 0.5}},
+                {"window": {"center": "a", "width": "b"}},
+                {"axes": [[0], [1], [2]]},
+            )
+        ),
     ],
 )
 def test_a_file_that_is_no_model_of_ours_is_refused(
@@ -669,7 +685,8 @@ def test_values_that_the_type_of_the_graph_does_not_hold() -> None:
 
 def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     model = tmp_path / "m.onnx"
-    export_onnx(Lines(), model, GraphInput(), 18, {**METADATA, "modalities": ["CT"]})
+    meta = {**METADATA, "modalities": ["CT"], "axes": [[0, 1], [1, 1], [2, 1]]}
+    export_onnx(Lines(), model, GraphInput(), 18, meta)
     hu, _ = draw(phantom, 0)
     files = write_series(tmp_path / "in", "P", hu, phantom)
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as packed:
@@ -691,11 +708,61 @@ def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     again = nib.load(tmp_path / "d/series-000.nii.gz")
     np.testing.assert_array_equal(np.asarray(again.dataobj), mask)
     np.testing.assert_allclose(again.affine, affine)
+    damaged = bytearray((tmp_path / "v.nii.gz").read_bytes())
+    damaged[-5] ^= 1  # of the checksum
+    (tmp_path / "sum.nii.gz").write_bytes(damaged)
+    damaged[15:60] = bytes(range(45))
+    (tmp_path / "torn.nii.gz").write_bytes(damaged)
+    for number, bad in enumerate(("sum", "torn")):
+        with pytest.raises(ArchiveError, match="NIFTI_UNREADABLE"):
+            predictor.source(tmp_path / f"{bad}.nii.gz", tmp_path / f"g{number}")
     (tmp_path / "broken.nii.gz").write_bytes(b"no")
     with pytest.raises(ArchiveError, match=r"broken\.nii\.gz: NIFTI_UNREADABLE"):
         predictor.source(tmp_path / "broken.nii.gz", tmp_path / "e")
     with pytest.raises(ArchiveError, match="no such folder"):
         predictor.source(tmp_path / "nothing", tmp_path / "f")
+
+
+@pytest.mark.parametrize("how", ["flipped", "canonical", "slices first"])
+def test_a_nifti_is_shown_as_the_training_slices_lay(
+    tmp_path: Path, phantom: Phantom, how: str
+) -> None:
+    """A network that calls class 1 what lies left of the middle of the image, class 2 below it."""
+
+    class Sides(nn.Module):
+        def forward(self, image: Tensor) -> tuple[Tensor, None]:
+            ones = torch.ones_like(image)
+            right = torch.cumsum(ones, 3) / ones.sum(3, keepdim=True)
+            down = torch.cumsum(ones, 2) / ones.sum(2, keepdim=True)
+            bright = image > 0.2
+            one = torch.where(bright, 1.0 - right, torch.full_like(image, -1.0))
+            two = torch.where(bright, down - 0.4, torch.full_like(image, -1.0))
+            return torch.cat([torch.zeros_like(image), one, two], 1), None
+
+    model = tmp_path / "m.onnx"
+    meta = {**METADATA, "modalities": ["CT"], "axes": [[0, 1], [1, 1], [2, 1]]}
+    meta["tile"] = {"size": [48, 48], "overlap": 0.5}
+    export_onnx(Sides(), model, GraphInput(), 18, meta)
+    hu, _ = draw(phantom, 0)
+    write_series(tmp_path / "in", "P", hu, phantom)
+    predictor = Predictor(model, formats=PLAIN)
+    (whole,), _ = predictor.source(tmp_path / "in", tmp_path / "a")
+    assert all(whole.pixels)
+    truth = nib.load(tmp_path / "a/series-000.nii.gz")
+    volume = nib.Nifti1Image(hu.transpose(2, 1, 0), truth.affine)
+    if how == "flipped":
+        volume = volume.as_reoriented(np.array([[0, 1], [1, -1], [2, 1]]))
+    elif how == "canonical":
+        volume = nib.as_closest_canonical(volume)
+    else:
+        volume = volume.as_reoriented(np.array([[1, 1], [2, -1], [0, 1]]))
+    nib.save(volume, tmp_path / "v.nii.gz")
+    (found,), _ = predictor.source(tmp_path / "v.nii.gz", tmp_path / "b")
+    assert found.pixels == whole.pixels
+    assert found.volumes == pytest.approx(whole.volumes)
+    again = nib.load(tmp_path / "b/series-000.nii.gz")
+    np.testing.assert_allclose(again.affine, truth.affine, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(again.dataobj), np.asarray(truth.dataobj))
 
 
 def test_context_sees_the_slices_beside_each(tmp_path: Path, scanned: Any) -> None:

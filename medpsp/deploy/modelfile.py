@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 
 from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.session import IMAGE, OUTPUTS, WINDOW, class_masks, feeds_of, open_session
+from medpsp.dicom.nifti import Axes
 from medpsp.errors import ModelFileError
 from medpsp.tiles import Tiling
 from medpsp.types import FloatArray, ReadPolicy, Window
 
+MOST = 8192
+"""Rows or columns of a tile."""
 PROBE = 32
 """Rows and columns of the image by which graph and metadata are compared."""
 
@@ -35,6 +39,7 @@ class ModelFile:
         codes: Coded terms of classes: name to category and type, three texts each.
         modalities: It was trained on.
         window: Fixed for all series, if any.
+        axes: Which way columns, rows and slices of the training series run; None without geometry.
         header_window: Each slice by the window of its header.
         policy: How training read its archive.
         meta: All of the metadata.
@@ -67,6 +72,12 @@ class ModelFile:
 
     def _parse(self, meta: Mapping[str, Any]) -> None:
         self.classes: tuple[str, ...] = tuple(meta["classes"])
+        if not isinstance(meta["classes"], list) or not all(
+            isinstance(name, str) and name for name in self.classes
+        ):
+            raise ValueError("classes")
+        axes = meta.get("axes")
+        self.axes: Axes | None = tuple((int(a), int(s)) for a, s in axes) if axes else None
         self.codes: dict[str, dict[str, list[str]]] = dict(meta.get("codes", {}))
         self.modalities: tuple[str, ...] = tuple(meta["modalities"])
         window = meta["window"]
@@ -74,8 +85,14 @@ class ModelFile:
         self.header_window = bool(meta.get("header_window", False))
         self.views = tuple(Window(**window) for window in meta.get("windows", ()))
         self.given = GraphInput.from_json(meta["input"])
-        self.tiling = Tiling(tuple(meta["tile"]["size"]), float(meta["tile"]["overlap"]))
+        rows, columns = meta["tile"]["size"]
+        if not all(isinstance(side, int) and side <= MOST for side in (rows, columns)):
+            raise ValueError("tile")
+        self.tiling = Tiling((rows, columns), float(meta["tile"]["overlap"]))
         self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
+        known = [self.window, *self.views, *self.given.windows]
+        if not all(math.isfinite(w.center) and w.width > 0 for w in known if w):
+            raise ValueError("window")
 
     @property
     def digest(self) -> str:
@@ -93,8 +110,6 @@ class ModelFile:
 
     def _misfit(self) -> str:
         """Why masks would be named or windowed wrongly; empty where they would not."""
-        if self.window and not self.window.width > 0:
-            return f"window width {self.window.width}, expected above 0"
         given, inputs = self.given, {i.name: i for i in self.session.get_inputs()}
         names = [IMAGE] if given.windows else [IMAGE, WINDOW]
         if sorted(inputs) != names:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from medpsp.deploy.answers import USUAL, Answers, Format, Target
@@ -182,13 +185,22 @@ class Predictor:
                 f"{source}: a NIfTI does not say what made it, and the model takes "
                 f"{', '.join(modalities)}; give the DICOM files"
             )
+        if self.model.axes is None or self.model.header_window:
+            what = "windows of headers" if self.model.axes else "images without patient geometry"
+            raise ConfigError(f"{source}: the model was trained on {what}; give the DICOM files")
         try:
             volume = nifti.open_nifti(source)
+            slices: Callable[[], Iterable[NDArray[Any]]] = volume.slices
+            affine, shape = volume.affine, volume.shape
+            if nifti.axes_of(np.array(affine)) != self.model.axes:
+                values, moved = nifti.turned(volume, self.model.axes)
+                slices, shape = values.__iter__, values.shape
+                affine = tuple(tuple(float(v) for v in row) for row in moved)
             seen, counts = Seen(modality=modalities[0]), ValueCounts()
             if needs_counts(self.model, seen):
-                counts = count_values(_nifti_frames(volume))
-            target = Target(name=name, shape=volume.shape, affine=volume.affine)
-            found = segment(self.model, _nifti_frames(volume), seen, counts)
+                counts = count_values(_plain_frames(slices()))
+            target = Target(name=name, shape=shape, affine=affine)
+            found = segment(self.model, _plain_frames(slices()), seen, counts)
             made, _ = self._written(out, target, found, began)
         except SourceError as error:
             raise ArchiveError(f"{source}: {error.code}, {error.detail}") from None
@@ -232,6 +244,10 @@ class Predictor:
 
 
 def _require_empty(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: not a folder; take another one for the masks")
+    for left in out.glob(".partial-*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out}: not empty; masks of other patients would stand among the new")
 
@@ -262,6 +278,6 @@ def _frames(
         raise error
 
 
-def _nifti_frames(volume: nifti.NiftiVolume) -> Iterator[Frame]:
-    for number, values in enumerate(volume.slices()):
+def _plain_frames(slices: Iterable[NDArray[Any]]) -> Iterator[Frame]:
+    for number, values in enumerate(slices):
         yield Frame(number, number, Pixels(values, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,13 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import (
+    apply_orientation,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
 from numpy.typing import NDArray
 
 from medpsp.dicom.placement import LPS_TO_RAS
@@ -20,6 +28,9 @@ _HEADER = 352
 """Bytes before the voxels: the NIfTI-1 header and an empty extension."""
 _LEVEL = 1
 """Of gzip: masks are runs of one value, and level 9 takes several times as long for 10 % less."""
+
+
+_BLOCK = 1 << 20
 
 
 class MaskWriter:
@@ -129,10 +140,42 @@ class NiftiVolume(NamedTuple):
                         raise DicomError("NIFTI_UNREADABLE", "shorter than its header says")
                     stored = np.frombuffer(data, proxy.dtype).reshape(rows, columns)
                     yield _whole(stored, float(proxy.slope), float(proxy.inter))
-            except (OSError, EOFError, ValueError) as error:
+                while file.read(_BLOCK):  # gzip looks at its checksum at the end
+                    pass
+            except (OSError, EOFError, ValueError, zlib.error) as error:
                 if isinstance(error, DicomError):
                     raise
                 raise DicomError("NIFTI_UNREADABLE", type(error).__name__) from None
+
+
+Axes = tuple[tuple[int, int], ...]
+"""For column, row and slice: axis of the patient (0 L, 1 P, 2 S), and 1 along it or -1 against."""
+
+
+def axes_of(affine_lps: NDArray[np.float64]) -> Axes:
+    """Which way columns, rows and slices run, to the nearest axis of the patient."""
+    found = io_orientation(affine_lps)
+    return tuple((int(axis), int(sign)) for axis, sign in found)
+
+
+def turned(volume: NiftiVolume, axes: Axes) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """The whole volume with its axes in another order and direction; no value changes.
+
+    Args:
+        volume: To read.
+        axes: Wanted; what a network knows from its training.
+
+    Returns:
+        (N, H, W) values and their (4, 4) affine, index (column, row, slice) to mm LPS.
+
+    Raises:
+        DicomError: NIFTI_UNREADABLE.
+    """
+    values = np.stack(list(volume.slices())).transpose(2, 1, 0)
+    affine = np.array(volume.affine)
+    change = ornt_transform(io_orientation(affine), np.array(axes))
+    moved = apply_orientation(values, change)
+    return moved.transpose(2, 1, 0), affine @ inv_ornt_aff(change, values.shape)
 
 
 def open_nifti(path: Path) -> NiftiVolume:
@@ -160,7 +203,7 @@ def open_nifti(path: Path) -> NiftiVolume:
 def _loaded(path: Path) -> Any:
     try:
         return nib.load(path)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
         raise DicomError("NIFTI_UNREADABLE", type(error).__name__) from None
 
 
