@@ -7,13 +7,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from launch.feeds import GraphSlice, graph_input, graph_slices, one_tile_each
-from launch.rundir import RunDir
+from launch.rundir import VARIANTS, RunDir
 from launch.trained import labelled_rows, load_trained
 from medpsp import __version__
 from medpsp.config import Config
@@ -68,19 +67,20 @@ def export_job(config: Config) -> None:
     _compare(config, run, rows, given, found)
     write_dossier(run.export, dossier_facts(config, run, metadata, rows, found))
     _judge(config, found)
-    _take_the_place(run.export, target.export)
+    _take_the_place(run, target)
 
 
-def _take_the_place(made: Path, place: Path) -> None:
-    """Of an earlier export: its files go one by one, what else lies there stays."""
-    place.mkdir(exist_ok=True)
-    wanted = {path.name for path in made.iterdir()}
-    for path in sorted(made.iterdir()):
-        path.replace(place / path.name)
-    for old in place.glob("model*.onnx"):
-        if old.name not in wanted:
-            old.unlink()
-    made.rmdir()
+def _take_the_place(run: RunDir, target: RunDir) -> None:
+    """Of an earlier export, whose dossier goes first and comes last; what else is there stays."""
+    target.export.mkdir(exist_ok=True)
+    made = {path.name for path in run.export.iterdir()}
+    models = {target.fp32.name, *(target.variant(name).name for name in VARIANTS)}
+    papers = sorted(made - models)
+    for name in (*papers, *sorted(models - made)):
+        (target.export / name).unlink(missing_ok=True)
+    for name in (*sorted(made & models), *papers):
+        (run.export / name).replace(target.export / name)
+    run.export.rmdir()
 
 
 def model_metadata(
@@ -118,7 +118,7 @@ def model_metadata(
 
 
 def usual_axes(rows: Sequence[SliceRow]) -> list[list[int]] | None:
-    """Which way most slices lie; None where none has patient geometry."""
+    """Which way most series lie; None where none has patient geometry."""
     from medpsp.dicom.nifti import axes_of
 
     affines = {row.series: np.reshape(row.affine, (4, 4)) for row in rows if row.affine}

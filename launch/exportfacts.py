@@ -141,7 +141,7 @@ def of_these_files(scores: dict[str, Any], config: Config, step: int) -> bool:
         scores.get("step") == step
         and (list(size), settings.get("overlap")) == (list(tiling.size), tiling.overlap)
         and not settings.get("flips")
-        and settings.get("postprocess") == "none"
+        and scores.get("postprocess") is None
     )
 
 

@@ -37,7 +37,7 @@ batches of an evaluation hold, so that it needs no more memory."""
 
 def train_job(config: Config) -> None:
     """Train with ``train.ranks`` ranks: in this process, or as torchrun's children."""
-    config, world = _on_restart(config), detect_world()
+    world = detect_world()
     if config.train.batch_size % (world.size * config.train.accumulate):
         raise ConfigError(
             f"train.batch_size {config.train.batch_size} cannot be shared by {world.size} ranks "
@@ -61,14 +61,6 @@ def train_job(config: Config) -> None:
     with StopRequest(end_time()).listening() as stop:
         end_with_parent()
         _train(config, world, rows, stop)
-
-
-def _on_restart(config: Config) -> Config:
-    """A job that queued itself again goes on, also where nothing was to be there at first."""
-    if config.train.resume != "never" or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-        return config
-    train = config.train.model_copy(update={"resume": "auto"})
-    return config.model_copy(update={"train": train})
 
 
 def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopRequest) -> None:

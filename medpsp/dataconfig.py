@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,8 @@ from pydantic import (
 
 from medpsp.types import ReadPolicy, Window
 
+_ODD = re.compile(r"[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What a DICOM text of one value does not take (PS3.5 6.2)."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -207,8 +210,10 @@ class DataConfig(Node):
     def _map_into_classes(self) -> DataConfig:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must differ, got {', '.join(self.classes)}")
-        if odd := [name for name in self.classes if "\\" in name or not name.isprintable()]:
-            raise ValueError(f"classes: {odd[0]!r} has a backslash or no printable letter")
+        if odd := [name for name in self.classes if not name.strip() or _ODD.search(name)]:
+            raise ValueError(
+                f"classes: {odd[0]!r} is blank, or has a backslash or control character"
+            )
         for name in self.modalities:
             if name != name.upper().strip() or not name:
                 raise ValueError(f"modalities: '{name}', expected a DICOM code in capitals, as CT")

@@ -97,6 +97,8 @@ def test_unknown_key_below_an_optional_section(tmp_path: Path) -> None:
         ("data.label_names={Milz: spleen}", "label_names leads to spleen; classes are"),
         ("data.label_pattern={Name}.nii", "label_pattern '{Name}.nii': fields are {PatientID}"),
         ("data.modalities=[ct]", "modalities: 'ct', expected a DICOM code in capitals, as CT"),
+        ("data.classes=[a, '  ']", "classes: '  ' is blank, or has a backslash"),
+        ("data.classes=[a, 'b\\c']", "is blank, or has a backslash or control character"),
         ("data.classes=[a, a]", "classes must differ, got a, a"),
         ("data.archive=", "data.archive: Input is not a valid path"),
     ],

@@ -20,7 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from medpsp.errors import CheckpointError, NonFiniteLossError, TrainError
+from medpsp.errors import CheckpointError, ConfigError, NonFiniteLossError, TrainError
 from medpsp.model.psp import PSPNet, build_model
 from medpsp.tiles import Tiling
 from medpsp.train.batch import Batch
@@ -238,15 +238,20 @@ def test_a_kill_between_saving_and_marking_the_best_is_made_good(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("wish", "there", "reason"),
-    [("must", False, "none, and train.resume is must"), ("never", True, "train.resume is never")],
+    ("wish", "there", "kind", "reason"),
+    [
+        ("must", False, CheckpointError, "none, and train.resume is must"),
+        ("never", True, ConfigError, "train.resume is never"),
+    ],
 )
-def test_what_resume_forbids(tmp_path: Path, wish: str, there: bool, reason: str) -> None:
+def test_what_resume_forbids(
+    tmp_path: Path, wish: str, there: bool, kind: type[Exception], reason: str
+) -> None:
     config = make_config({"name": "full", "steps": 1}, resume=wish)
     run = make_run(config, tmp_path)
     if there:
         fit(make_run(make_config({"name": "full", "steps": 1}), tmp_path), network(config))
-    with pytest.raises(CheckpointError, match=reason):
+    with pytest.raises(kind, match=reason):
         fit(run, network(config))
 
 

@@ -35,7 +35,7 @@ from medpsp.deploy.session import class_masks, open_session
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import Scan
-from medpsp.errors import ArchiveError, DicomError, ModelFileError
+from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError
 from medpsp.intensity import CT_WINDOW, ValueCounts, overlay, percentile_window, to_unit
 from medpsp.tiles import Tiling
 from medpsp.types import ReadPolicy, Series, SliceRef, Window
@@ -531,6 +531,9 @@ def empty(model: Path, path: Path) -> Path:
                 {"tile": {"size": [10**9, 64], "overlap": 0.5}},
                 {"window": {"center": "a", "width": "b"}},
                 {"axes": [[0], [1], [2]]},
+                {"axes": [[0, 1], [1, 1]]},
+                {"axes": [[0, 1], [1, 1], [1, 1]]},
+                {"axes": [[0, 1], [1, 1], [2, 0]]},
             )
         ),
     ],
@@ -669,6 +672,18 @@ def test_a_graph_with_its_windows_in_it_refuses_others(tmp_path: Path, phantom: 
     with pytest.raises(ArchiveError, match=r"among 4 files \(INPUT_FOR_MODEL\)"):
         Predictor(tmp_path / "m.onnx", formats=PLAIN).folder(tmp_path / "in", tmp_path / "again")
     assert not list((tmp_path / "again").glob("*"))
+
+
+def test_what_a_killed_run_left_is_named_and_stays(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    left = tmp_path / "out/.partial-series-000"
+    left.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"holds \.partial-series-000 of a run that was killed"):
+        Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out/mine.txt").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        Predictor(model).folder(tmp_path / "in", tmp_path / "out")
+    assert left.is_dir()
 
 
 def test_values_that_the_type_of_the_graph_does_not_hold() -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.train import _on_restart
 from medpsp.config import Config, TrainConfig
 from medpsp.errors import CheckpointError, Interrupted
 from medpsp.stages import in_steps
@@ -117,15 +116,6 @@ def test_another_seed_is_refused_before_stages_in_epochs_have_steps() -> None:
     other = config.model_copy(update={"seed": config.seed + 1})
     with pytest.raises(CheckpointError, match=r"made with other train\.stages, "):
         refuse_other(other, Path("step-00000002"), state, "")
-
-
-def test_a_job_that_queued_itself_again_goes_on_whatever_it_was_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = make_config({"name": "full", "steps": 4}, resume="never")
-    assert _on_restart(config).train.resume == "never"
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert _on_restart(config).train.resume == "auto"
 
 
 def test_a_stage_that_is_shortened_to_what_is_done_ends_there(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class ModelFile:
         self.meta = read_metadata(path, self.session)
         try:
             self._parse(self.meta)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ModelFileError(
                 f"model {path}: its metadata is damaged ({type(error).__name__})"
             ) from None
@@ -78,6 +78,11 @@ class ModelFile:
             raise ValueError("classes")
         axes = meta.get("axes")
         self.axes: Axes | None = tuple((int(a), int(s)) for a, s in axes) if axes else None
+        if self.axes and (
+            sorted(axis for axis, _ in self.axes) != [0, 1, 2]
+            or any(abs(sign) != 1 for _, sign in self.axes)
+        ):
+            raise ValueError("axes")
         self.codes: dict[str, dict[str, list[str]]] = dict(meta.get("codes", {}))
         self.modalities: tuple[str, ...] = tuple(meta["modalities"])
         window = meta["window"]
@@ -91,7 +96,7 @@ class ModelFile:
         self.tiling = Tiling((rows, columns), float(meta["tile"]["overlap"]))
         self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
         known = [self.window, *self.views, *self.given.windows]
-        if not all(math.isfinite(w.center) and w.width > 0 for w in known if w):
+        if not all(math.isfinite(w.center) and 0 < w.width < math.inf for w in known if w):
             raise ValueError("window")
 
     @property

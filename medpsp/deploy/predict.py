@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -246,9 +245,13 @@ class Predictor:
 def _require_empty(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: not a folder; take another one for the masks")
-    for left in out.glob(".partial-*"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    if out.is_dir() and any(out.iterdir()):
+    found = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if found and all(name.startswith(".partial-") for name in found):
+        raise ConfigError(
+            f"{out}: holds {found[0]} of a run that was killed, or is at work; delete it, or take "
+            "another folder"
+        )
+    if found:
         raise ConfigError(f"{out}: not empty; masks of other patients would stand among the new")
 
 

@@ -113,9 +113,10 @@ def mark_best(path: Path) -> None:
 def keep_as_best(path: Path) -> None:
     """Mark a checkpoint by the name of its step: that of a stage's end is written again where the
     stage is lengthened."""
-    tensors, state = load_checkpoint(path, torch.device("cpu"))
-    name = f"step-{state.step:08d}"
-    mark_best(path if path.name == name else save_checkpoint(path.parent, name, tensors, state))
+    if not path.name.startswith("step-"):
+        tensors, state = load_checkpoint(path, torch.device("cpu"))
+        path = save_checkpoint(path.parent, f"step-{state.step:08d}", tensors, state)
+    mark_best(path)
 
 
 def prune(folder: Path, step: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medpsp.config import Config
-from medpsp.errors import CheckpointError
+from medpsp.errors import CheckpointError, ConfigError
 from medpsp.model.psp import PSPNet
 from medpsp.stages import stage_at, total_steps
 from medpsp.train.checkpoint import (
@@ -129,11 +129,11 @@ def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) ->
     """Refuse a checkpoint that this configuration cannot go on from.
 
     Raises:
-        CheckpointError: It was made with another network, other data or another schedule, or
-            ``train.resume`` is never.
+        CheckpointError: It was made with another network, other data or another schedule.
+        ConfigError: ``train.resume`` is never; another try of a job would not change that.
     """
     if config.train.resume == "never":
-        raise CheckpointError(
+        raise ConfigError(
             f"checkpoint {path}: there is one, and train.resume is never; use another out folder, "
             "or delete its checkpoints"
         )
@@ -161,6 +161,7 @@ def restore(run: Run, model: PSPNet) -> Restored:
     Raises:
         CheckpointError: As `refuse_other`; none verifies; or there is none, and ``train.resume``
             is must.
+        ConfigError: As `refuse_other`.
     """
     config, folder = run.config, run.checkpoints
     found, damaged = whole_checkpoints(folder)
@@ -175,6 +176,7 @@ def restore(run: Run, model: PSPNet) -> Restored:
         return Restored(state=start, moments=no_moments(), ema=None, weights={})
     refuse_other(config, path, found[path], run.data_id)
     tensors, state = load_checkpoint(path, torch.device("cpu"))
+    barrier()  # all have read it before it may be written anew
     best, again, state = _best(run, state, found)
     if run.leads:
         for line in damaged:
