@@ -55,6 +55,7 @@ METADATA = {
     "window": None,
     "tile": {"size": [64, 64], "overlap": 0.5},
     "input": GraphInput().to_json(),
+    "axes": [[0, -1], [1, -1], [2, 1]],  # as nibabel's identity lies, in LPS
 }
 PATIENT = "Doe-Jane"
 CT = Phantom(shape=(4, 48, 48))
