@@ -233,7 +233,7 @@ def _judge(config: Config, found: Found) -> None:
 
 
 def validation(rows: Sequence[SliceRow]) -> list[SliceRow]:
-    """Rows that files are compared on: of validation patients, those with foreground first."""
+    """Rows that files are compared on: of validation patients, with foreground if any has."""
     val = [row for row in rows if row.split == "val"]
     return [row for row in val if sum(row.histogram[1:-1])] or val
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder durable."""
+    """Make a rename in a folder durable, or what a file holds."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

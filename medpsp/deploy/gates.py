@@ -161,10 +161,8 @@ def latency(
     return {name: np.array(found) for name, found in times.items()}
 
 
-def least_dice(variant: Variant, backbone: str, wanted: float | None = None) -> float:
+def least_dice(variant: Variant, backbone: str) -> float:
     """What the masks of a variant have to agree with those of fp32."""
-    if wanted is not None and variant != "half":
-        return wanted
     return LEAST_DICE[variant].get(backbone, OTHERWISE[variant])
 
 

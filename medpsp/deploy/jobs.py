@@ -16,6 +16,7 @@ from pathlib import Path
 
 from medpsp.deploy.predict import Prediction, Predictor
 from medpsp.dicom import nifti, voc
+from medpsp.durable import sync_folder
 from medpsp.errors import ConfigError, MedpspError
 from medpsp.types import ScanRow
 
@@ -102,11 +103,7 @@ def _told(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) 
 def _to_disk(folder: Path) -> None:
     """A folder that is there after the power failed must not hold empty files."""
     for path in (*folder.rglob("*"), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_folder(path)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class ModelFile:
         if not all(math.isfinite(w.center) and 0 < w.width < math.inf for w in known if w):
             raise ValueError("window")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the file."""
         with self.path.open("rb") as file:
