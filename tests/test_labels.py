@@ -357,6 +357,7 @@ def test_masks_of_another_kind(tmp_path: Path, values: NDArray[Any], qform: Affi
         ("m.nii.gz", gzip.compress(b"no mask")),
         ("m.png", b"\x89PNG"),
     ],
+    ids=["text", "empty", "no gzip", "gzip of text", "png"],  # gzip writes the time down
 )
 def test_files_that_are_no_nifti(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
