@@ -55,6 +55,9 @@ class ExportConfig(Node):
     restore_layers: Annotated[int, Field(ge=0)] = Field(
         default=8, description="Layers that go back to fp32, the noisiest first, if int8 needs it."
     )
+    confidence: bool = Field(
+        default=False, description="A third output: softmax of the chosen class. Costs time."
+    )
     parity_tolerance: Annotated[float, Field(gt=0)] = Field(
         default=1e-4, description="Difference of logits from the network's, over the largest one."
     )

@@ -23,7 +23,7 @@ from medpsp.deploy.gates import Slice, dice_gates, latency, latency_gate, least_
 from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.quantize import quantize
-from medpsp.deploy.session import OUTPUTS, Feeds, class_masks, open_session
+from medpsp.deploy.session import Feeds, class_masks, open_session
 from medpsp.deploy.verify import SHAPES, Example, check_parity
 from medpsp.errors import ExportError, ParityError
 from medpsp.model.psp import PSPNet, build_model
@@ -114,13 +114,13 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     model = lively(NETS[request.param])
     fp32, int8 = folder / "model.onnx", folder / "model.int8.onnx"
-    export_onnx(model, fp32, GIVEN, 18, METADATA)
+    export_onnx(model, fp32, GIVEN, 18, METADATA, confidence=True)
     quantize(fp32, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
     return Exported(model, fp32, int8)
 
 
 def parity(exported: Exported, path: Path | None = None, tolerance: float = TOLERANCE) -> list:
-    graph = DeployGraph(exported.model, GIVEN)
+    graph = DeployGraph(exported.model, GIVEN, confidence=True)
     return check_parity(graph, path or exported.fp32, GIVEN, EXAMPLES, tolerance)
 
 
@@ -139,7 +139,8 @@ def test_network_and_file_agree_at_every_size(exported: Exported) -> None:
     values = np.concatenate(raw(images(5, (65, 79))))
     with torch.no_grad():
         expected = exported.model(torch.from_numpy(values / np.float32(1000)))[0].numpy()
-    mask, confidence, logits = session.run(OUTPUTS, {"image": values})
+    assert [o.name for o in session.get_outputs()] == ["mask", "logits", "confidence"]
+    mask, logits, confidence = session.run(None, {"image": values})
     assert (mask.shape, mask.dtype) == ((5, 65, 79), np.uint8)
     assert logits.shape == (5, CLASSES, 65, 79)
     assert np.abs(logits - expected).max() <= TOLERANCE
@@ -358,7 +359,7 @@ class Elsewhere(nn.Module):
 
 @pytest.mark.parametrize("change", [1.0, float("nan"), float("inf")])
 def test_a_difference_at_one_size_is_noticed(exported: Exported, change: float) -> None:
-    odd = DeployGraph(Elsewhere(exported.model, 47, change), GIVEN)
+    odd = DeployGraph(Elsewhere(exported.model, 47, change), GIVEN, confidence=True)
     with pytest.raises(ParityError, match=r"\(N,H,W\)=\(1, 33, 47\)"):
         check_parity(odd, exported.fp32, GIVEN, EXAMPLES, TOLERANCE)
 
@@ -368,10 +369,10 @@ def test_a_pixel_of_another_class_is_noticed(exported: Exported) -> None:
 
     class Turned(nn.Module):
         def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-            mask, confidence, logits = DeployGraph(exported.model, GIVEN)(image)
+            mask, *others = DeployGraph(exported.model, GIVEN, confidence=True)(image)
             mask[:, 0, 0] = 2 - mask[:, 0, 0]  # 0 to 2, 2 to 0
             mask[:, -1, -1] = 1 - mask[:, -1, -1].clamp(max=1)
-            return mask, confidence, logits
+            return mask, *others
 
     with pytest.raises(ParityError, match=r"\d pixels have another class although"):
         check_parity(Turned(), exported.fp32, GIVEN, EXAMPLES, TOLERANCE)
@@ -382,7 +383,7 @@ def test_two_exports_are_the_same_bytes(exported: Exported, tmp_path: Path) -> N
     levels = [logger.level for logger in loggers]
     loggers[0].setLevel(logging.INFO)
     again, int8 = tmp_path / "again" / "model.onnx", tmp_path / "again.int8.onnx"
-    export_onnx(copy.deepcopy(exported.model).train(), again, GIVEN, 18, METADATA)
+    export_onnx(copy.deepcopy(exported.model).train(), again, GIVEN, 18, METADATA, confidence=True)
     assert again.read_bytes() == exported.fp32.read_bytes()
     quantize(again, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
     assert int8.read_bytes() == exported.int8.read_bytes()

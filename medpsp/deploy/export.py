@@ -17,19 +17,24 @@ from torch import Tensor, nn
 
 from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput
-from medpsp.deploy.session import IMAGE, OUTPUTS, WINDOW
+from medpsp.deploy.session import CONFIDENCE, IMAGE, LOGITS, MASK, OUTPUTS, WINDOW
 from medpsp.errors import ExportError
 
 IR_VERSION = 8
 """Readable by runtimes from ONNX Runtime 1.10 on; the exporter alone would write 10."""
-
-
+Names = tuple[list[str], list[str]]
+"""Of inputs and outputs."""
 LEGACY = range(11, 16)
 """Opsets that only the older exporter writes; the dynamo one gives 18 for them without a word."""
 
 
 def export_onnx(
-    model: nn.Module, path: Path, given: GraphInput, opset: int, metadata: dict[str, Any]
+    model: nn.Module,
+    path: Path,
+    given: GraphInput,
+    opset: int,
+    metadata: dict[str, Any],
+    confidence: bool = False,
 ) -> None:
     """Write an fp32 ONNX file with dynamic N, H and W.
 
@@ -39,18 +44,20 @@ def export_onnx(
         given: What the graph is fed.
         opset: 18 to 20, or 11 to 15 for old runtimes; checked in the file afterwards.
         metadata: Written as one JSON value under the key ``medpsp``.
+        confidence: Whether it has that output, see `DeployGraph`.
 
     Raises:
         ExportError: The exporter gave another opset.
     """
-    graph = DeployGraph(model, given).eval()
+    graph = DeployGraph(model, given, confidence).eval()
     image = torch.zeros(2, given.planes, 64, 96, dtype=getattr(torch, given.dtype))
     feeds = [image] if given.windows else [image, torch.ones(2, given.views, 3)]
-    names = [IMAGE, WINDOW][: len(feeds)]
+    inputs = [IMAGE, WINDOW][: len(feeds)]
+    outputs = [*OUTPUTS, CONFIDENCE] if confidence else OUTPUTS
     with warnings.catch_warnings(), quiet("torch.onnx", logging.ERROR):
         warnings.simplefilter("ignore")
         make = _legacy if opset in LEGACY else _dynamo
-        proto = make(graph, tuple(feeds), names, opset)
+        proto = make(graph, tuple(feeds), (inputs, outputs), opset)
     found = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if found != opset:
         raise ExportError(f"asked for opset {opset}, the exporter wrote {found}")
@@ -58,15 +65,15 @@ def export_onnx(
 
 
 def _dynamo(
-    graph: nn.Module, feeds: tuple[Tensor, ...], names: list[str], opset: int
+    graph: nn.Module, feeds: tuple[Tensor, ...], names: Names, opset: int
 ) -> onnx.ModelProto:
     batch, height, width = (torch.export.Dim(letter) for letter in "NHW")
     dynamic = ({0: batch, 2: height, 3: width}, {0: batch})
     program = torch.onnx.export(
         graph,
         feeds,
-        input_names=names,
-        output_names=OUTPUTS,
+        input_names=names[0],
+        output_names=names[1],
         opset_version=opset,
         dynamo=True,
         dynamic_shapes=dynamic[: len(feeds)],
@@ -78,22 +85,20 @@ def _dynamo(
 
 
 def _legacy(
-    graph: nn.Module, feeds: tuple[Tensor, ...], names: list[str], opset: int
+    graph: nn.Module, feeds: tuple[Tensor, ...], names: Names, opset: int
 ) -> onnx.ModelProto:
     plane, map_ = {0: "N", 2: "H", 3: "W"}, {0: "N", 1: "H", 2: "W"}
-    dynamic = dict(
-        zip([IMAGE, WINDOW, *OUTPUTS], [plane, {0: "N"}, map_, map_, plane], strict=True)
-    )
+    dynamic = {IMAGE: plane, WINDOW: {0: "N"}, MASK: map_, LOGITS: plane, CONFIDENCE: map_}
     written = io.BytesIO()
     torch.onnx.export(
         graph,
         feeds,
         written,  # type: ignore[arg-type] # its stub knows no files, its documentation does
-        input_names=names,
-        output_names=OUTPUTS,
+        input_names=names[0],
+        output_names=names[1],
         opset_version=opset,
         dynamo=False,
-        dynamic_axes={name: dynamic[name] for name in [*names, *OUTPUTS]},
+        dynamic_axes={name: dynamic[name] for name in (*names[0], *names[1])},
     )
     return onnx.load_from_string(written.getvalue())
 

@@ -133,7 +133,7 @@ class ModelFile:
         except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception
             return f"it does not run ({type(error).__name__})"
         size = PROBE, PROBE
-        wanted = [(1, *size), (1, *size), (1, len(self.classes), *size)]
+        wanted = [(1, *size), (1, len(self.classes), *size)]
         return "" if shapes == wanted else f"outputs {shapes}, expected {wanted}"
 
     def _outputs(self, image: NDArray[Any], window: FloatArray | None) -> list[NDArray[Any]]:

@@ -14,7 +14,9 @@ from medpsp.tiles import Tiling, tile_places, tiled
 from medpsp.types import FloatArray
 
 IMAGE, WINDOW = "image", "window"
-MASK, CONFIDENCE, LOGITS = OUTPUTS = ["mask", "confidence", "logits"]
+MASK, LOGITS = OUTPUTS = ["mask", "logits"]
+CONFIDENCE = "confidence"
+"""An output where `export.confidence` is set."""
 Feeds = dict[str, NDArray[Any]]
 """By the name of the input."""
 
@@ -39,10 +41,8 @@ def open_session(
 
 
 def run_graph(session: ort.InferenceSession, feeds: Feeds, *names: str) -> list[NDArray[Any]]:
-    """These outputs; the others are not fetched, but onnxruntime 1.32 computes softmax, too."""
-    options = ort.RunOptions()
-    options.only_execute_path_to_fetches = True
-    found: list[NDArray[Any]] = session.run(names, feeds, options)
+    """These outputs."""
+    found: list[NDArray[Any]] = session.run(names, feeds)
     return found
 
 

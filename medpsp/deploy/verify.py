@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from medpsp.deploy.inputs import GraphInput
-from medpsp.deploy.session import OUTPUTS, feeds_of, open_session
+from medpsp.deploy.session import feeds_of, open_session
 from medpsp.errors import ParityError
 from medpsp.types import FloatArray
 
@@ -51,7 +51,7 @@ class Parity:
         shape: (N, H, W).
         max_abs_diff: Of the logits.
         relative: See above.
-        confidence: Largest difference of the confidence.
+        confidence: Largest difference of the confidence; 0 where the file gives none.
         changed: Pixels of another class although the two largest logits are `MARGIN` apart.
         ties: Pixels of another class between logits that are nearer.
     """
@@ -70,7 +70,7 @@ def check_parity(
     """Compare network and file at all of `SHAPES`.
 
     Args:
-        unit: The network behind its windows: (image, window) to mask, confidence and logits, as
+        unit: The network behind its windows: (image, window) to what the file gives, as
             `DeployGraph`, in torch.
         path: Of the file.
         given: What it takes.
@@ -91,7 +91,7 @@ def check_parity(
         with torch.no_grad():
             tensors = [torch.from_numpy(a) for a in (image, window) if a is not None]
             expected = [out.numpy() for out in unit.eval()(*tensors)]
-        found = session.run(OUTPUTS, feeds_of(image, window))
+        found = session.run(None, feeds_of(image, window))
         rows.append(_compared(path, shape, expected, found))
     worst = max(rows, key=lambda row: np.nan_to_num(row.relative, nan=np.inf))
     if not worst.relative <= tolerance:  # written so that NaN fails
@@ -128,7 +128,7 @@ def _compared(
 ) -> Parity:
     if [a.shape for a in expected] != [a.shape for a in found]:
         raise ParityError(f"{path.name} at (N,H,W)={shape}: shapes {[a.shape for a in found]}")
-    (mask, confidence, logits), (mask_, confidence_, logits_) = expected, found
+    (mask, logits, *rest), (mask_, logits_, *rest_) = expected, found
     difference = float(np.abs(logits_ - logits).max())
     top = np.sort(logits, axis=1)
     with np.errstate(invalid="ignore"):  # infinite ones
@@ -138,7 +138,9 @@ def _compared(
         shape=shape,
         max_abs_diff=difference,
         relative=difference / max(1.0, float(np.abs(logits).max())),
-        confidence=float(np.abs(confidence_ - confidence).max()),
+        confidence=max(
+            (float(np.abs(b - a).max()) for a, b in zip(rest, rest_, strict=True)), default=0.0
+        ),
         changed=int((other & clear).sum()),
         ties=int((other & ~clear).sum()),
     )
