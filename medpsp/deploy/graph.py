@@ -15,7 +15,7 @@ class DeployGraph(nn.Module):
         model: Gives logits (N, K, H, W) and something else for (N, C, H, W) in [0, 1].
         given: What it is fed.
         confidence: Give the share of the chosen class, too. onnxruntime computes every output,
-            whichever are fetched: softmax took a quarter of the time of ResNet18's int8.
+            whichever are fetched: 4 % of the time of ResNet18's int8, and 27 % as a softmax.
     """
 
     def __init__(self, model: nn.Module, given: GraphInput, confidence: bool = False) -> None:
@@ -40,7 +40,7 @@ class DeployGraph(nn.Module):
         found = logits.argmax(dim=1).to(torch.uint8), logits
         if not self.confidence:
             return found
-        top = logits.amax(dim=1, keepdim=True)  # cheaper than softmax, which ORT transposes for
+        top = logits.amax(dim=1, keepdim=True)
         return *found, 1 / (logits - top).exp().sum(dim=1)
 
     def unit(self, image: Tensor, window: Tensor | None = None) -> Tensor:
