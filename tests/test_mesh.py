@@ -13,10 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
+from medpsp.deploy import fairing
+from medpsp.deploy.fairing import fair
 from medpsp.deploy.gif import GifWriter
 from medpsp.deploy.marching import march
-from medpsp.deploy.mesh import class_surface, volumes_ml, write_meshes, write_stl
+from medpsp.deploy.mesh import class_boxes, class_surface, volumes_ml, write_meshes
+from medpsp.deploy.meshfiles import write_stl
+from medpsp.deploy.packed import PackedMask
 from medpsp.errors import GeometryError
 from medpsp.intensity import CLASS_COLOURS
 
@@ -265,6 +271,69 @@ def test_memory_of_a_surface_is_below_a_byte_a_voxel() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < mask.size  # 5.2 MB; one int64 a voxel would be 42
+
+
+def speckled(seed: int, shape: tuple[int, int, int] = (24, 40, 40)) -> Any:
+    """Many parts, and some that join late: columns that stand on nothing but share a lid."""
+    mask = np.random.default_rng(seed).random(shape) < 0.12
+    mask[:, ::6, ::6] = True
+    mask[-1] = True
+    mask[-3:-1, 1:-1, 1:-1] &= mask[:1, 1:-1, 1:-1]
+    return mask
+
+
+def test_blocks_of_triangles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = speckled(0)
+    shell = march(iter(mask), *mask.shape[1:])
+    assert len(shell.triangles) > 3 * fairing.BLOCK
+    blocks = fair(shell)
+    monkeypatch.setattr(fairing, "BLOCK", 10**9)
+    np.testing.assert_allclose(blocks, fair(shell), atol=1e-9)
+
+
+def test_parts_are_those_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairing, "BLOCK", 100)
+    for seed in range(3):
+        mask = speckled(seed, (12, 20, 20))
+        shell = march(iter(mask), *mask.shape[1:])
+        count, (a, b, c) = len(shell.vertices), shell.triangles.T
+        edges = np.concatenate([a, b]), np.concatenate([b, c])
+        graph = coo_matrix((np.ones(len(edges[0])), edges), (count, count))
+        expected, labels = connected_components(graph, directed=False)
+        part = fairing._parts(count, shell.triangles)
+        assert part.max() + 1 == expected > 100
+        assert len(np.unique(np.stack([part, labels]), axis=1).T) == expected
+
+
+def test_memory_of_meshes_goes_with_the_largest_surface(tmp_path: Path) -> None:
+    mask = PackedMask((40, 80, 80))
+    for z, part in enumerate(speckled(1, mask.shape)):
+        mask[z] = part.astype(np.uint8) * (1 + z % 2)
+    write_meshes(tmp_path / "a", PackedMask((1, 1, 1)), PLAIN, ("background", "x"))
+    sizes = [len(class_surface(mask, label, PLAIN).vertices) for label in (1, 2)]
+    tracemalloc.start()
+    write_meshes(tmp_path / "a", mask, PLAIN, ("background", "x", "y"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert min(sizes) > 50_000
+    assert peak < 130 * max(sizes) + 2**21  # bytes of a vertex; blocks of triangles take the rest
+
+
+def test_packed_masks_read_back() -> None:
+    whole = np.random.default_rng(0).integers(0, 200, (4, 5, 7), np.uint8)
+    packed = PackedMask(whole.shape)
+    for place in (3, 0, 1):
+        packed[place] = whole[place]
+    whole[2] = 0
+    np.testing.assert_array_equal(packed.unpacked([0, 1, 2, 3]), whole)
+    np.testing.assert_array_equal(packed.unpacked([3, 1]), whole[[3, 1]])
+    boxes = class_boxes(packed)
+    np.testing.assert_array_equal(sorted(boxes), np.unique(whole))
+    for label, box in boxes.items():
+        inside = np.argwhere(whole == label)
+        assert [(s.start, s.stop) for s in box] == [
+            (a, b + 1) for a, b in zip(inside.min(0), inside.max(0), strict=True)
+        ]
 
 
 def picture(number: int, size: int = 40) -> Any:

@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from medpsp.deploy.gif import GifWriter
 from medpsp.deploy.mesh import volumes_ml, write_meshes
 from medpsp.deploy.modelfile import ModelFile
+from medpsp.deploy.packed import PackedMask
 from medpsp.deploy.picture import Sheet
 from medpsp.deploy.segobject import ModelFacts, write_seg
 from medpsp.deploy.stream import Segmented
@@ -51,7 +51,7 @@ class Target:
 class Answers:
     """Files of one series: all of them are there at the end, or none.
 
-    Memory is that of a few slices; SEG and meshes need the whole mask, one byte a voxel.
+    Memory is that of a few slices; a SEG needs the whole mask, meshes one surface.
 
     Args:
         out: Folder.
@@ -78,7 +78,7 @@ class Answers:
         self._nifti: MaskWriter | None = None
         self._gif: GifWriter | None = None
         whole = "mesh" in formats or ("seg" in formats and target.dicom is not None)
-        self._volume = np.zeros(target.shape, np.uint8) if whole else None
+        self._volume = PackedMask(target.shape) if whole else None
 
     def __enter__(self) -> Answers:
         name, target, formats = self._target.name, self._target, self._formats
@@ -146,8 +146,8 @@ class Answers:
         for path in sorted(self._work.iterdir()):
             path.rename(self._out / path.name)
 
-    def _write_seg(self, volume: NDArray[np.uint8], series: Series) -> None:
-        model, all_there = self._model, len(self._places) == len(volume)
+    def _write_seg(self, volume: PackedMask, series: Series) -> None:
+        model = self._model
         facts = ModelFacts(
             name=model.path.stem,
             version=str(model.meta.get("tool", "medpsp")),
@@ -156,7 +156,7 @@ class Answers:
             codes=model.codes,
         )
         answered = replace(series, slices=tuple(series.slices[n] for n in self._numbers))
-        masks = volume if all_there else volume[self._places]
+        masks = volume.unpacked(self._places)
         write_seg(self._work / f"{self._target.name}.dcm", masks, answered, facts)
 
     @property

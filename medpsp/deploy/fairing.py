@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.deploy.marching import Ints, Shell
 
 Floats = NDArray[np.float64]
+
+BLOCK = 2**13
+"""Triangles at once; they come slice by slice, as their vertices do, so these lie together."""
 
 STEPS, PACE, REACH = 10, 0.6, 0.4
 """Smoothing steps, the share of the way to the neighbours' mean that each goes, and how far a
@@ -23,7 +28,7 @@ sheets, lines, single voxels, noise of any density). The pace is the longest ste
 def fair(shell: Shell) -> Floats:
     """Smooth a surface; each connected part of it keeps the volume of its voxels.
 
-    Works axis by axis and corner by corner: all at once would take 15 times the mesh.
+    Holds the mesh three times.
 
     Returns:
         (V, 3) places of the vertices (column, row, slice) in voxels.
@@ -35,25 +40,34 @@ def fair(shell: Shell) -> Floats:
     return _inflated(smooth, shell.triangles, part, flux.astype(np.float64)).T
 
 
-def vertex_areas(places: Floats, triangles: Ints) -> Floats:
+def vertex_areas(places: NDArray[np.floating], triangles: Ints) -> Floats:
     """How the volume grows as a vertex moves.
 
     Args:
-        places: (3, V) of the vertices.
+        places: (3, V) of the vertices, of any floats.
         triangles: (T, 3).
 
     Returns:
-        (3, V) a third of the area vectors around each vertex.
+        (3, V) float64, a third of the area vectors around each vertex.
     """
-    first, second, third = triangles.T
-    along, across = (np.stack([x[end] - x[first] for x in places]) for end in (second, third))
-    areas = np.zeros_like(places)
-    for axis in range(3):
-        j, k = axis - 2, axis - 1
-        area = (along[j] * across[k] - along[k] * across[j]) / 6
-        for corner in triangles.T:
-            areas[axis] += np.bincount(corner, area, minlength=places.shape[1])
+    areas = np.zeros(places.shape)
+    for corners, span in _blocks(triangles):
+        near = places[:, span].astype(np.float64)
+        along, across = (near[:, corners[k]] - near[:, corners[0]] for k in (1, 2))
+        for axis in range(3):
+            j, k = axis - 2, axis - 1
+            area = (along[j] * across[k] - along[k] * across[j]) / 6
+            for corner in corners:
+                areas[axis, span] += np.bincount(corner, area, near.shape[1])
     return areas
+
+
+def _blocks(triangles: Ints) -> Iterator[tuple[NDArray[np.intp], slice]]:
+    """(3, B) corners of some triangles, counted within the vertices that they lie among."""
+    for start in range(0, len(triangles), BLOCK):
+        block = triangles[start : start + BLOCK]
+        first = int(block.min())
+        yield block.T.astype(np.intp, order="C") - first, slice(first, int(block.max()) + 1)
 
 
 def _smoothed(start: NDArray[np.float32], triangles: Ints) -> Floats:
@@ -61,41 +75,66 @@ def _smoothed(start: NDArray[np.float32], triangles: Ints) -> Floats:
 
     The mean of each axis is its own, so that voxels may count in place of mm.
     """
-    corners = triangles.T
-    pairs = [(corners[k - 1], corners[k]) for k in range(3)]  # every edge, once each way
-    neighbours = sum(np.bincount(here, minlength=len(start)) for here, _ in pairs)
+    neighbours = _around(np.ones(len(start)), triangles)
     smooth = start.astype(np.float64)
     for _ in range(STEPS):
-        total = sum(np.bincount(here, smooth[there], len(start)) for here, there in pairs)
-        smooth += PACE * (total / neighbours - smooth)
+        mean = _around(smooth, triangles)
+        mean /= neighbours
+        mean -= smooth
+        mean *= PACE
+        smooth += mean
         np.clip(smooth, start - REACH, start + REACH, out=smooth)
     return smooth
 
 
-def _parts(count: int, triangles: Ints) -> NDArray[np.intp]:
+def _around(values: Floats, triangles: Ints) -> Floats:
+    """(V,) sums over the neighbours: of every edge once each way, since the surface is closed."""
+    total = np.zeros(len(values))
+    for corners, span in _blocks(triangles):
+        near = values[span]
+        for k in range(3):
+            total[span] += np.bincount(corners[k - 1], near[corners[k]], len(near))
+    return total
+
+
+def _parts(count: int, triangles: Ints) -> Ints:
     """(V,) number of the connected part of each vertex."""
     root = np.arange(count, dtype=np.int32)
-    a, b = triangles[:, :2].ravel(), triangles[:, 1:].ravel()
-    while (apart := a != b).any():
-        a, b = a[apart], b[apart]
-        root[np.maximum(a, b)] = np.minimum(a, b)  # of several, any will do: the next round joins
-        while (root[root] != root).any():
-            root = root[root]
-        a, b = root[a], root[b]
-    return np.unique(root, return_inverse=True)[1]
+    for start in range(0, len(triangles), BLOCK):
+        block = triangles[start : start + BLOCK]
+        a, b = block[:, :2].ravel(), block[:, 1:].ravel()
+        while (apart := (a := _top(root, a)) != (b := _top(root, b))).any():
+            a, b = a[apart], b[apart]
+            root[np.maximum(a, b)] = np.minimum(a, b)  # of several, any: the next round joins
+        root[block] = _top(root, block)  # short ways for the next block
+    root = _top(root, root)
+    numbers: Ints = np.cumsum(root == np.arange(count), dtype=np.int32) - 1
+    return numbers[root]
 
 
-def _inflated(places: Floats, triangles: Ints, part: NDArray[np.intp], volumes: Floats) -> Floats:
+def _top(root: Ints, places: Ints) -> Ints:
+    """Where the ways from these end."""
+    while ((up := root[places]) != places).any():
+        places = up
+    return places
+
+
+def _inflated(places: Floats, triangles: Ints, part: Ints, volumes: Floats) -> Floats:
     """(3, V) places moved along their normals, each part alike, until each encloses its volume.
 
     Newton's method; volumes of cavities are negative. Scaling would move thin rings as a whole.
     """
     for _ in range(VOLUME_STEPS):
         areas = vertex_areas(places, triangles)
-        missing = volumes - np.bincount(part, (places * areas).sum(axis=0)) / 3
+        missing = volumes - np.bincount(part, np.einsum("ij,ij->j", places, areas)) / 3
         if (np.abs(missing) <= VOLUME_RTOL * np.abs(volumes)).all():
             break
-        length = np.sqrt((areas**2).sum(axis=0))
+        length = np.sqrt(np.einsum("ij,ij->j", areas, areas))
         step = np.clip(missing / np.bincount(part, length), -VOLUME_PACE, VOLUME_PACE)
-        places += areas * (step[part] / np.where(length > 0, length, 1))
+        length[length == 0] = 1
+        for axis in range(3):
+            areas[axis] *= step[part]
+            areas[axis] /= length
+            places[axis] += areas[axis]
+        del areas, length  # before the next
     return places

@@ -80,9 +80,8 @@ class _Builder:
     def __init__(self, height: int, width: int) -> None:
         self.table = _table()
         self.count, self.depth = 0, 0
-        self.vertices: list[NDArray[np.float32]] = []
-        self.sides: list[NDArray[np.int8]] = []
-        self.triangles: list[Ints] = []
+        # bytes grow where they are: joining arrays at the end would take as much again
+        self.vertices, self.sides, self.triangles = bytearray(), bytearray(), bytearray()
         # number of the vertex between a voxel and the next one, set only where there is a vertex:
         # along x and along y in the lower and the upper slice, and along z
         self.lower, self.upper = np.empty((2, 2, height, width), dtype=np.int32)
@@ -107,9 +106,9 @@ class _Builder:
         self.count += len(rows)
         place = np.empty((len(rows), 3), dtype=np.float32)
         place[:, 0], place[:, 1], place[:, 2] = columns - 1, rows - 1, 0
-        self.vertices.append(place + np.asarray(shift, dtype=np.float32))
+        self.vertices += (place + np.asarray(shift, dtype=np.float32)).tobytes()
         sides = here[rows, columns].astype(np.int8) * 2 - 1
-        self.sides.append(sides if shift[0] else np.zeros_like(sides))
+        self.sides += (sides if shift[0] else np.zeros_like(sides)).tobytes()
 
     def _cells(self, lower: Bools, upper: Bools) -> None:
         kind = _quads(lower) + 16 * _quads(upper)
@@ -122,15 +121,14 @@ class _Builder:
         )
         edges = self.table[kind[y, x]]
         used = edges[:, :, 0] >= 0
-        self.triangles.append(cuts[np.nonzero(used)[0][:, None], edges[used]])
+        self.triangles += cuts[np.nonzero(used)[0][:, None], edges[used]].tobytes()
 
     def shell(self) -> Shell:
         """All of it."""
-        empty = np.empty((0, 3), dtype=np.float32)
         return Shell(
-            np.concatenate([empty, *self.vertices]),
-            np.concatenate([empty[:, 0].astype(np.int8), *self.sides]),
-            np.concatenate([empty.astype(np.int32), *self.triangles]),
+            np.frombuffer(self.vertices, dtype=np.float32).reshape(-1, 3),
+            np.frombuffer(self.sides, dtype=np.int8),
+            np.frombuffer(self.triangles, dtype=np.int32).reshape(-1, 3),
         )
 
 

@@ -1,55 +1,33 @@
-"""Surfaces of masks as STL and GLB, and volumes in ml."""
+"""Surfaces of masks, and volumes in ml."""
 
 from __future__ import annotations
 
-import json
 import re
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp import __version__
-from medpsp.deploy.fairing import Floats, fair, vertex_areas
-from medpsp.deploy.marching import Ints, march
+from medpsp.deploy.fairing import Floats, fair
+from medpsp.deploy.marching import march
+from medpsp.deploy.meshfiles import Part, Surface, pieces, write_glb, write_stl
 from medpsp.errors import GeometryError
-from medpsp.intensity import CLASS_COLOURS
 
 Mask = NDArray[np.uint8]
-
-BLOCK = 8192
-"""Triangles of an STL put together at once: 0.4 MB."""
-
-FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
-"""50 bytes of a binary STL."""
-
-LPS_TO_GLTF = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)
-"""A rotation: x = left, y = up = superior, z = front = anterior (glTF 2.0, 3.4)."""
-
-AXES = {"x": "left", "y": "superior", "z": "anterior", "unit": "metre", "origin": "of the patient"}
+Box = tuple[slice, slice, slice]
 
 
-class Surface(NamedTuple):
-    """A closed triangle mesh: each edge has two triangles, which run along it in opposite ways.
+class Slices(Protocol):
+    """(N, H, W) class indices, slice by slice; an array is one, too."""
 
-    Attributes:
-        vertices: (V, 3) float32, mm in the LPS space of the patient.
-        triangles: (T, 3) int32 rows of `vertices`, anticlockwise as seen from outside.
-    """
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W)."""
 
-    vertices: NDArray[np.float32]
-    triangles: Ints
-
-
-class Part(NamedTuple):
-    """One class of a GLB: its index, which decides the colour, its name and its surface."""
-
-    label: int
-    name: str
-    surface: Surface
+    def __getitem__(self, place: int, /) -> Mask:
+        """(H, W)."""
 
 
 def volumes_ml(counts: NDArray[np.integer], affine: Floats) -> tuple[float, ...]:
@@ -69,7 +47,7 @@ def volumes_ml(counts: NDArray[np.integer], affine: Floats) -> tuple[float, ...]
     return tuple(int(count) * voxel / 1000 for count in counts)
 
 
-def class_surface(mask: Mask, label: int, affine: Floats) -> Surface:
+def class_surface(mask: Slices, label: int, affine: Floats, box: Box | None = None) -> Surface:
     """The smooth closed surface of one class.
 
     Each connected part of it encloses exactly the volume of its voxels. Voxels of the class that
@@ -80,6 +58,7 @@ def class_surface(mask: Mask, label: int, affine: Floats) -> Surface:
         mask: (N, H, W) class indices.
         label: Of the class.
         affine: (4, 4), index (column, row, slice) to mm LPS; it may shear or mirror.
+        box: That holds the class, if that is known.
 
     Returns:
         The surface; without a triangle where the mask has no such voxel.
@@ -88,22 +67,39 @@ def class_surface(mask: Mask, label: int, affine: Floats) -> Surface:
         GeometryError: GEOM_NONFINITE.
     """
     mirrored = _determinant(affine) < 0
-    slices, rows, columns = _bounds(mask, label)
-    box = mask[slices, rows, columns]
-    shell = march((part == label for part in box), *box.shape[1:])
-    triangles = shell.triangles
+    slices, rows, columns = box or class_boxes(mask).get(label, (slice(0, 0),) * 3)
+    parts = (mask[z][rows, columns] == label for z in range(slices.start, slices.stop))
+    shell = march(parts, rows.stop - rows.start, columns.stop - columns.start)
     corner = np.array([columns.start, rows.start, slices.start])
-    vertices = (fair(shell) + corner) @ affine[:3, :3].T + affine[:3, 3]
-    return Surface(
-        vertices.astype(np.float32), triangles[:, ::-1].copy() if mirrored else triangles
-    )
+    places, vertices = fair(shell), np.empty_like(shell.vertices)
+    for some in pieces(len(vertices)):
+        vertices[some] = (places[some] + corner) @ affine[:3, :3].T + affine[:3, 3]
+    return Surface(vertices, shell.triangles[:, ::-1] if mirrored else shell.triangles)
 
 
-def write_meshes(stem: Path, mask: Mask, affine: Floats, classes: Sequence[str]) -> list[Path]:
+def class_boxes(mask: Slices) -> dict[int, Box]:
+    """The box (slices, rows, columns) of each class that a mask holds."""
+    ends: dict[int, NDArray[np.int64]] = {}
+    for z in range(mask.shape[0]):
+        part = mask[z]
+        for label in map(int, np.flatnonzero(np.bincount(part.ravel()))):
+            rows, columns = (np.flatnonzero((part == label).any(axis=axis)) for axis in (1, 0))
+            here = np.array([(z, rows[0], columns[0]), (z, rows[-1], columns[-1])])
+            first, last = ends.get(label, here)
+            ends[label] = np.stack([np.minimum(first, here[0]), np.maximum(last, here[1])])
+    return {label: _box(one) for label, one in ends.items()}
+
+
+def _box(ends: NDArray[np.int64]) -> Box:
+    z, y, x = (slice(int(first), int(last) + 1) for first, last in ends.T)
+    return z, y, x
+
+
+def write_meshes(stem: Path, mask: Slices, affine: Floats, classes: Sequence[str]) -> list[Path]:
     """Write the surface of every class that the mask holds.
 
     ``<stem>.<index>-<class>.stl`` for each and ``<stem>.glb`` with all of them; no file where there
-    is background alone. The same bytes for the same mask.
+    is background alone. The same bytes for the same mask. One surface is held at a time.
 
     Args:
         stem: Path in an existing folder, its name free of identities.
@@ -117,122 +113,27 @@ def write_meshes(stem: Path, mask: Mask, affine: Floats, classes: Sequence[str])
     Raises:
         GeometryError: GEOM_NONFINITE.
     """
-    held = np.zeros(256, dtype=np.bool_)
-    for part in mask:
-        held[part] = True
-    files, parts = [], []
-    for label, name in enumerate(classes[1:], start=1):
-        if held[label]:
-            surface = class_surface(mask, label, affine)
-            parts.append(Part(label, name, surface))
-            plain = re.sub(r"\W+", "_", name, flags=re.ASCII)[:60]  # names of files have an end
-            files.append(stem.with_name(f"{stem.name}.{label}-{plain}.stl"))
-            write_stl(files[-1], surface)
-    if parts:
-        files.append(stem.with_name(f"{stem.name}.glb"))
-        write_glb(files[-1], parts)
-    return files
+    boxes = class_boxes(mask)
+    drawn = {n: name for n, name in enumerate(classes) if n and n in boxes}
+    files = {n: _stl(stem, n, name) for n, name in drawn.items()}
+
+    def parts() -> Iterator[Part]:
+        for label, name in drawn.items():
+            part = Part(label, name, class_surface(mask, label, affine, boxes[label]))
+            write_stl(files[label], part.surface)
+            yield part
+            del part
+
+    if not drawn:
+        return []
+    both = stem.with_name(f"{stem.name}.glb")
+    write_glb(both, parts())
+    return [*files.values(), both]
 
 
-def write_stl(path: Path, surface: Surface) -> None:
-    """Write a binary STL in mm LPS.
-
-    LPS is what 3D Slicer (since 4.11) reads an STL as, and what its header says here the way that
-    Slicer's own files do: ``SPACE=LPS``.
-    """
-
-    def chunks() -> Iterable[bytes]:
-        yield b"medpsp, mm, SPACE=LPS".ljust(80) + struct.pack("<I", len(surface.triangles))
-        for start in range(0, len(surface.triangles), BLOCK):
-            corners = surface.vertices[surface.triangles[start : start + BLOCK]]
-            facets = np.zeros(len(corners), dtype=FACET)
-            a, b, c = corners.astype(np.float64).transpose(1, 0, 2)
-            facets["normal"], facets["corners"] = _unit(np.cross(b - a, c - a)), corners
-            yield facets.tobytes()
-
-    _save(path, chunks())
-
-
-def write_glb(path: Path, parts: Sequence[Part]) -> None:
-    """Write a binary glTF 2.0 with one mesh, node and material a class, in real size.
-
-    Metres with y up, as glTF demands: x = left, y = superior, z = anterior of the patient, from the
-    same origin as the STL. With normals: without, viewers must show flat facets (3.7.2.1).
-
-    Args:
-        path: To write.
-        parts: At least one; none is empty.
-    """
-    blobs: list[NDArray[Any]] = []
-    accessors: list[dict[str, Any]] = []
-    for part in parts:
-        vertices, triangles = part.surface
-        places = vertices @ LPS_TO_GLTF.T / np.float32(1000)
-        normals = _unit(vertex_areas(vertices.T.astype(np.float64), triangles).T) @ LPS_TO_GLTF.T
-        blobs += [places, normals.astype(np.float32), triangles.ravel()]
-        low, high = places.min(axis=0).tolist(), places.max(axis=0).tolist()
-        floats = {"componentType": 5126, "count": len(places), "type": "VEC3"}
-        corners = {"componentType": 5125, "count": triangles.size, "type": "SCALAR"}
-        accessors += [{**floats, "min": low, "max": high}, floats.copy(), corners]
-    views, start = [], 0
-    for number, blob in enumerate(blobs):  # numbers of 4 bytes throughout: no gaps to fill
-        target = 34963 if number % 3 == 2 else 34962
-        views.append(
-            {"buffer": 0, "byteOffset": start, "byteLength": blob.nbytes, "target": target}
-        )
-        accessors[number]["bufferView"] = number
-        start += blob.nbytes
-    tree = {
-        "asset": {"version": "2.0", "generator": f"medpsp {__version__}", "extras": AXES},
-        "scene": 0,
-        "scenes": [{"nodes": list(range(len(parts)))}],
-        "nodes": [{"name": part.name, "mesh": n} for n, part in enumerate(parts)],
-        "meshes": [
-            {"name": part.name, "primitives": [_primitive(n)]} for n, part in enumerate(parts)
-        ],
-        "materials": [_material(part) for part in parts],
-        "accessors": accessors,
-        "bufferViews": views,
-        "buffers": [{"byteLength": start}],
-    }
-    text = json.dumps(tree, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 4)
-    head = struct.pack("<4sIIII", b"glTF", 2, 28 + len(text) + start, len(text), 0x4E4F534A)
-    head += text + struct.pack("<II", start, 0x004E4942)
-    _save(path, [head, *(blob.astype(blob.dtype.newbyteorder("<")).tobytes() for blob in blobs)])
-
-
-def _primitive(number: int) -> dict[str, Any]:
-    first = 3 * number
-    attributes = {"POSITION": first, "NORMAL": first + 1}
-    return {"attributes": attributes, "indices": first + 2, "material": number}
-
-
-def _material(part: Part) -> dict[str, Any]:
-    """Matt, in the colour of the overlays; glTF wants linear light (3.9.2), not sRGB."""
-    srgb = CLASS_COLOURS[1 + (part.label - 1) % (len(CLASS_COLOURS) - 1)].astype(np.float64) / 255
-    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    colour = [round(float(v), 6) for v in linear]
-    surface = {"baseColorFactor": [*colour, 1.0], "metallicFactor": 0.0, "roughnessFactor": 0.6}
-    return {"name": part.name, "pbrMetallicRoughness": surface}
-
-
-def _save(path: Path, chunks: Iterable[bytes]) -> None:
-    """The whole file or none."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _unit(vectors: Floats) -> Floats:
-    """(..., 3) of length 1; zero ones stay."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
+def _stl(stem: Path, label: int, name: str) -> Path:
+    plain = re.sub(r"\W+", "_", name, flags=re.ASCII)[:60]  # names of files have an end
+    return stem.with_name(f"{stem.name}.{label}-{plain}.stl")
 
 
 def _determinant(affine: Floats) -> float:
@@ -240,17 +141,3 @@ def _determinant(affine: Floats) -> float:
     if not size:
         raise GeometryError("GEOM_NONFINITE", "the affine of the mask is not finite, or flat")
     return size
-
-
-def _bounds(mask: Mask, label: int) -> tuple[slice, slice, slice]:
-    """The box that holds a class; empty where there is none."""
-    slices = np.zeros(mask.shape[0], dtype=np.bool_)
-    rows, columns = (np.zeros(size, dtype=np.bool_) for size in mask.shape[1:])
-    for number, part in enumerate(mask):
-        inside = part == label
-        rows |= inside.any(axis=1)
-        columns |= inside.any(axis=0)
-        slices[number] = inside.any()
-    box = [np.flatnonzero(axis) for axis in (slices, rows, columns)]
-    z, y, x = (slice(int(at[0]), int(at[-1]) + 1) if at.size else slice(0, 0) for at in box)
-    return z, y, x
