@@ -30,7 +30,7 @@ def displacement(drawn: Draw) -> NDArray[np.float64]:
     source = columns[:, None, :] + rows[:, :, None]
     bend = drawn.bend()
     if bend is not None:
-        source = source + bend[0] @ bend[1]
+        source = source + bend.dense() @ bend.along.swapaxes(0, 1)
     here = np.indices(drawn.shape)[::-1]
     return source - here
 

@@ -2,7 +2,7 @@
 
 A map says where in the source an output pixel comes from: ``centre + turn (output + grid +
 elastic - centre)``. Lengths are drawn in mm and kept in pixels. The map is a part by column,
-plus a part by row, plus a product of two thin matrices; `warpcv` and `warptorch` add them up,
+plus a part by row, plus a spline of few nodes; `warpcv` and `warptorch` add them up,
 so both deform alike.
 """
 
@@ -84,6 +84,27 @@ class Nodes(NamedTuple):
     moved: FloatArray
 
 
+class Bend(NamedTuple):
+    """The elastic displacement: row h is ``sum over k of weights[k, h] * along[first[h] + k]``.
+
+    Attributes:
+        first: (H,) ascending; the first row of nodes that moves a row of pixels.
+        weights: (4, H).
+        along: (K, 2, W) columns and rows, in px; rows of nodes, at every column of pixels.
+    """
+
+    first: NDArray[np.intp]
+    weights: FloatArray
+    along: FloatArray
+
+    def dense(self) -> FloatArray:
+        """``first`` and ``weights`` as a matrix (H, K)."""
+        rows = np.arange(len(self.first))
+        matrix = np.zeros((len(rows), len(self.along)))
+        matrix[rows, self.first + np.arange(4)[:, None]] = self.weights
+        return matrix
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Draw:
     """All that is random about one sample.
@@ -124,18 +145,15 @@ class Draw:
         turn = np.array(self.turn)
         return middle[:, None] + turn[:, :1] * x, turn[:, 1:] * y
 
-    def bend(self) -> tuple[FloatArray, FloatArray] | None:
-        """The elastic part as a product: (2, H, K) by (K, W); None where there is none."""
+    def bend(self) -> Bend | None:
+        """The elastic part; None where there is none."""
         if self.elastic is None:
             return None
-        across, down = self.elastic.steps
-        turned = np.einsum("ij,jkl->ikl", np.array(self.turn), self.elastic.moved)
-        first, weights = _splines(self.shape[0], down)
-        left = sum(w[:, None] * turned[:, first + k] for k, w in enumerate(weights))
+        (across, down), moved = self.elastic
+        turned = np.einsum("ij,jkl->kil", np.array(self.turn), moved)
         first, weights = _splines(self.shape[1], across)
-        right = np.zeros((turned.shape[2], self.shape[1]))
-        right[first + np.arange(4)[:, None], np.arange(self.shape[1])] = weights
-        return np.asarray(left), right
+        along = sum(w * turned[..., first + k] for k, w in enumerate(weights))
+        return Bend(*_splines(self.shape[0], down), np.asarray(along))
 
 
 def draw(

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.train.warp import Draw
+from medpsp.train.warp import Bend, Draw
 from medpsp.types import IGNORE
 
 Floats = NDArray[np.float32]
 _CHANNELS = 4  # most that a remap takes
+_ROWS = 32  # of a map that are worked on at once: the caches hold them
 
 
 class _Space(threading.local):
     """Memory for the maps, kept: to ask for 4 MB and give it back takes as long as the rest."""
 
-    maps: Floats = np.empty((0, 0, 0), np.float32)
+    maps: Floats = np.empty((0, 2, 0), np.float32)
+    part: Floats = np.empty((0, 2, 0), np.float32)
 
     def of(self, shape: tuple[int, int]) -> Floats:
-        """Four planes of a shape; what was there before is overwritten."""
-        if self.maps.shape[1:] != shape:
-            self.maps = np.empty((4, *shape), np.float32)
+        """(H, 2, W); what was there before is overwritten."""
+        rows, columns = shape
+        if self.maps.shape != (rows, 2, columns):
+            self.maps = np.empty((rows, 2, columns), np.float32)
+            self.part = np.empty((min(rows, _ROWS), 2, columns), np.float32)
         return self.maps
 
 
@@ -83,17 +88,30 @@ def _remapped(image: Floats, x: Floats, y: Floats, fill: float) -> Floats:
 def _sources(drawn: Draw) -> tuple[Floats, Floats]:
     """Column and row in the source of every output pixel, (H, W) each, until the next call."""
     columns, rows = (part.astype(np.float32) for part in drawn.axes())
-    space = _space.of(drawn.shape)
-    x, y = (np.add(rows[n][:, None], columns[n], out=space[n]) for n in (0, 1))
+    maps = _space.of(drawn.shape)
+    np.add(rows.T[:, :, None], columns, out=maps)
     bend = drawn.bend()
-    if bend is None:
-        return x, y
-    (along, down), right = bend[0].astype(np.float32), bend[1].astype(np.float32)
-    # not by numpy's @: its BLAS may take threads, of which loader workers have one, and other bits
-    gemm = _cv2().gemm
-    gemm(along, right, 1, x, 1, space[2])
-    gemm(down, right, 1, y, 1, space[3])
-    return space[2], space[3]
+    if bend is not None:
+        _bend(maps, bend, _space.part)
+    return maps[:, 0], maps[:, 1]
+
+
+def _bend(maps: Floats, bend: Bend, part: Floats) -> None:
+    """Add the elastic part to (H, 2, W) maps; ``part`` is memory for some rows of them.
+
+    No product of matrices, numpy's or OpenCV's: their BLAS may take threads, of which loader
+    workers have one, and then other bits. Multiplying and adding has the same bits everywhere.
+    """
+    weights = bend.weights.astype(np.float32)[:, :, None]
+    flat, part = (m.reshape(len(m), -1) for m in (maps, part))  # numpy runs through long rows
+    along = bend.along.astype(np.float32).reshape(len(bend.along), -1)
+    same = np.flatnonzero(np.diff(bend.first, prepend=-1))  # where the next row of nodes begins
+    starts = np.union1d(same, np.arange(0, len(flat), _ROWS)).tolist()
+    for start, end in pairwise([*starts, len(flat)]):
+        for k in range(4):
+            product = part[: end - start]
+            np.multiply(weights[k, start:end], along[bend.first[start] + k], out=product)
+            flat[start:end] += product
 
 
 @lru_cache

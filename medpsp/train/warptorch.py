@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medpsp.train.warp import Draw
+from medpsp.train.warp import Bend, Draw
 from medpsp.types import IGNORE
 
 
@@ -55,13 +55,20 @@ def _sources(draws: Sequence[Draw], like: Tensor) -> Tensor:
     source = _placed(columns, like)[:, :, None, :] + _placed(rows, like)[:, :, :, None]
     bends = {n: bend for n, drawn in enumerate(draws) if (bend := drawn.bend()) is not None}
     if bends:
-        most = max(right.shape[0] for _, right in bends.values())
-        left = [np.pad(a, ((0, 0), (0, 0), (0, most - a.shape[2]))) for a, _ in bends.values()]
-        right = [np.pad(b, ((0, most - b.shape[0]), (0, 0))) for _, b in bends.values()]
+        most = max(len(bend.along) for bend in bends.values())
+        even = [_with_nodes(bend, most) for bend in bends.values()]
+        left = _placed([bend.dense() for bend in even], like)[:, None]
+        right = _placed([bend.along for bend in even], like).transpose(1, 2)
         # only this part is a product: in TF32, where that is allowed, places err by 0.01 px at most
-        moved = _placed(left, like) @ _placed(right, like)[:, None]
+        moved = left @ right
         source.index_add_(0, torch.tensor(list(bends), device=like.device), moved)
     return source
+
+
+def _with_nodes(bend: Bend, count: int) -> Bend:
+    """Rows of nodes up to a count; those added move nothing."""
+    more = count - len(bend.along)
+    return bend._replace(along=np.pad(bend.along, ((0, more), (0, 0), (0, 0))))
 
 
 def _placed(arrays: Sequence[np.typing.NDArray[np.float64]], like: Tensor) -> Tensor:
