@@ -57,12 +57,10 @@ def export_job(config: Config) -> None:
     metadata, found = model_metadata(config, rows, step, given), Found()
     metadata["weights"] = weights_digest(model)
     log.info("export: fp32, opset %d, image %s", config.export.opset, given.dtype)
-    confidence = config.export.confidence
-    about = {**metadata, "variant": "fp32"}
-    export_onnx(model, run.fp32, given, config.export.opset, about, confidence)
+    graph = DeployGraph(model, given, config.export.confidence)
+    export_onnx(graph, run.fp32, config.export.opset, {**metadata, "variant": "fp32"})
     shown = graph_slices(config, rows, spread(train, EXAMPLES), given)
     examples = [Example(one.image, one.window) for one in shown]
-    graph = DeployGraph(model, given, confidence)
     found.parity = check_parity(graph, run.fp32, given, examples, config.export.parity_tolerance)
     worst = max(row.max_abs_diff for row in found.parity)
     log.info("export: largest logit difference %.1e over %d shapes", worst, len(found.parity))

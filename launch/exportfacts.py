@@ -121,10 +121,12 @@ def dossier_facts(
         steps=_steps(config, found),
         environment=environment_facts(),
     )
-    scores = json.loads(run.evaluation.read_text("utf-8")) if run.evaluation.is_file() else {}
+    scores: Any = (
+        json.loads(run.evaluation.read_text("utf-8")) if run.evaluation.is_file() else None
+    )
     if of_these_files(scores, config, metadata["weights"]):
         facts["evaluation"] = scores
-    elif scores:
+    elif scores is not None:
         facts["steps"].append(
             "The scores that lie in the run are not known to be of these weights, or are of tiles, "
             "mirrored images or cleaned masks that the files do not have: they are left out. "
@@ -133,9 +135,11 @@ def dossier_facts(
     return facts
 
 
-def of_these_files(scores: dict[str, Any], config: Config, weights: str) -> bool:
+def of_these_files(scores: Any, config: Config, weights: str) -> bool:
     """Whether an ``evaluation.json`` says what the files do on a device."""
-    settings = scores.get("settings", {})
+    if not isinstance(scores, dict):
+        return False
+    settings = scores.get("settings") or {}
     size = settings.get("size") or list(config.train.size)
     tiling = config.tiling
     return (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.durable import sync_folder
+from medpsp.durable import sync
 from medpsp.errors import ShardError
 from medpsp.types import Split, VoiFunction, Window
 from shards.layout import FORMAT
@@ -163,7 +163,7 @@ def write_bytes_durably(path: Path, data: bytes, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def file_sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.durable import sync_folder
+from medpsp.durable import sync
 from shards.codec import CRC_BYTES, checked, with_crc
 
 ABSENT = 2**64 - 1
@@ -86,7 +86,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self.partial.replace(self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
         return self._sha.hexdigest(), self._at + len(index)
 
     def abort(self) -> None:

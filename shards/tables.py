@@ -14,7 +14,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medpsp.durable import sync_folder
+from medpsp.durable import sync
 from shards.index import file_sha256
 
 ROWS = 65536
@@ -144,7 +144,7 @@ class TableWriter:
             os.fsync(file.fileno())
         self.sha256 = file_sha256(self._partial)
         self._partial.replace(self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> str:

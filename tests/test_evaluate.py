@@ -383,7 +383,8 @@ def test_scores_belong_to_files_of_the_same_weights_and_settings(trained: Config
     model, _ = load_trained(config)
     digest, scores = weights_digest(model), evaluate_job(config)
     assert of_these_files(scores, config, digest)
-    assert not of_these_files({}, config, digest)
+    for damaged in ({}, [], {**scores, "settings": None}):
+        assert not of_these_files(damaged, config, digest)
     assert not of_these_files({**scores, "postprocess": {"chosen": {}}}, config, digest)
     for change in ({"flips": True}, {"overlap": 0.1}, {"size": [9, 9]}):
         other = {**scores, "settings": {**scores["settings"], **change}}

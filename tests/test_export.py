@@ -114,7 +114,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(request.param)
     model = lively(NETS[request.param])
     fp32, int8 = folder / "model.onnx", folder / "model.int8.onnx"
-    export_onnx(model, fp32, GIVEN, 18, METADATA, confidence=True)
+    export_onnx(DeployGraph(model, GIVEN, confidence=True), fp32, 18, METADATA)
     quantize(fp32, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
     return Exported(model, fp32, int8)
 
@@ -155,7 +155,7 @@ def test_network_and_file_agree_at_every_size(exported: Exported) -> None:
 def test_old_runtimes_get_the_same_network(exported: Exported, tmp_path: Path, opset: int) -> None:
     old = tmp_path / "old.onnx"
     given = GraphInput(context=0)  # windows as an input, too
-    export_onnx(exported.model, old, given, opset, METADATA)
+    export_onnx(DeployGraph(exported.model, given), old, opset, METADATA)
     proto = onnx.load(old)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", opset)]
     assert not re.search(rb"\.py\b", proto.SerializeToString()[:2000])
@@ -383,7 +383,8 @@ def test_two_exports_are_the_same_bytes(exported: Exported, tmp_path: Path) -> N
     levels = [logger.level for logger in loggers]
     loggers[0].setLevel(logging.INFO)
     again, int8 = tmp_path / "again" / "model.onnx", tmp_path / "again.int8.onnx"
-    export_onnx(copy.deepcopy(exported.model).train(), again, GIVEN, 18, METADATA, confidence=True)
+    graph = DeployGraph(copy.deepcopy(exported.model).train(), GIVEN, confidence=True)
+    export_onnx(graph, again, 18, METADATA)
     assert again.read_bytes() == exported.fp32.read_bytes()
     quantize(again, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
     assert int8.read_bytes() == exported.int8.read_bytes()
@@ -404,11 +405,11 @@ class Plain(nn.Module):
 
 def test_the_exporter_may_not_substitute_an_opset(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="asked for opset 10, the exporter wrote 18"):
-        export_onnx(Plain(1), tmp_path / "old.onnx", GIVEN, 10, {})
+        export_onnx(DeployGraph(Plain(1), GIVEN), tmp_path / "old.onnx", 10, {})
     assert list(tmp_path.iterdir()) == []
     colours = GraphInput(dtype="uint8", colours=3, windows=(Window(center=127.5, width=255),))
     plain = Plain(3)
-    export_onnx(plain, tmp_path / "new.onnx", colours, 20, {})
+    export_onnx(DeployGraph(plain, colours), tmp_path / "new.onnx", 20, {})
     proto = onnx.load(tmp_path / "new.onnx")
     assert [o.version for o in proto.opset_import] == [20]
     rng = np.random.default_rng(0)

@@ -305,6 +305,23 @@ def test_parts_are_those_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(np.unique(np.stack([part, labels]), axis=1).T) == expected
 
 
+def test_ways_to_the_root_of_a_part_stay_short() -> None:
+    """A chain of n would take n rounds for each block if the rounds did not halve it."""
+
+    class Counted(np.ndarray):
+        rounds = 0
+
+        def __getitem__(self, places: Any) -> Any:
+            Counted.rounds += 1
+            return np.asarray(self)[places]
+
+    count = 20_000
+    root = np.maximum(np.arange(count, dtype=np.int32) - 1, 0).view(Counted)
+    found = fairing._top(root, np.arange(count, dtype=np.int32))
+    assert not found.any()
+    assert Counted.rounds < 100
+
+
 def test_memory_of_meshes_goes_with_the_largest_surface(tmp_path: Path) -> None:
     mask = PackedMask((40, 80, 80))
     for z, part in enumerate(speckled(1, mask.shape)):

@@ -79,7 +79,7 @@ def expected(x: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "lines.onnx"
-    export_onnx(Lines(), path, GraphInput(), 18, METADATA)
+    export_onnx(DeployGraph(Lines(), GraphInput()), path, 18, METADATA)
     return path
 
 
@@ -266,7 +266,7 @@ def test_deep_images_are_each_shown_by_their_own_percentiles(tmp_path: Path):
     path, source = tmp_path / "m.onnx", tmp_path / "in"
     deep = GraphInput(dtype="float32")
     meta = {**METADATA, "modalities": ["OT"], "input": deep.to_json()}
-    export_onnx(Lines(), path, deep, 18, meta)
+    export_onnx(DeployGraph(Lines(), deep), path, 18, meta)
     source.mkdir()
     images = [np.arange(1, 401, dtype=np.uint16).reshape(20, 20) * scale for scale in (1, 100)]
     for number, image in enumerate(images):
@@ -412,7 +412,7 @@ COLOUR = {**METADATA, "modalities": ["US", "CT", "IMAGE8"], "input": COLOURS.to_
 @pytest.fixture(scope="module")
 def hue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "hue.onnx"
-    export_onnx(Hue(), path, COLOURS, 18, COLOUR)
+    export_onnx(DeployGraph(Hue(), COLOURS), path, 18, COLOUR)
     return path
 
 
@@ -657,7 +657,7 @@ def test_the_graph_windows_as_the_shards_do(function: Any, inverted: bool, dtype
 def test_a_graph_with_its_windows_in_it_refuses_others(tmp_path: Path, phantom: Phantom) -> None:
     given = GraphInput(windows=(CT_WINDOW,))
     meta = {**METADATA, "input": given.to_json()}
-    export_onnx(Lines(), tmp_path / "m.onnx", given, 18, meta)
+    export_onnx(DeployGraph(Lines(), given), tmp_path / "m.onnx", 18, meta)
     hu, _ = draw(phantom, 0)
     files = write_series(tmp_path / "in" / "a", "A", hu, phantom)
     (prediction,), _ = Predictor(tmp_path / "m.onnx", formats=PLAIN).folder(
@@ -701,7 +701,7 @@ def test_values_that_the_type_of_the_graph_does_not_hold() -> None:
 def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     model = tmp_path / "m.onnx"
     meta = {**METADATA, "modalities": ["CT"], "axes": [[0, 1], [1, 1], [2, 1]]}
-    export_onnx(Lines(), model, GraphInput(), 18, meta)
+    export_onnx(DeployGraph(Lines(), GraphInput()), model, 18, meta)
     hu, _ = draw(phantom, 0)
     files = write_series(tmp_path / "in", "P", hu, phantom)
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as packed:
@@ -757,7 +757,7 @@ def test_a_nifti_is_shown_as_the_training_slices_lay(
     model = tmp_path / "m.onnx"
     meta = {**METADATA, "modalities": ["CT"], "axes": [[0, 1], [1, 1], [2, 1]]}
     meta["tile"] = {"size": [48, 48], "overlap": 0.5}
-    export_onnx(Sides(), model, GraphInput(), 18, meta)
+    export_onnx(DeployGraph(Sides(), GraphInput()), model, 18, meta)
     hu, _ = draw(phantom, 0)
     write_series(tmp_path / "in", "P", hu, phantom)
     predictor = Predictor(model, formats=PLAIN)
@@ -791,7 +791,7 @@ def test_context_sees_the_slices_beside_each(tmp_path: Path, scanned: Any) -> No
     given = GraphInput(context=1, windows=(CT_WINDOW,))
     meta = {**METADATA, "classes": ["background", "rise"], "modalities": ["CT"]}
     meta["input"] = given.to_json()
-    export_onnx(Rise(), tmp_path / "m.onnx", given, 18, meta)
+    export_onnx(DeployGraph(Rise(), given), tmp_path / "m.onnx", 18, meta)
     levels = [0, 50, 20, 20, 100, 90]
     scanned([series_of((6, 1, 3), "CT")], [np.full((1, 3), v, np.int16) for v in levels])
     (prediction,), _ = Predictor(tmp_path / "m.onnx", formats=PLAIN).folder(

@@ -13,67 +13,52 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medpsp.deploy.graph import DeployGraph
-from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.session import CONFIDENCE, IMAGE, LOGITS, MASK, OUTPUTS, WINDOW
 from medpsp.errors import ExportError
 
 IR_VERSION = 8
 """Readable by runtimes from ONNX Runtime 1.10 on; the exporter alone would write 10."""
-Names = tuple[list[str], list[str]]
-"""Of inputs and outputs."""
 LEGACY = range(11, 16)
 """Opsets that only the older exporter writes; the dynamo one gives 18 for them without a word."""
 
 
-def export_onnx(
-    model: nn.Module,
-    path: Path,
-    given: GraphInput,
-    opset: int,
-    metadata: dict[str, Any],
-    confidence: bool = False,
-) -> None:
+def export_onnx(graph: DeployGraph, path: Path, opset: int, metadata: dict[str, Any]) -> None:
     """Write an fp32 ONNX file with dynamic N, H and W.
 
     Args:
-        model: Trained network; set to eval mode here.
+        graph: With the trained network; set to eval mode here.
         path: Where to write.
-        given: What the graph is fed.
         opset: 18 to 20, or 11 to 15 for old runtimes; checked in the file afterwards.
         metadata: Written as one JSON value under the key ``medpsp``.
-        confidence: Whether it has that output, see `DeployGraph`.
 
     Raises:
         ExportError: The exporter gave another opset.
     """
-    graph = DeployGraph(model, given, confidence).eval()
+    graph, given = graph.eval(), graph.given
     image = torch.zeros(2, given.planes, 64, 96, dtype=getattr(torch, given.dtype))
     feeds = [image] if given.windows else [image, torch.ones(2, given.views, 3)]
-    inputs = [IMAGE, WINDOW][: len(feeds)]
-    outputs = [*OUTPUTS, CONFIDENCE] if confidence else OUTPUTS
     with warnings.catch_warnings(), quiet("torch.onnx", logging.ERROR):
         warnings.simplefilter("ignore")
         make = _legacy if opset in LEGACY else _dynamo
-        proto = make(graph, tuple(feeds), (inputs, outputs), opset)
+        proto = make(graph, tuple(feeds), opset)
     found = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if found != opset:
         raise ExportError(f"asked for opset {opset}, the exporter wrote {found}")
     write_model(proto, path, metadata)
 
 
-def _dynamo(
-    graph: nn.Module, feeds: tuple[Tensor, ...], names: Names, opset: int
-) -> onnx.ModelProto:
+def _dynamo(graph: DeployGraph, feeds: tuple[Tensor, ...], opset: int) -> onnx.ModelProto:
+    inputs, outputs = _names(graph)
     batch, height, width = (torch.export.Dim(letter) for letter in "NHW")
     dynamic = ({0: batch, 2: height, 3: width}, {0: batch})
     program = torch.onnx.export(
         graph,
         feeds,
-        input_names=names[0],
-        output_names=names[1],
+        input_names=inputs,
+        output_names=outputs,
         opset_version=opset,
         dynamo=True,
         dynamic_shapes=dynamic[: len(feeds)],
@@ -84,9 +69,8 @@ def _dynamo(
     return program.model_proto
 
 
-def _legacy(
-    graph: nn.Module, feeds: tuple[Tensor, ...], names: Names, opset: int
-) -> onnx.ModelProto:
+def _legacy(graph: DeployGraph, feeds: tuple[Tensor, ...], opset: int) -> onnx.ModelProto:
+    inputs, outputs = _names(graph)
     plane, map_ = {0: "N", 2: "H", 3: "W"}, {0: "N", 1: "H", 2: "W"}
     dynamic = {IMAGE: plane, WINDOW: {0: "N"}, MASK: map_, LOGITS: plane, CONFIDENCE: map_}
     written = io.BytesIO()
@@ -94,13 +78,19 @@ def _legacy(
         graph,
         feeds,
         written,  # type: ignore[arg-type] # its stub knows no files, its documentation does
-        input_names=names[0],
-        output_names=names[1],
+        input_names=inputs,
+        output_names=outputs,
         opset_version=opset,
         dynamo=False,
-        dynamic_axes={name: dynamic[name] for name in (*names[0], *names[1])},
+        dynamic_axes={name: dynamic[name] for name in (*inputs, *outputs)},
     )
     return onnx.load_from_string(written.getvalue())
+
+
+def _names(graph: DeployGraph) -> tuple[list[str], list[str]]:
+    """Of inputs and outputs."""
+    inputs = [IMAGE] if graph.given.windows else [IMAGE, WINDOW]
+    return inputs, [*OUTPUTS, CONFIDENCE] if graph.confidence else OUTPUTS
 
 
 @contextmanager

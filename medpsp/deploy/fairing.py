@@ -12,7 +12,7 @@ from medpsp.deploy.marching import Ints, Shell
 Floats = NDArray[np.float64]
 
 BLOCK = 2**13
-"""Triangles at once."""
+"""Triangles or vertices at once."""
 
 STEPS, PACE, REACH = 10, 0.6, 0.4
 """Smoothing steps, the share of the way to the neighbours' mean that each goes, and how far a
@@ -40,6 +40,11 @@ def fair(shell: Shell) -> Floats:
     return _inflated(smooth, shell.triangles, part, flux.astype(np.float64)).T
 
 
+def pieces(count: int) -> Iterator[slice]:
+    """Rows 0 to ``count``, some at a time."""
+    return (slice(start, start + BLOCK) for start in range(0, count, BLOCK))
+
+
 def vertex_areas(places: NDArray[np.floating], triangles: Ints) -> Floats:
     """How the volume grows as a vertex moves.
 
@@ -64,8 +69,8 @@ def vertex_areas(places: NDArray[np.floating], triangles: Ints) -> Floats:
 
 def _blocks(triangles: Ints) -> Iterator[NDArray[np.intp]]:
     """(3, B) corners of some triangles after the others."""
-    for start in range(0, len(triangles), BLOCK):
-        yield triangles[start : start + BLOCK].T.astype(np.intp, order="C")
+    for some in pieces(len(triangles)):
+        yield triangles[some].T.astype(np.intp, order="C")
 
 
 def _smoothed(start: NDArray[np.float32], triangles: Ints) -> Floats:
@@ -97,8 +102,8 @@ def _around(values: Floats, triangles: Ints) -> Floats:
 def _parts(count: int, triangles: Ints) -> Ints:
     """(V,) number of the connected part of each vertex."""
     root = np.arange(count, dtype=np.int32)
-    for start in range(0, len(triangles), BLOCK):
-        block = triangles[start : start + BLOCK]
+    for some in pieces(len(triangles)):
+        block = triangles[some]
         a, b = block[:, :2].ravel(), block[:, 1:].ravel()
         while (apart := (a := _top(root, a)) != (b := _top(root, b))).any():
             a, b = a[apart], b[apart]

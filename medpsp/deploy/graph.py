@@ -20,7 +20,7 @@ class DeployGraph(nn.Module):
 
     def __init__(self, model: nn.Module, given: GraphInput, confidence: bool = False) -> None:
         super().__init__()
-        self.model, self.confidence = model, confidence
+        self.model, self.given, self.confidence = model, given, confidence
         constant = torch.from_numpy(window_rows(given.windows)) if given.windows else None
         self.register_buffer("window", constant, persistent=False)
         self.sigmoid = not given.windows or any(w.function == "SIGMOID" for w in given.windows)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from medpsp.deploy.predict import Prediction, Predictor
 from medpsp.dicom import nifti, voc
-from medpsp.durable import sync_folder
+from medpsp.durable import sync
 from medpsp.errors import ConfigError, MedpspError
 from medpsp.types import ScanRow
 
@@ -103,7 +103,7 @@ def _told(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) 
 def _to_disk(folder: Path) -> None:
     """A folder that is there after the power failed must not hold empty files."""
     for path in (*folder.rglob("*"), folder):
-        sync_folder(path)
+        sync(path)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.deploy.fairing import Floats, fair
+from medpsp.deploy.fairing import Floats, fair, pieces
 from medpsp.deploy.marching import march
-from medpsp.deploy.meshfiles import Part, Surface, pieces, write_glb, write_stl
+from medpsp.deploy.meshfiles import Part, Surface, write_glb, write_stl
 from medpsp.errors import GeometryError
 
 Mask = NDArray[np.uint8]
@@ -122,7 +122,7 @@ def write_meshes(stem: Path, mask: Slices, affine: Floats, classes: Sequence[str
             part = Part(label, name, class_surface(mask, label, affine, boxes[label]))
             write_stl(files[label], part.surface)
             yield part
-            del part
+            del part  # before the next surface is made
 
     if not drawn:
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp import __version__
-from medpsp.deploy.fairing import BLOCK, Floats, vertex_areas
+from medpsp.deploy.fairing import Floats, pieces, vertex_areas
 from medpsp.deploy.marching import Ints
 from medpsp.intensity import CLASS_COLOURS
 
@@ -81,9 +81,9 @@ def write_glb(path: Path, parts: Iterable[Part]) -> None:
             tree = _numbers(file, parts)
         text = json.dumps(tree, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 4)
-        start = numbers.stat().st_size
-        head = struct.pack("<4sIIII", b"glTF", 2, 28 + len(text) + start, len(text), 0x4E4F534A)
-        head += text + struct.pack("<II", start, 0x004E4942)
+        size = tree["buffers"][0]["byteLength"]
+        head = struct.pack("<4sIIII", b"glTF", 2, 28 + len(text) + size, len(text), 0x4E4F534A)
+        head += text + struct.pack("<II", size, 0x004E4942)
         with numbers.open("rb") as file:
             _save(path, itertools.chain([head], iter(lambda: file.read(2**20), b"")))
     finally:
@@ -110,7 +110,7 @@ def _numbers(file: BinaryIO, parts: Iterable[Part]) -> dict[str, Any]:
         of_pieces = (_unit(areas[:, some].T) @ LPS_TO_GLTF.T for some in pieces(len(vertices)))
         _view(file, views, (normals.astype(np.float32) for normals in of_pieces))
         _view(file, views, (triangles[some] for some in pieces(len(triangles))))
-        del part, vertices, triangles, areas
+        del part, vertices, triangles, areas  # before the next is made
     return {
         "asset": {"version": "2.0", "generator": f"medpsp {__version__}", "extras": AXES},
         "scene": 0,
@@ -165,8 +165,3 @@ def _unit(vectors: Floats) -> Floats:
     """(..., 3) of length 1; zero ones stay."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)
-
-
-def pieces(count: int) -> Iterator[slice]:
-    """Rows 0 to ``count``, some at a time."""
-    return (slice(start, start + BLOCK) for start in range(0, count, BLOCK))

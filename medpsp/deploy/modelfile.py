@@ -16,7 +16,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from medpsp.deploy.inputs import GraphInput
-from medpsp.deploy.session import IMAGE, OUTPUTS, WINDOW, class_masks, feeds_of, open_session
+from medpsp.deploy.session import (
+    IMAGE,
+    OUTPUTS,
+    WINDOW,
+    class_masks,
+    feeds_of,
+    open_session,
+    run_graph,
+)
 from medpsp.dicom.nifti import Axes
 from medpsp.errors import ModelFileError
 from medpsp.tiles import Tiling
@@ -129,16 +137,12 @@ class ModelFile:
         probe = np.zeros((1, given.planes, PROBE, PROBE), dtype=given.dtype)
         window = None if given.windows else np.ones((1, given.views, 3), np.float32)
         try:
-            shapes = [found.shape for found in self._outputs(probe, window)]
+            found = run_graph(self.session, feeds_of(probe, window), *OUTPUTS)
         except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception
             return f"it does not run ({type(error).__name__})"
-        size = PROBE, PROBE
+        shapes, size = [one.shape for one in found], (PROBE, PROBE)
         wanted = [(1, *size), (1, len(self.classes), *size)]
         return "" if shapes == wanted else f"outputs {shapes}, expected {wanted}"
-
-    def _outputs(self, image: NDArray[Any], window: FloatArray | None) -> list[NDArray[Any]]:
-        found: list[NDArray[Any]] = self.session.run(OUTPUTS, feeds_of(image, window))
-        return found
 
 
 def read_metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from medpsp.durable import sync_folder
+from medpsp.durable import sync
 from medpsp.errors import CheckpointError
 
 STATE, META, BEST = "state.pt", "meta.json", "best"
@@ -77,11 +77,11 @@ def save_checkpoint(folder: Path, name: str, tensors: dict[str, Any], state: Tra
         meta = asdict(state)
         meta["sha256"] = _digest(hashlib.sha256(data), meta)
         _write(partial / META, json.dumps(meta, indent=1).encode())
-        sync_folder(partial)
+        sync(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        sync_folder(folder)
+        sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -96,7 +96,7 @@ def rewrite_state(path: Path, state: TrainState) -> None:
     partial = path / f".{META}.partial"
     _write(partial, json.dumps(meta, indent=1).encode())
     partial.replace(path / META)
-    sync_folder(path)
+    sync(path)
 
 
 def mark_best(path: Path) -> None:
@@ -107,7 +107,7 @@ def mark_best(path: Path) -> None:
     if link.is_dir() and not link.is_symlink():  # copied by something that follows links
         shutil.rmtree(link)
     fresh.replace(link)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def keep_as_best(path: Path) -> None:
