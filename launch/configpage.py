@@ -122,8 +122,8 @@ def _type(field: _Schema) -> str:
 
 
 def _plain_type(field: _Schema) -> str:
-    kind, items = field["type"], field.get("prefixItems")
-    if items:
+    kind: str = field["type"]
+    if items := field.get("prefixItems"):
         return f"{len(items)} of: {_type(items[0])}"
     if kind == "array":
         return f"list of: {_type(field['items'])}"
