@@ -24,7 +24,7 @@ folder, as `config.yaml`.
 
 ```sh
 medpsp config show resnet18 data.archive=/archive/ct > whole.yaml
-medpsp config schema > schema.json    # JSON Schema: editors complete and check with it
+medpsp config schema > schema.json    # JSON Schema, for editors
 ```
 
 These tables are made from the types in the code.
