@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = ("README", "quickstart")
+FIRST = ("quickstart", "README")
 """Their commands make what the others work on."""
 PAGES = sorted(
     (ROOT / "README.md", *(ROOT / "docs").glob("*.md")),
