@@ -5,7 +5,7 @@ PEERS := .venv-bench
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-shards bench-train bench-accuracy clean
+.PHONY: demo test lint docs bench bench-shards bench-train bench-accuracy clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -20,6 +20,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages of docs/ as a site in site/, which needs no network. A warning fails, but not with --quiet.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)
 	@for file in $(filter-out tests/bench/shards% tests/bench/export% tests/bench/accuracy.py,$(wildcard tests/bench/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
@@ -68,7 +72,7 @@ $(PEERS)/.ready: tests/bench/peers.txt | $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs dist
+	rm -rf $(VENV) $(PEERS) runs dist site
 
 # uv installs in a tenth of pip's time, but reads no pip.conf: behind a mirror, pip takes over.
 $(READY): pyproject.toml constraints.txt

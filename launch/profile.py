@@ -30,14 +30,16 @@ class Resources(Node):
     gres: Line | None = Field(
         default=None, description="In place of gpus, for a node, such as gpu:h100:8."
     )
-    constraint: Line | None = None
+    constraint: Line | None = Field(default=None, description="Features of the nodes.")
 
 
 class Profile(Node):
     """A cluster. ``cpu`` jobs: shards, check, export; ``gpu`` jobs: train and evaluate."""
 
-    cpu: Resources = Resources()
-    gpu: Resources = Resources(gpus=1)
+    cpu: Resources = Field(default=Resources(), description="Of shards, check and export.")
+    gpu: Resources = Field(
+        default=Resources(gpus=1), description="Of train and evaluate; gpus: 1 unless told."
+    )
     minutes: dict[Line, Annotated[int, Field(ge=1)]] = Field(
         default={}, description="Of single jobs, by name, in place of their kind's."
     )
@@ -48,11 +50,11 @@ class Profile(Node):
         default=16, description="Elements of the array that converts."
     )
     parallel: Annotated[int, Field(ge=1)] = Field(default=16, description="Of them at once.")
-    account: Line | None = None
-    qos: Line | None = None
-    reservation: Line | None = None
+    account: Line | None = Field(default=None, description="Asked by many sites.")
+    qos: Line | None = Field(default=None, description="Quality of service.")
+    reservation: Line | None = Field(default=None, description="Name of a reservation.")
     exclude: Line | None = Field(default=None, description="Nodes, as SLURM writes them.")
-    mail_user: Line | None = None
+    mail_user: Line | None = Field(default=None, description="Address for mail_type.")
     mail_type: Line | None = Field(default=None, description="Such as END,FAIL.")
     extra: dict[Line, Annotated[str, Field(max_length=1000)]] = Field(
         default={}, description="Further options of sbatch; an empty value: a bare flag."

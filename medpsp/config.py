@@ -28,8 +28,10 @@ __all__ = [
 class Config(Node):
     """Everything that decides a run."""
 
-    out: Path = Path("runs/default")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    out: Path = Field(default=Path("runs/default"), description="Folder of the run.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="Of first weights, order, augmentation, dropout and bootstrap."
+    )
     data: DataConfig
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

@@ -43,15 +43,19 @@ class Node(BaseModel):
 class WindowConfig(Node):
     """A fixed window in modality units (HU for CT)."""
 
-    center: float
-    width: Annotated[float, Field(gt=0)]
+    center: float = Field(description="The middle grey.")
+    width: Annotated[float, Field(gt=0)] = Field(description="From black to white.")
 
 
 class SplitConfig(Node):
     """Shares of patients held out. A patient's place is a threshold of a keyed hash."""
 
-    val: Fraction = 0.2
-    test: Fraction = 0.2
+    val: Fraction = Field(
+        default=0.2, description="Scored while training; the best checkpoint is chosen on them."
+    )
+    test: Fraction = Field(
+        default=0.2, description="Scored by `medpsp evaluate`; training never sees them."
+    )
 
     @model_validator(mode="after")
     def _leave_some_for_training(self) -> SplitConfig:
@@ -63,9 +67,14 @@ class SplitConfig(Node):
 class VocConfig(Node):
     """Folder names of a VOC-style archive, below ``data.archive``."""
 
-    images: str = "JPEGImages"
-    masks: str = "SegmentationClass"
-    lists: str = "ImageSets/Segmentation"
+    images: str = Field(default="JPEGImages", description="Folder of the images.")
+    masks: str = Field(
+        default="SegmentationClass", description="Folder of masks with the names of the images."
+    )
+    lists: str = Field(
+        default="ImageSets/Segmentation",
+        description="Folder of train.txt, val.txt and test.txt; without them the key splits.",
+    )
     patient_pattern: str = Field(
         default="^(.+)$", description="Regular expression on the stem; group 1 is the patient."
     )
@@ -74,15 +83,19 @@ class VocConfig(Node):
 class DataConfig(Node):
     """What to read and how to turn it into shards."""
 
-    source: Literal["dicom", "voc"] = "dicom"
-    archive: Path
+    source: Literal["dicom", "voc"] = Field(
+        default="dicom", description="voc: pairs of images and masks in VOC folders."
+    )
+    archive: Path = Field(description="Folder that is read, with all below it; never written to.")
     labels: Path | None = Field(default=None, description="Root of the masks; none: unlabelled.")
     label_pattern: str = Field(
         default="{PatientID}.nii.gz",
         description="Mask of a series below `labels`; fields: PatientID, SeriesInstanceUID, "
         "Modality, folder (of the series, relative to the archive).",
     )
-    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)] = Field(
+        description="Names by class index; the first is the background."
+    )
     label_format: Literal["nifti", "seg", "rtstruct"] = Field(
         default="nifti",
         description="DICOM SEG and RTSTRUCT objects are looked for below `labels`, or in the "
@@ -112,7 +125,9 @@ class DataConfig(Node):
     unlabelled: Literal["skip", "keep"] = Field(
         default="skip", description="Series without a mask: left out, or kept with label 255."
     )
-    modalities: tuple[str, ...] = ("CT", "MR")
+    modalities: tuple[str, ...] = Field(
+        default=("CT", "MR"), description="Codes of Modality (0008,0060) to keep."
+    )
     gaps: Literal["split", "fill", "reject"] = Field(
         default="split",
         description="A series with a hole or a change of spacing becomes several, stays one with "
@@ -169,8 +184,12 @@ class DataConfig(Node):
         "as fast at a quarter more disk; dense: JPEG XL, read slowly; jpegls, htj2k: frames that "
         "are compressed so already keep their bytes, others are compressed so.",
     )
-    shard_slices: Annotated[int, Field(ge=1, le=4096)] = 128
-    workers: Annotated[int, Field(ge=1)] = 2
+    shard_slices: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=128, description="Slices of one shard, which is one file of images."
+    )
+    workers: Annotated[int, Field(ge=1)] = Field(
+        default=2, description="Processes that scan, convert and check at the same time."
+    )
     index: Path | None = Field(
         default=None,
         description="Folder for the scan of the archive, mode 0700, outside shards and archive: "
@@ -187,7 +206,11 @@ class DataConfig(Node):
         description="Ray cluster to use, `auto` or host:port; its machines see the same folders. "
         "None: Ray is started on this machine for the run.",
     )
-    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.05,
+        description="Share of quarantined objects, among these and the kept ones, above which the "
+        "command fails; all is written before.",
+    )
 
     @property
     def fixed_window(self) -> Window | None:

@@ -29,8 +29,8 @@ Gate = Literal[
 class ClassTerms(Node):
     """What a class is, in coded terms."""
 
-    category: Term
-    type: Term
+    category: Term = Field(description="Segmented Property Category: scheme, code, meaning.")
+    type: Term = Field(description="Segmented Property Type, likewise.")
 
 
 class ExportConfig(Node):

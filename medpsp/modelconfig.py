@@ -57,11 +57,17 @@ class ModelConfig(Node):
         description="group: GroupNorm, the same for any batch and any number of ranks; sync: "
         "BatchNorm over all ranks, on CUDA only.",
     )
-    dropout: Fraction = 0.2
+    dropout: Fraction = Field(
+        default=0.2, description="Share of channels behind the pyramid that a sample goes without."
+    )
     aux: bool = Field(
         default=False, description="A second loss on a middle map; not given: for classic only."
     )
-    pretrained: bool | Path = False
+    pretrained: bool | Path = Field(
+        default=False,
+        description="true: timm's weights, downloaded; a path: a .safetensors or .pth file of the "
+        "whole timm model.",
+    )
     in_channels: Annotated[int, Field(ge=1, le=3)] = Field(
         default=1, description="Of one slice. 3: RGB; grey slices are repeated."
     )

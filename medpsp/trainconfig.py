@@ -16,12 +16,22 @@ Preset = Literal["progressive", "article", "onecycle"]
 class LossConfig(Node):
     """0.7 Dice + 0.3 Focal(gamma 2) unless changed."""
 
-    dice: Annotated[float, Field(ge=0)] = 0.7
-    focal: Annotated[float, Field(ge=0)] = 0.3
-    gamma: Annotated[float, Field(ge=0)] = 2.0
-    aux: Annotated[float, Field(ge=0)] = 0.4
-    class_weights: Literal["none", "inverse", "median_frequency", "effective_number"] = (
-        "median_frequency"
+    dice: Annotated[float, Field(ge=0)] = Field(
+        default=0.7, description="Weight of 1 - Dice over the foreground classes of the batch."
+    )
+    focal: Annotated[float, Field(ge=0)] = Field(
+        default=0.3, description="Weight of the focal loss over all classes."
+    )
+    gamma: Annotated[float, Field(ge=0)] = Field(
+        default=2.0, description="Of the focal loss; 0: cross-entropy."
+    )
+    aux: Annotated[float, Field(ge=0)] = Field(
+        default=0.4, description="Weight of the same loss on the map of `model.aux`."
+    )
+    class_weights: Literal["none", "inverse", "median_frequency", "effective_number"] = Field(
+        default="median_frequency",
+        description="Of the focal loss, from the pixels of the training patients; "
+        "median_frequency: its square root.",
     )
 
     @model_validator(mode="after")
@@ -34,12 +44,14 @@ class LossConfig(Node):
 class StageConfig(Node):
     """One stage of the progressive schedule."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # part of a folder name
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
+        description="Letters, digits, _ and -: part of a folder name."
+    )
     steps: Annotated[int, Field(ge=0)] = Field(default=0, description="Optimiser steps.")
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Passes over the slices of the stage, in place of steps."
     )
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)] = Field(description="Rate of AdamW at its start.")
     lr_end: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Rate at the end; none: of the next stage, 5 % after the last."
     )
@@ -49,8 +61,13 @@ class StageConfig(Node):
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Share of the training patients; stages are nested."
     )
-    augment: Literal["none", "low", "mid", "high"] = "mid"
-    trains: Literal["all", "backbone", "head"] = "all"
+    augment: Literal["none", "low", "mid", "high"] = Field(
+        default="mid",
+        description="low: rotation and brightness; mid: grid distortion, too; high: and elastic.",
+    )
+    trains: Literal["all", "backbone", "head"] = Field(
+        default="all", description="What is not named is frozen, its statistics too."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> StageConfig:
@@ -102,9 +119,13 @@ PRESETS: dict[Preset, Callable[[int], tuple[StageConfig, ...]]] = {
 class TrainConfig(Node):
     """The training loop."""
 
-    preset: Preset = Field(default="progressive", description="Makes `stages` where none are given")
+    preset: Preset = Field(
+        default="progressive", description="Makes `stages` where none are given."
+    )
     steps: Annotated[int, Field(ge=3)] = Field(default=6000, description="Of the preset.")
-    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, validate_default=True)] = ()
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, validate_default=True)] = Field(
+        default=(), description="Stages of your own, in place of the preset."
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(
         default=16, description="Slices in one global step, over all ranks and micro-batches."
     )
@@ -113,22 +134,34 @@ class TrainConfig(Node):
         description="Micro-batches of a step. Dice is a ratio of sums: each has its own, and the "
         "mean of them is not the Dice of the whole batch.",
     )
-    size: tuple[Side, Side] = (256, 256)
-    ranks: Annotated[int, Field(ge=1)] = 1
+    size: tuple[Side, Side] = Field(
+        default=(256, 256),
+        description="Rows and columns that the network sees at once, in crops and in tiles.",
+    )
+    ranks: Annotated[int, Field(ge=1)] = Field(
+        default=1,
+        description="Processes that train together: a GPU each, or all on the CPU.",
+    )
     engine: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
         default="ddp", description="zero1-3: DeepSpeed; slower, for networks that do not fit."
     )
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         default="fp32", description="bf16: autocast; slow on CPUs without it. fp64: for tests."
     )
-    channels_last: bool = False
+    channels_last: bool = Field(
+        default=False, description="Memory layout of images and weights, for GPUs."
+    )
     compile: bool | Literal["reduce-overhead"] = Field(
         default=False,
         description="torch.compile; a minute or two at each stage. reduce-overhead: with CUDA "
         "graphs, for GPUs that wait for the CPU.",
     )
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=1e-2, description="Of AdamW; biases and norms do not decay."
+    )
+    clip_norm: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Largest norm of the gradient; longer ones are shortened to it."
+    )
     head_lr: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="Rate of all but the backbone, over the rate of the stage."
     )
@@ -136,7 +169,9 @@ class TrainConfig(Node):
         default=0.0,
         description="Decay of the averaged weights that are scored and exported; 0: none.",
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=20, description="First steps of the run, in which the rate rises."
+    )
     flips: bool = Field(default=False, description="Mirror at random; loses left and right.")
     window_jitter: Fraction = Field(
         default=0.0, description="Share by which width and centre of a window vary, in widths."
@@ -151,18 +186,24 @@ class TrainConfig(Node):
     foreground: Fraction = Field(
         default=0.0, description="Share of the samples drawn among slices with foreground."
     )
-    loader_workers: Annotated[int, Field(ge=0)] = 0
+    loader_workers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Processes of a rank that make batches; 0: the rank itself does."
+    )
     shuffle: Literal["full", "shard"] = Field(
         default="full",
         description="shard: samples of `shuffle_shards` shards at a time are shuffled together, "
         "for file systems that are slow at random reads.",
     )
-    shuffle_shards: Annotated[int, Field(ge=1)] = 16
-    eval_every: Annotated[int, Field(ge=1)] = 200
+    shuffle_shards: Annotated[int, Field(ge=1)] = Field(default=16, description="See `shuffle`.")
+    eval_every: Annotated[int, Field(ge=1)] = Field(
+        default=200, description="Steps between scores of the validation patients."
+    )
     save_every: Annotated[int, Field(ge=1)] = Field(
         default=200, description="Steps between checkpoints: what SIGKILL may cost."
     )
-    log_every: Annotated[int, Field(ge=1)] = 20
+    log_every: Annotated[int, Field(ge=1)] = Field(
+        default=20, description="Steps between points of the curves."
+    )
     resume: Literal["auto", "must", "never"] = Field(
         default="auto", description="must: an error without a checkpoint; never: with one."
     )

@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST = ("real_data", "slurm", "ranks", "canary", "crash", "faults")
+LONGEST = ("real_data", "slurm", "ranks", "canary", "crash", "faults", "docs")
 """Files of tests that take minutes: two processes end at about the same time if these go first."""
 
 

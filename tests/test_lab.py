@@ -40,6 +40,7 @@ def links() -> str:
 @root_only
 def test_nodes_with_namespaces_fail_and_heal_and_leave_nothing() -> None:
     with cluster("--cpu", "1", "--gpu", "2") as lab:
+        assert lab.lab("env") == f"export SLURM_CONF={lab.environment['SLURM_CONF']}\n"
         said = lab.run("srun", "-p", "gpu", "-N2", "--gres=gpu:1", "sh", "-c", TASK)
         assert sorted(said.split()) == ["gpu0:0", "gpu1:0"]
         lab.lab("fail", "gpu1")
