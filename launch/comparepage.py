@@ -14,7 +14,7 @@ from launch.plot import Line, plot
 from launch.runfacts import Lack, config_of, curves_of, evaluation_of
 from medpsp.configio import tree_without_paths
 from shards.index import write_bytes_durably
-from shards.page import Html, join, page, table, tag
+from shards.page import Html, coded, join, page, table, tag
 from shards.sections import section
 
 ESTIMATES = {"dice": "Dice, mean of cases", "dice_pooled": "Dice, pooled", "iou": "IoU, mean",
@@ -67,7 +67,7 @@ def _scores(runs: dict[str, Path]) -> Iterator[Html]:
     for name, root in runs.items():
         scores = evaluation_of(config_of(root)[1])
         if isinstance(scores, Lack):
-            yield tag("p", tag("strong", name), ": ", scores.line, css="quiet")
+            yield tag("p", tag("strong", name), ": ", coded(scores.line), css="quiet")
             continue
         about = f"{scores['split']}, {scores['patients']} patients, step {scores['step']}"
         for label, of in scores["classes"].items():
@@ -88,7 +88,7 @@ def _curves(runs: dict[str, Path]) -> Iterator[Html]:
     for name, root in runs.items():
         curves = curves_of(*config_of(root))
         if isinstance(curves, Lack):
-            yield tag("p", tag("strong", name), ": ", curves.line, css="quiet")
+            yield tag("p", tag("strong", name), ": ", coded(curves.line), css="quiet")
             continue
         for tag_of, found in lines.items():
             found.append(Line(name, curves.of(tag_of)))

@@ -26,7 +26,7 @@ from medpsp.dicom.codes import code_of
 from shards.figures import Columns
 from shards.index import REPORT, SHARDS, Manifest, file_sha256, write_bytes_durably
 from shards.layout import changed_settings
-from shards.page import Html, join, page, pairs, stacked, table, tag
+from shards.page import Html, coded, join, page, pairs, stacked, table, tag
 from shards.sections import (
     STATUSES,
     classes_section,
@@ -97,7 +97,7 @@ def _title(facts: RunFacts) -> Html:
 def _doubts(facts: RunFacts) -> Html:
     """What a reader should know first; empty where there is nothing."""
     lines: list[object] = [
-        *facts.damaged,
+        *map(coded, facts.damaged),
         *_failures(facts),
         *_of_other_data(facts),
         *_of_other_steps(facts),
@@ -153,19 +153,19 @@ def _of_other_files(facts: RunFacts) -> Iterator[str]:
 def _stand(facts: RunFacts) -> Iterator[tuple[str, object]]:
     manifest, columns = facts.manifest, facts.columns
     if isinstance(manifest, Lack):
-        yield "shards", manifest.line
+        yield "shards", coded(manifest.line)
     else:
         patients = "" if isinstance(columns, Lack) else f", {len(set(columns.patient))} patients"
         yield "shards", f"{manifest.slices} slices{patients}"
-    yield "training", _trained(facts)
+    yield "training", coded(_trained(facts))
     scores, dossier = facts.evaluation, facts.dossier
     if isinstance(scores, Lack):
-        yield "evaluation", scores.line
+        yield "evaluation", coded(scores.line)
     else:
         dice = ", ".join(f"{n} {shown(of['dice']['value'])}" for n, of in scores["classes"].items())
         yield "evaluation", f"Dice of {scores['patients']} held-out patients: {dice}"
     if isinstance(dossier, Lack):
-        yield "export", dossier.line
+        yield "export", coded(dossier.line)
     else:
         means = [row for row in dossier.get("agreement", ()) if row["mean"] is not None]
         said = "; ".join(f"{row['variant']} against fp32: Dice {row['mean']:.4f}" for row in means)

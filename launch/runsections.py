@@ -12,7 +12,7 @@ from launch.profile import shipped_profiles
 from launch.runfacts import Lack, RunFacts
 from medpsp.configio import without_paths
 from shards.index import SHARDS, file_sha256
-from shards.page import Html, duration, number, pairs, percent, table, tag
+from shards.page import Html, coded, duration, number, pairs, percent, table, tag
 from shards.sections import section
 
 DEVICE_JOBS = ("evaluate",)
@@ -23,7 +23,7 @@ NONE = "–"
 
 def lacks(lack: Lack) -> Html:
     """The line in place of a part."""
-    return tag("p", lack.line, css="quiet")
+    return tag("p", coded(lack.line), css="quiet")
 
 
 def what_section(facts: RunFacts) -> Html:
@@ -36,7 +36,7 @@ def what_section(facts: RunFacts) -> Html:
         ("classes", ", ".join(facts.config.data.classes)),
         ("size", f"{height} × {width}"),
         ("input channels", str(model.channels)),
-        ("slices of a step", f"{train.batch_size}, in {train.accumulate} × {train.ranks} parts"),
+        ("slices of a step", f"{train.batch_size}, in {train.accumulate} micro-batches a rank"),
         ("engine", f"{train.engine}, {train.ranks} ranks, {train.precision}"),
         ("loss", f"{loss.dice:g} Dice + {loss.focal:g} Focal, gamma {loss.gamma:g}, class weights "
          f"{loss.class_weights}"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -45,6 +46,11 @@ def tag(name: str, *content: object, **attributes: object) -> Html:
 def join(parts: Iterable[object]) -> Html:
     """Parts one after another."""
     return Html("".join(html(part) for part in parts))
+
+
+def coded(text: str) -> Html:
+    """A line of text; what stands in backticks is code."""
+    return Html(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
 
 
 def percent(share: float) -> str:
