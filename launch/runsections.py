@@ -36,7 +36,8 @@ def what_section(facts: RunFacts) -> Html:
         ("classes", ", ".join(facts.config.data.classes)),
         ("size", f"{height} × {width}"),
         ("input channels", str(model.channels)),
-        ("slices of a step", f"{train.batch_size}, in {train.accumulate} micro-batches a rank"),
+        ("slices of a step", str(train.batch_size)),
+        ("micro-batches of a rank", str(train.accumulate)),
         ("engine", f"{train.engine}, {train.ranks} ranks, {train.precision}"),
         ("loss", f"{loss.dice:g} Dice + {loss.focal:g} Focal, gamma {loss.gamma:g}, class weights "
          f"{loss.class_weights}"),
