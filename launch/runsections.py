@@ -60,7 +60,7 @@ def _versions(facts: RunFacts) -> Iterator[tuple[str, str]]:
 
 def _stages(facts: RunFacts) -> Iterator[Html]:
     given = facts.config.train.stages
-    known = dict(zip(range(len(given)), facts.stages, strict=False))
+    known = dict(enumerate(facts.stages))
     rows = []
     for place, stage in enumerate(given):
         _, first, steps = known.get(place, (stage.name, 0, 0))
