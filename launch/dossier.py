@@ -34,6 +34,7 @@ MODEL = {
     "stride": "stride",
     "bins": "pyramid bins",
     "step": "training step",
+    "weights": "SHA-256 of the weights",
     "tool": "made by",
 }
 """Keys of the metadata that are shown, in this order, and their names."""

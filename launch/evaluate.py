@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from launch.rundir import RunDir
 from launch.stacks import Labels, Network, Stack, grid_of, predict_stack, stacks_of
-from launch.trained import labelled_rows, load_trained, number, shown
+from launch.trained import labelled_rows, load_trained, number, shown, weights_digest
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from medpsp.types import IGNORE
@@ -89,6 +89,7 @@ def evaluate_job(config: Config) -> dict[str, Any]:
         "patients": len({case.patient for case in cases}),
         "slices": len(held_out),
         "step": step,
+        "weights": weights_digest(model),
         **summarise(cases, names, config.evaluate, config.seed),
         "postprocess": choice,
         "settings": config.evaluate.model_dump(mode="json"),

@@ -13,7 +13,7 @@ import numpy as np
 
 from launch.feeds import GraphSlice, graph_input, graph_slices, one_tile_each
 from launch.rundir import VARIANTS, RunDir
-from launch.trained import labelled_rows, load_trained
+from launch.trained import labelled_rows, load_trained, weights_digest
 from medpsp import __version__
 from medpsp.config import Config
 from medpsp.deploy.inputs import GraphInput
@@ -55,6 +55,7 @@ def export_job(config: Config) -> None:
 
     given, train = graph_input(config, rows), stage_rows(rows, 1.0)
     metadata, found = model_metadata(config, rows, step, given), Found()
+    metadata["weights"] = weights_digest(model)
     log.info("export: fp32, opset %d, image %s", config.export.opset, given.dtype)
     confidence = config.export.confidence
     about = {**metadata, "variant": "fp32"}

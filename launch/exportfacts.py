@@ -122,23 +122,23 @@ def dossier_facts(
         environment=environment_facts(),
     )
     scores = json.loads(run.evaluation.read_text("utf-8")) if run.evaluation.is_file() else {}
-    if of_these_files(scores, config, metadata["step"]):
+    if of_these_files(scores, config, metadata["weights"]):
         facts["evaluation"] = scores
     elif scores:
         facts["steps"].append(
-            "The scores that lie in the run are of another step, or of tiles, mirrored images or "
+            "The scores that lie in the run are of other weights, or of tiles, mirrored images or "
             "cleaned masks that the files do not have: they are left out. Evaluate again."
         )
     return facts
 
 
-def of_these_files(scores: dict[str, Any], config: Config, step: int) -> bool:
+def of_these_files(scores: dict[str, Any], config: Config, weights: str) -> bool:
     """Whether an ``evaluation.json`` says what the files do on a device."""
     settings = scores.get("settings", {})
     size = settings.get("size") or list(config.train.size)
     tiling = config.tiling
     return (
-        scores.get("step") == step
+        scores.get("weights") == weights
         and (list(size), settings.get("overlap")) == (list(tiling.size), tiling.overlap)
         and not settings.get("flips")
         and scores.get("postprocess") is None

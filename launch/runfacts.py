@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from launch.chain import Told
 from launch.curves import Curves, read_curves
@@ -76,6 +76,7 @@ class Evaluation(TypedDict):
     cases: int
     slices: int
     step: int
+    weights: NotRequired[str]
     classes: dict[str, ClassScores]
     calibration: Calibration
     settings: Settings

@@ -137,6 +137,15 @@ def _of_other_steps(facts: RunFacts) -> Iterator[str]:
         step = facts.dossier.get("model", {}).get("step", best)
         if step != best:
             yield f"The exported files are of step {step}, the best one is {best} now."
+    yield from _of_other_weights(facts)
+
+
+def _of_other_weights(facts: RunFacts) -> Iterator[str]:
+    if not isinstance(facts.evaluation, Lack) and not isinstance(facts.dossier, Lack):
+        scored = facts.evaluation.get("weights")
+        exported = facts.dossier.get("model", {}).get("weights", scored)
+        if scored and exported != scored:
+            yield "The scores are of other weights than the exported files."
 
 
 def _of_other_files(facts: RunFacts) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,6 +79,15 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     model = build_model(config.model.untrained, len(config.data.classes))
     model.load_state_dict(scored_weights(tensors))
     return model.eval(), state.step
+
+
+def weights_digest(model: PSPNet) -> str:
+    """SHA-256 of all weights and statistics: says whether scores and files are of one network."""
+    digest = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        array = tensor.cpu().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def number(value: float) -> float | None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from launch.evalpage import ranked
 from launch.evalpictures import Pictures
 from launch.evaluate import evaluate_job
+from launch.exportfacts import of_these_files
 from launch.rundir import RunDir
 from launch.scores import Case, summarise
 from launch.stacks import grid_of, stacks_of
-from launch.trained import labelled_rows
+from launch.trained import labelled_rows, load_trained, weights_digest
 from medpsp.config import Config, EvaluateConfig
 from medpsp.tiles import Tiling, tile_starts
 from medpsp.train.calibration import BINS, calibration_bins, calibration_error
@@ -357,6 +358,22 @@ def test_the_network_sees_as_much_as_in_training_unless_told(trained: Config) ->
     assert scores(size=trained.train.size) == usual
     assert scores(size=(64, 64)) != usual
     assert scores(flips=True) != usual
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_scores_belong_to_files_of_the_same_weights_and_settings(trained: Config) -> None:
+    settings = trained.evaluate.model_copy(update={"postprocess": "none"})
+    config = trained.model_copy(update={"evaluate": settings})
+    model, _ = load_trained(config)
+    digest, scores = weights_digest(model), evaluate_job(config)
+    assert of_these_files(scores, config, digest)
+    assert not of_these_files({}, config, digest)
+    assert not of_these_files({**scores, "postprocess": {"chosen": {}}}, config, digest)
+    for change in ({"flips": True}, {"overlap": 0.1}, {"size": [9, 9]}):
+        other = {**scores, "settings": {**scores["settings"], **change}}
+        assert not of_these_files(other, config, digest)
+    model.state_dict()["classify.bias"][0] += 1e-3  # the same memory
+    assert not of_these_files(scores, config, weights_digest(model))
 
 
 @pytest.mark.usefixtures("own_handlers")

@@ -312,6 +312,9 @@ def test_what_does_not_belong_together_is_said(run: RunDir, trained: Config) -> 
     tree["data"]["gaps"] = "fill"
     RunDir.create(Config.model_validate(tree))
     scores = json.loads(run.evaluation.read_text()) | {"step": 10}
+    facts = json.loads(run.export_report.read_text())
+    facts["model"]["weights"] = "of another network"
+    run.export_report.write_text(json.dumps(facts))
     run.evaluation.write_text(json.dumps(scores))
     run.fp32.write_bytes(b"another model")
     meta = run.checkpoints / "best/meta.json"
@@ -323,6 +326,7 @@ def test_what_does_not_belong_together_is_said(run: RunDir, trained: Config) -> 
         "shards have changed since the newest checkpoint",
         "The scores are of step 10, the best one is 30 now.",
         "The exported files are of step 20, the best one is 30 now.",
+        "The scores are of other weights than the exported files.",
         "export/model.onnx: is not what the dossier was made of.",
         "export failed: logs/export.failed says why.",
         "export failed, code 1",
