@@ -9,7 +9,8 @@ from typing import Literal
 
 from rich.table import Table
 
-from launch.runfacts import Evaluation, Lack, config_of, dossier_of, evaluation_of
+from launch.runfacts import Lack, config_of, dossier_of, evaluation_of
+from launch.runtypes import Evaluation
 from medpsp.deploy.dossier import Facts
 
 COLUMNS = ("run", "backbone", "seed", "step", "Dice", "HD95 mm", "NSD", "int8 Dice", "int8 MiB")

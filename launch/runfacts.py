@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
 
 from launch.chain import Told
 from launch.curves import Curves, read_curves
 from launch.rundir import RunDir
+from launch.runtypes import DOSSIER, EVALUATION, REACHED, TOLD, Evaluation, Reached
 from medpsp.config import Config
 from medpsp.configio import load_config
 from medpsp.deploy.dossier import Facts
@@ -31,70 +31,6 @@ class Lack(NamedTuple):
 
     line: str
     damaged: bool = False
-
-
-class Estimate(TypedDict):
-    """With its 95 % interval; None where there is none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-class ClassScores(TypedDict):
-    """Of one class, see `launch.scores`."""
-
-    dice: Estimate
-    dice_pooled: Estimate
-    dice_constant_mask: Estimate
-    iou: Estimate
-    hd95_mm: Estimate
-    nsd: Estimate
-    present: int
-    missed: int
-    invented: int
-    absent: int
-
-
-class Calibration(TypedDict):
-    """Its error alone."""
-
-    ece: Estimate
-
-
-class Settings(TypedDict):
-    """Those that a table names."""
-
-    nsd_mm: float
-
-
-class Evaluation(TypedDict):
-    """Of ``evaluation.json``, what other pages than its own show."""
-
-    split: str
-    patients: int
-    cases: int
-    slices: int
-    step: int
-    weights: NotRequired[str]
-    classes: dict[str, ClassScores]
-    calibration: Calibration
-    settings: Settings
-
-
-class Schedule(TypedDict):
-    """Name and steps of every stage."""
-
-    stages: list[tuple[str, int]]
-
-
-class Reached(TypedDict):
-    """Of the ``meta.json`` of a checkpoint; see `medpsp.train.checkpoint.TrainState`."""
-
-    step: int
-    best: float
-    schedule: Schedule
-    content: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +72,6 @@ class RunFacts:
         """How far training has come."""
         seen = 0 if isinstance(self.curves, Lack) else self.curves.last
         return max((seen, *(one["step"] for one in self.reached[0])))
-
-
-EVALUATION, DOSSIER = TypeAdapter(Evaluation), TypeAdapter(Facts)
-REACHED, TOLD = TypeAdapter(Reached), TypeAdapter(Told)
 
 
 def config_of(root: Path) -> tuple[Config, RunDir]:
