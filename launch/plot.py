@@ -115,7 +115,8 @@ def _scales(axes: Axes) -> Iterator[Html]:
         yield tag("path", d=f"M{LEFT} {y:.1f}H{WIDE - RIGHT}")
         yield _text(LEFT - 5, y + 4, _three(value), "end")
     for step in ticks(axes.last, 4):
-        yield _text(axes.x(int(step)), HIGH - BOTTOM + 15, f"{step:.0f}", "middle")
+        if step.is_integer():
+            yield _text(axes.x(int(step)), HIGH - BOTTOM + 15, f"{step:.0f}", "middle")
     yield _text(WIDE - RIGHT, HIGH - 2, "step", "end")
 
 

@@ -176,9 +176,12 @@ def _stand(facts: RunFacts) -> Iterator[tuple[str, object]]:
     if isinstance(dossier, Lack):
         yield "export", coded(dossier.line)
     else:
-        means = [row for row in dossier.get("agreement", ()) if row["mean"] is not None]
-        said = "; ".join(f"{row['variant']} against fp32: Dice {row['mean']:.4f}" for row in means)
-        yield "export", f"{said or 'fp32 alone'}; {_gates(dossier)}"
+        said = [
+            f"{row['variant']} against fp32: Dice "
+            + ("n/a" if row["mean"] is None else f"{row['mean']:.4f}")
+            for row in dossier.get("agreement", ())
+        ]
+        yield "export", "; ".join([*(said or ["fp32 alone"]), _gates(dossier)])
 
 
 def _gates(dossier: Facts) -> str:

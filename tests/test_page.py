@@ -496,7 +496,8 @@ def test_a_plot_by_hand() -> None:
     assert "0 at step 0, 1 at step 10; lowest 0 at 0, highest 1 at 10" in text
     assert '<td class="n">10</td><td class="n">1</td><td class="n">0.5</td>' in text
     assert "Nothing was written yet." in plot("x", "A plot", [Line("none", [])])
-    assert "NaN" not in plot("x", "A plot", [Line("zero", [(1, 0.0)])])
+    short = plot("x", "A plot", [Line("zero", [(1, 0.0), (2, 0.0)])])
+    assert re.findall(r'y="175.0" text-anchor="middle">(.)<', short) == ["0", "1", "2"]
 
 
 # several runs -----------------------------------------------------------------------------------
