@@ -126,8 +126,9 @@ def dossier_facts(
         facts["evaluation"] = scores
     elif scores:
         facts["steps"].append(
-            "The scores that lie in the run are of other weights, or of tiles, mirrored images or "
-            "cleaned masks that the files do not have: they are left out. Evaluate again."
+            "The scores that lie in the run are not known to be of these weights, or are of tiles, "
+            "mirrored images or cleaned masks that the files do not have: they are left out. "
+            "Evaluate again."
         )
     return facts
 
@@ -262,15 +263,15 @@ def _training(config: Config, rows: Sequence[SliceRow], manifest: str) -> Traini
 
 def _steps(config: Config, found: Found) -> list[str]:
     steps = [
-        "Windows, padding to the stride, network, softmax and argmax are one graph.",
+        "Windows, padding to the stride, network and argmax are one graph.",
         "BatchNorm is folded into the convolutions where onnxruntime prepares int8; the auxiliary "
         "head is left out.",
     ]
     for name in config.export.variants:
         if name == "half":
             steps.append(
-                "fp16: weights and activations of the network; windows, pooling sums, softmax and "
-                "argmax stay fp32."
+                "fp16: weights and activations of the network; windows, pooling sums and what "
+                "follows the network stay fp32."
             )
             continue
         kept = found.restored[name].nodes

@@ -7,7 +7,6 @@ limits and patches what it likes for itself alone. `pytest -s` shows the lines.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import re
 import resource
@@ -30,12 +29,9 @@ from medpsp.configio import dump_yaml
 from medpsp.errors import EXIT_AGAIN
 from medpsp.train.watch import EXIT_HANGS
 from shards.index import read_index
+from tests.children import SERVER
 from tests.damage import flip
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["tests.test_faults", "launch.train", "medpsp.train.loop", "medpsp.train.board", "timm"]
-)
 ROOT = Path(__file__).resolve().parents[1]
 NEW_MOUNTS = 0x20000
 STEPS = "train.stages=[{name: only, steps: %d, lr: %g, augment: none}]"

@@ -1,12 +1,10 @@
 """Training that is killed, again and again, ends with the weights of an undisturbed run.
 
-Each try is a process of its own that knows nothing but the files. It is forked from this one, so
-that torch is there already.
+Each try is a process of its own that knows nothing but the files.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -25,12 +23,12 @@ from medpsp.train.loop import fit
 from medpsp.train.ranks import process_group
 from medpsp.train.stop import OUT_OF_TIME, StopRequest
 from medpsp.types import World
+from tests.children import SERVER
 from tests.squares import CPU, make_config, make_run, names, network
 
 KILLS = 20
 SAVE_EVERY = 3
 STEPS = 24
-fork = multiprocessing.get_context("fork")
 
 
 def config_of() -> Config:
@@ -43,9 +41,10 @@ def config_of() -> Config:
     return make_config(*stages, save_every=SAVE_EVERY, eval_every=5, ema=0.9, batch_size=2)
 
 
-def train(folder: Path, rank: int, size: int) -> None:
+def train(folder: Path, rank: int, size: int, port: int) -> None:
     """One try; leaves as the command line would."""
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     config, world = config_of(), World(rank=rank, size=size, local_rank=rank)
     with StopRequest().listening() as stop, process_group(world, 1, seconds=60):
         run = make_run(config, folder, world, stop=stop)
@@ -59,8 +58,8 @@ def train(folder: Path, rank: int, size: int) -> None:
 
 
 def start(folder: Path, size: int) -> list[Any]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    ranks = [fork.Process(target=train, args=(folder, rank, size)) for rank in range(size)]
+    port = free_port()
+    ranks = [SERVER.Process(target=train, args=(folder, rank, size, port)) for rank in range(size)]
     for process in ranks:
         process.start()
     return ranks

@@ -12,7 +12,7 @@ from medpsp.deploy.marching import Ints, Shell
 Floats = NDArray[np.float64]
 
 BLOCK = 2**13
-"""Triangles at once; they come slice by slice, as their vertices do, so these lie together."""
+"""Triangles at once."""
 
 STEPS, PACE, REACH = 10, 0.6, 0.4
 """Smoothing steps, the share of the way to the neighbours' mean that each goes, and how far a
@@ -51,23 +51,21 @@ def vertex_areas(places: NDArray[np.floating], triangles: Ints) -> Floats:
         (3, V) float64, a third of the area vectors around each vertex.
     """
     areas = np.zeros(places.shape)
-    for corners, span in _blocks(triangles):
-        near = places[:, span].astype(np.float64)
-        along, across = (near[:, corners[k]] - near[:, corners[0]] for k in (1, 2))
+    for corners in _blocks(triangles):
+        first, second, third = (places[:, corner].astype(np.float64) for corner in corners)
+        along, across = second - first, third - first
         for axis in range(3):
             j, k = axis - 2, axis - 1
             area = (along[j] * across[k] - along[k] * across[j]) / 6
             for corner in corners:
-                areas[axis, span] += np.bincount(corner, area, near.shape[1])
+                np.add.at(areas[axis], corner, area)
     return areas
 
 
-def _blocks(triangles: Ints) -> Iterator[tuple[NDArray[np.intp], slice]]:
-    """(3, B) corners of some triangles, counted within the vertices that they lie among."""
+def _blocks(triangles: Ints) -> Iterator[NDArray[np.intp]]:
+    """(3, B) corners of some triangles after the others."""
     for start in range(0, len(triangles), BLOCK):
-        block = triangles[start : start + BLOCK]
-        first = int(block.min())
-        yield block.T.astype(np.intp, order="C") - first, slice(first, int(block.max()) + 1)
+        yield triangles[start : start + BLOCK].T.astype(np.intp, order="C")
 
 
 def _smoothed(start: NDArray[np.float32], triangles: Ints) -> Floats:
@@ -90,10 +88,9 @@ def _smoothed(start: NDArray[np.float32], triangles: Ints) -> Floats:
 def _around(values: Floats, triangles: Ints) -> Floats:
     """(V,) sums over the neighbours: of every edge once each way, since the surface is closed."""
     total = np.zeros(len(values))
-    for corners, span in _blocks(triangles):
-        near = values[span]
+    for corners in _blocks(triangles):
         for k in range(3):
-            total[span] += np.bincount(corners[k - 1], near[corners[k]], len(near))
+            np.add.at(total, corners[k - 1], values[corners[k]])
     return total
 
 
@@ -105,18 +102,18 @@ def _parts(count: int, triangles: Ints) -> Ints:
         a, b = block[:, :2].ravel(), block[:, 1:].ravel()
         while (apart := (a := _top(root, a)) != (b := _top(root, b))).any():
             a, b = a[apart], b[apart]
-            root[np.maximum(a, b)] = np.minimum(a, b)  # of several, any: the next round joins
-        root[block] = _top(root, block)  # short ways for the next block
-    root = _top(root, root)
+            np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        _top(root, block)  # short ways for the next block
+    root = _top(root, np.arange(count, dtype=np.int32))
     numbers: Ints = np.cumsum(root == np.arange(count), dtype=np.int32) - 1
     return numbers[root]
 
 
 def _top(root: Ints, places: Ints) -> Ints:
-    """Where the ways from these end."""
-    while ((up := root[places]) != places).any():
-        places = up
-    return places
+    """Where the ways from these end; they are made short on the way."""
+    while ((end := root[up := root[places]]) != up).any():
+        root[places] = end
+    return up
 
 
 def _inflated(places: Floats, triangles: Ints, part: Ints, volumes: Floats) -> Floats:

@@ -33,7 +33,7 @@ def half(source: Path, target: Path, metadata: dict[str, Any]) -> None:
     """Write the fp16 copy of an fp32 file; its inputs and outputs keep their types.
 
     fp32 stays what lies before the first weighted layer (windows: 2048 and 2049 HU are one in
-    fp16) and after the last (upsampling, softmax, argmax), and what adds up many values: the
+    fp16) and after the last (upsampling, argmax), and what adds up many values: the
     products that pool the pyramid, means and normalisations.
 
     onnxruntime's own converter puts fp16 between any two layers that stay fp32, windows among them.

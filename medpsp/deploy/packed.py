@@ -1,4 +1,4 @@
-"""Masks of a whole series in a hundredth of their size."""
+"""Masks of a whole series in a fraction of their size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 
 class PackedMask:
-    """A mask (N, H, W) uint8, compressed slice by slice: what takes a byte a voxel takes 0.01.
+    """A mask (N, H, W) uint8, compressed slice by slice.
+
+    Organs take 0.01 bytes a voxel, noise of two classes 0.2.
 
     Args:
         shape: (N, H, W); slices that are never set are 0.
