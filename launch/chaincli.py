@@ -62,6 +62,8 @@ def run(
     from launch.submit import submit_plan
 
     submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
+    if folder.page.is_file():
+        typer.echo(f"page         {folder.page}")
     typer.echo(f"onnx fp32    {folder.fp32}\nonnx int8    {folder.int8}")
 
 

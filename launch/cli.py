@@ -130,6 +130,16 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def page(run: chaincli.RunArg) -> None:
+    """Write all of a run on one page: what it saw, learnt, scores, cost, and how to repeat it."""
+    from launch.jobs import setup_logging
+    from launch.runpage import write_run_page
+
+    setup_logging()
+    typer.echo(str(write_run_page(run)))
+
+
+@app.command()
 def voc(
     config: ConfigArg,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from rich.table import Table
 
-from launch.rundir import RunDir
-from medpsp.errors import ConfigError
+from launch.runfacts import Lack, config_of, dossier_of, evaluation_of
+from launch.runtypes import Evaluation
+from medpsp.deploy.dossier import Facts
 
 COLUMNS = ("run", "backbone", "seed", "step", "Dice", "HD95 mm", "NSD", "int8 Dice", "int8 MiB")
+Mean = Literal["dice", "hd95_mm", "nsd"]
+MEANS: tuple[Mean, ...] = ("dice", "hd95_mm", "nsd")
+"""Over the classes."""
 
 
 def compare(roots: Sequence[Path]) -> list[tuple[str, ...]]:
@@ -28,50 +31,49 @@ def compare(roots: Sequence[Path]) -> list[tuple[str, ...]]:
     Raises:
         ConfigError: One of them is no run.
     """
-    rows = [_row(root) for root in roots]
-    return [cells for _, cells in sorted(rows, key=lambda row: row[0], reverse=True)]
+    return [_row(root) for root in best_first(roots)]
 
 
-def _row(root: Path) -> tuple[float, tuple[str, ...]]:
-    from medpsp.configio import load_config
+def best_first(roots: Sequence[Path]) -> list[Path]:
+    """Runs in the order of their mean Dice; those without one keep theirs, at the end."""
 
-    run = RunDir(root)
-    if not run.config.is_file():
-        raise ConfigError(f"{root}: no config.yaml there, so it is no run of medpsp")
-    config = load_config(run.config)
-    scores, export = _read(run.evaluation), _read(run.export_report)
-    means = [_mean(scores, key) for key in ("dice", "hd95_mm", "nsd")]
-    size, agreement = _int8(export)
-    cells = (
+    def dice(root: Path) -> float:
+        _, run = config_of(root)
+        mean = _mean(evaluation_of(run), "dice")
+        return -math.inf if mean is None else mean
+
+    return sorted(roots, key=dice, reverse=True)
+
+
+def _row(root: Path) -> tuple[str, ...]:
+    config, run = config_of(root)
+    scores = evaluation_of(run)
+    size, agreement = _int8(dossier_of(run))
+    return (
         root.name,
         config.model.backbone,
         str(config.seed),
-        str(scores.get("step", "-")),
-        *(_shown(mean) for mean in means),
+        "-" if isinstance(scores, Lack) else str(scores["step"]),
+        *(_shown(_mean(scores, key)) for key in MEANS),
         _shown(agreement),
         f"{size / 2**20:.1f}" if size else "-",
     )
-    return (means[0] if means[0] is not None else -math.inf), cells
 
 
-def _int8(dossier: dict[str, Any]) -> tuple[int | None, float | None]:
+def _int8(dossier: Facts | Lack) -> tuple[int | None, float | None]:
     """Bytes of the int8 file for CPUs, and the Dice of its masks against those of fp32."""
+    if isinstance(dossier, Lack):
+        return None, None
     files = {file["variant"]: file["bytes"] for file in dossier.get("files", ())}
     means = {row["variant"]: row["mean"] for row in dossier.get("agreement", ())}
     name = "int8 QDQ U8S8"
     return files.get(name), means.get(name)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
-        return {}
-
-
-def _mean(scores: dict[str, Any], key: str) -> float | None:
-    values = [of[key]["value"] for of in scores.get("classes", {}).values()]
+def _mean(scores: Evaluation | Lack, key: Mean) -> float | None:
+    values = (
+        [] if isinstance(scores, Lack) else [of[key]["value"] for of in scores["classes"].values()]
+    )
     known = [float(value) for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -64,6 +64,7 @@ def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
     overlays = [f for f in files if f.suffix == ".png"]
     sheet = overlays.pop(0)
     return [
+        f"page         {run.page}",
         f"shards       {config.shards}",
         f"tensorboard  {run.tensorboard}   (tensorboard --logdir {run.tensorboard})",
         f"checkpoint   {run.checkpoints / 'best'}",

@@ -13,7 +13,6 @@ from medpsp.deploy.sbom import bill_of_materials
 from shards.page import Html, page, pairs, picture, table, tag
 from shards.sections import section
 
-RED = "#d63b3b"
 NOT_MEASURED = tag("p", "not measured", css="quiet")
 NONE = "–"
 
@@ -66,13 +65,13 @@ def write_dossier(folder: Path, facts: Facts) -> None:
 def dossier_page(facts: Facts) -> str:
     """One page: no script, nothing from a network, all text escaped."""
     parts = {
-        "Files": _files(facts),
+        "Files": files_table(facts),
         "What it is for": _model(facts),
         "Scores": _scores(facts),
         "Parity with the trained network": _parity(facts),
-        "Quantized against fp32": _agreement(facts),
+        "Quantized against fp32": agreement_tables(facts),
         "Largest disagreements": _overlays(facts),
-        "Latency": _latency(facts),
+        "Latency": latency_table(facts),
         "Training data": _training(facts),
         "What was optimised": _steps(facts),
         "Environment": _environment(facts),
@@ -85,23 +84,25 @@ def dossier_page(facts: Facts) -> str:
         section(f"part-{n}", title, *(content or (NOT_MEASURED,)))
         for n, (title, content) in numbered
     )
-    return page("Dossier", (header, _allowances(facts), *sections))
+    return page("Dossier", (header, gates_section(facts), *sections))
 
 
-def _allowances(facts: Facts) -> Html:
+def gates_section(facts: Facts) -> Html:
+    """Gates that were not met and were allowed, and why."""
     given = facts.get("allowances")
     if given is None:
         return section("allowances", "Gates", NOT_MEASURED)
     if not given:
         return section("allowances", "Gates", tag("p", "Every gate was met."))
     lines = (tag("li", tag("strong", a["gate"]), ": ", a["reason"]) for a in given)
-    title = tag("h2", "Gates that were not met and were allowed", style=f"color:{RED}")
+    title = tag("h2", "Gates that were not met and were allowed", style="color:var(--mark)")
     return tag(
-        "section", title, tag("ul", *lines), id="allowances", style=f"border:2px solid {RED}"
+        "section", title, tag("ul", *lines), id="allowances", style="border:2px solid var(--mark)"
     )
 
 
-def _files(facts: Facts) -> list[Html]:
+def files_table(facts: Facts) -> list[Html]:
+    """Each file with its SHA-256."""
     rows = [
         (f["name"], f["variant"], f["bytes"], f["opset"], f["ir"], tag("code", f["sha256"]))
         for f in facts.get("files", ())
@@ -168,7 +169,8 @@ def _parity(facts: Facts) -> list[Html]:
     return [tag("p", text, css="quiet"), table(head, rows, range(1, 6))] if rows else []
 
 
-def _agreement(facts: Facts) -> list[Html]:
+def agreement_tables(facts: Facts) -> list[Html]:
+    """The masks of each variant beside those of fp32."""
     given = facts.get("agreement", ())
     if not given:
         return []
@@ -224,7 +226,8 @@ def _overlays(facts: Facts) -> list[Html]:
     ]
 
 
-def _latency(facts: Facts) -> list[Html]:
+def latency_table(facts: Facts) -> list[Html]:
+    """Times on a CPU, and which."""
     cpu = facts.get("cpu")
     about = "CPU not recorded." if cpu is None else f"{cpu['model']}: {' '.join(cpu['flags'])}"
     rows = [

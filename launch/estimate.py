@@ -11,6 +11,7 @@ from launch.profile import Profile
 from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.stages import total_steps
+from shards.page import duration
 
 COUNTED = 50_000
 """Files that are looked at; of a larger archive only that it is larger is said."""
@@ -64,7 +65,7 @@ def _shards(config: Config, profile: Profile, found: Found) -> list[str]:
     lines = [
         f"archive   {least}{found.files} files, {found.size / 1e9:.3g} GB",
         f"shards    {least}{found.size / RATIO / 1e9:.3g} GB if the files are native, "
-        f"{found.size / 1e9:.3g} GB at most; {least}{_time(seconds)} with {workers} cores, one "
+        f"{found.size / 1e9:.3g} GB at most; {least}{duration(seconds)} with {workers} cores, one "
         "512 x 512 slice a file",
         f"memory    {need:.1f} GB for {profile.cpu.cpus} shard tasks on a node",
     ]
@@ -98,13 +99,7 @@ def _training(config: Config, run: RunDir) -> list[str]:
     if same and all(stage.epochs is None for stage in stages):
         steps = total_steps(stages)
         seconds = steps * (same[0]["step_s"] + same[0]["data_s"])
-        lines.append(f"          {steps} steps, {_time(seconds)} as `medpsp scale` measured")
+        lines.append(f"          {steps} steps, {duration(seconds)} as `medpsp scale` measured")
     else:
         lines.append("          time: `medpsp scale` measures a step; epochs depend on the shards")
     return lines
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

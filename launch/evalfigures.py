@@ -1,17 +1,24 @@
-"""Tables and diagrams of the evaluation page: values in, HTML out."""
+"""Tables and diagrams of scores, for several pages: values in, HTML out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from medpsp.train.pictures import Rgb
 from shards.page import Html, join, percent, table, tag
+from shards.thumbs import class_colour
 
 SIDE = 300
 """CSS pixels of the reliability diagram, and below it of the bars of its counts."""
 
 BARS = 46
+CASES = "cases"
+"""Place of the pictures in the page of an evaluation."""
+
+FEW_PATIENTS = 10
+"""Below, a percentile interval is known to be too narrow."""
 
 
 def estimate(of: dict[str, float | None]) -> Html:
@@ -27,6 +34,64 @@ def estimate(of: dict[str, float | None]) -> Html:
 
 def _digits(value: float) -> str:
     return f"{value:.3f}" if value < 1.0005 else f"{value:.3g}"
+
+
+def lifted_cases(page: str) -> Html:
+    """The part with the pictures out of the page of an evaluation."""
+    begin = f'<section id="{CASES}">'
+    inside = page.partition(begin)[2].partition("</section>")[0]
+    return Html(f"{begin}{inside}</section>")
+
+
+def doubts_of(result: Mapping[str, Any]) -> Iterator[object]:
+    """What a reader of scores should know first."""
+    if result["split"] == "val":
+        yield (
+            "No patient is in test: these are the validation patients, and training chose its "
+            "best step by them. The scores are too good."
+        )
+    if result["patients"] < FEW_PATIENTS:
+        yield "Few patients: the intervals are narrower than what is not known."
+    for name, of in result["classes"].items():
+        yield from _doubts_of_class(name, of)
+
+
+def _doubts_of_class(name: str, of: Mapping[str, Any]) -> Iterator[Html]:
+    low, blind = of["dice_pooled"]["low"], of["dice_constant_mask"]["value"]
+    if low is not None and blind is not None and low <= blind:
+        yield join([tag("strong", name), " may be no better than the constant mask."])
+    if of["missed"]:
+        yield join([tag("strong", name), " was missed altogether in ", of["missed"], " cases."])
+    if of["invented"]:
+        yield join([tag("strong", name), " was invented in ", of["invented"], " cases."])
+    if of["dice"]["value"] is None:
+        yield join([tag("strong", name), " is in no held-out case."])
+
+
+def scores_table(result: Mapping[str, Any]) -> Iterator[Html]:
+    """Every class with its intervals."""
+    yield tag(
+        "p", "With 95 % intervals over patients; the constant mask is the floor.", css="quiet"
+    )
+    head = (
+        "class", "Dice, mean of cases", "Dice, pooled", "constant mask", "IoU, mean",
+        "HD95, mm", f"NSD at {result['settings']['nsd_mm']:g} mm", "present", "missed", "invented",
+        "absent",
+    )  # fmt: skip
+    estimates = ("dice", "dice_pooled", "dice_constant_mask", "iou", "hd95_mm", "nsd")
+    states = ("present", "missed", "invented", "absent")
+    rows = (
+        (swatch(class_colour(index), name), *(estimate(of[k]) for k in estimates),
+         *(of[k] for k in states))
+        for index, (name, of) in enumerate(result["classes"].items(), 1)
+    )  # fmt: skip
+    yield table(head, rows, range(1, len(head)))
+
+
+def swatch(colour: Rgb, name: str) -> Html:
+    """A name with its colour."""
+    style = "background:rgb({},{},{})".format(*colour)
+    return join([tag("span", css="swatch", style=style), name])
 
 
 def reliability(calibration: dict[str, Any]) -> Iterator[Html]:

@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.evalfigures import confusion_table, estimate, reliability
+from launch.evalfigures import (
+    CASES,
+    confusion_table,
+    doubts_of,
+    estimate,
+    reliability,
+    scores_table,
+    swatch,
+)
 from launch.evalpictures import draw_case
 from launch.scores import Case
 from launch.trained import shown
 from medpsp.config import Config
 from medpsp.errors import ShardError
-from medpsp.train.pictures import BOTH, PREDICTED, TRUTH, Rgb
+from medpsp.train.pictures import BOTH, PREDICTED, TRUTH
 from shards.figures import read_columns
 from shards.index import INDEX
 from shards.page import Html, join, page, pairs, picture, table, tag
@@ -25,9 +33,6 @@ from shards.thumbs import class_colour, withheld
 
 if TYPE_CHECKING:
     from shards.reader import ShardReader
-
-FEW_PATIENTS = 10
-"""Below, a percentile interval is known to be too narrow."""
 
 WIDE, TALL = "width:345px;max-width:100%", "height:345px"
 """Of a picture: 150 CSS pixels of the archive report, by `evalpictures.LARGER`."""
@@ -88,14 +93,14 @@ def evaluation_page(
     parts = (
         _title(result),
         _doubts(result, cases),
-        section("scores", "Scores", *_scores(result)),
+        section("scores", "Scores", *scores_table(result)),
         *(
             section(f"by-{n}", f"By {by}", _stratum(groups, by))
             for n, (by, groups) in enumerate(result["strata"].items())
         ),
         section("calibration", "Calibration", *reliability(result["calibration"])),
         section("confusion", "Confusion", *confusion_table(result["confusion"], names)),
-        section("cases", "Worst, median and best case", *_drawn(config, cases, reader)),
+        section(CASES, "Worst, median and best case", *_drawn(config, cases, reader)),
         section("how", "How it was measured", pairs(CONVENTIONS), _settings(result)),
     )
     return page("Evaluation", (part for part in parts if part))
@@ -117,16 +122,7 @@ def _title(result: dict[str, Any]) -> Html:
 
 def _doubts(result: dict[str, Any], cases: Sequence[Case]) -> Html:
     """What a reader should know first; empty where there is nothing."""
-    lines: list[object] = []
-    if result["split"] == "val":
-        lines.append(
-            "No patient is in test: these are the validation patients, and training chose its "
-            "best step by them. The scores are too good."
-        )
-    if result["patients"] < FEW_PATIENTS:
-        lines.append("Few patients: the intervals are narrower than what is not known.")
-    for name, of in result["classes"].items():
-        lines += _doubts_of_class(name, of)
+    lines: list[object] = [*doubts_of(result)]
     flat = sum(not np.isfinite(case.z_step) for case in cases)
     if flat:
         lines.append(join([flat, " cases have no known distance between slices: no HD95, no NSD."]))
@@ -141,37 +137,6 @@ def _doubts(result: dict[str, Any], cases: Sequence[Case]) -> Html:
     if not lines:
         return Html()
     return section("doubts", "Worth a look", tag("ul", *(tag("li", x) for x in lines)), css="look")
-
-
-def _doubts_of_class(name: str, of: dict[str, Any]) -> Iterator[Html]:
-    low, blind = of["dice_pooled"]["low"], of["dice_constant_mask"]["value"]
-    if low is not None and blind is not None and low <= blind:
-        yield join([tag("strong", name), " may be no better than the constant mask."])
-    if of["missed"]:
-        yield join([tag("strong", name), " was missed altogether in ", of["missed"], " cases."])
-    if of["invented"]:
-        yield join([tag("strong", name), " was invented in ", of["invented"], " cases."])
-    if of["dice"]["value"] is None:
-        yield join([tag("strong", name), " is in no held-out case."])
-
-
-def _scores(result: dict[str, Any]) -> Iterator[Html]:
-    yield tag(
-        "p", "With 95 % intervals over patients; the constant mask is the floor.", css="quiet"
-    )
-    head = (
-        "class", "Dice, mean of cases", "Dice, pooled", "constant mask", "IoU, mean",
-        "HD95, mm", f"NSD at {result['settings']['nsd_mm']:g} mm", "present", "missed", "invented",
-        "absent",
-    )  # fmt: skip
-    estimates = ("dice", "dice_pooled", "dice_constant_mask", "iou", "hd95_mm", "nsd")
-    states = ("present", "missed", "invented", "absent")
-    rows = (
-        (_swatch(class_colour(index), name), *(estimate(of[k]) for k in estimates),
-         *(of[k] for k in states))
-        for index, (name, of) in enumerate(result["classes"].items(), 1)
-    )  # fmt: skip
-    yield table(head, rows, range(1, len(head)))
 
 
 def _stratum(groups: dict[str, Any], by: str) -> Html:
@@ -212,13 +177,14 @@ def _drawn(config: Config, cases: Sequence[Case], reader: ShardReader) -> Iterat
     yield tag(
         "p",
         "By the mean Dice over the classes. Each shows the slice with the most wrong voxels: left "
-        "the true classes, right the contours. Point at a case to see it without them.",
+        "the true classes, right the contours. Point at a case, or go to it by Tab, to see it "
+        "without them.",
         css="quiet",
     )
     lines = ((TRUTH, "truth"), (PREDICTED, "prediction"), (BOTH, "where both agree"))
     classes = ((class_colour(k), name) for k, name in enumerate(config.data.classes) if k)
     for what, each in (("left", classes), ("right", lines)):
-        items = (tag("li", _swatch(colour, name)) for colour, name in each)
+        items = (tag("li", swatch(colour, name)) for colour, name in each)
         yield tag("ul", tag("li", tag("em", what)), *items, css="legend")
     drawn = (
         _case(rank, case, reader, reasons.get(case.series, ""), config.data.classes)
@@ -262,7 +228,7 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
         for f in frames
     )
     pics = tag("div", *figures, css="pics", style="flex-wrap:wrap")
-    return tag("article", header, pics, css="case", style="width:732px")
+    return tag("article", header, pics, css="case", tabindex=0, style="width:732px")
 
 
 def _frames(case: Case, reader: ShardReader, place: str) -> list[list[Html]]:
@@ -274,11 +240,6 @@ def _frames(case: Case, reader: ShardReader, place: str) -> list[list[Html]]:
         [picture(drawn.image, place), picture(over, f"{place}, {what}", "over")]
         for over, what in ((drawn.truth, "true classes"), (drawn.contours, "contours"))
     ]
-
-
-def _swatch(colour: Rgb, name: str) -> Html:
-    style = "background:rgb({},{},{})".format(*colour)
-    return join([tag("span", css="swatch", style=style), name])
 
 
 def _settings(result: dict[str, Any]) -> Html:

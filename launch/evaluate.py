@@ -74,6 +74,7 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     from medpsp.progress import Bar
     from shards.index import write_bytes_durably
     from shards.reader import ShardReader
+    from shards.sealed import sealed_page
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = ShardReader(config.shards)
@@ -94,13 +95,13 @@ def evaluate_job(config: Config) -> dict[str, Any]:
         "settings": config.evaluate.model_dump(mode="json"),
     }
     place = RunDir(config.out).evaluation
-    texts = {
-        ".csv": cases_csv(cases, names),
-        ".html": evaluation_page(config, result, cases, reader),
-        ".json": json.dumps(result, indent=1),
+    files = {
+        ".csv": cases_csv(cases, names).encode(),
+        ".html": sealed_page(evaluation_page(config, result, cases, reader).encode()),
+        ".json": json.dumps(result, indent=1).encode(),
     }
-    for suffix, text in texts.items():
-        write_bytes_durably(place.with_suffix(suffix), text.encode())
+    for suffix, data in files.items():
+        write_bytes_durably(place.with_suffix(suffix), data)
     _show(result)
     log.info("page: %s", place.with_suffix(".html"))
     return result

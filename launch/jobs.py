@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from shards.problem import Problem
 
 log = logging.getLogger("medpsp")
+PAGED = ("train", "evaluate", "export")
+"""Jobs after which the page of the run is written: the last one may fail."""
 SHOWN = 20
 """Problems of `check` on the terminal."""
 FILE_ONLY = "file_only"
@@ -66,6 +68,10 @@ def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) ->
             tell(run, label, told.ended_with(code, reason))
         if reason and code != EXIT_AGAIN:
             marker.write_text(reason + "\n", encoding="utf-8")
+        if leads and name in PAGED and code != EXIT_AGAIN:
+            from launch.runpage import write_run_page
+
+            log.info("page: %s", write_run_page(run.root))
     return code, reason
 
 

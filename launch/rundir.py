@@ -87,6 +87,11 @@ class RunDir:
         return self.root / "evaluation.json"
 
     @property
+    def page(self) -> Path:
+        """All of the run on one page."""
+        return self.root / "run.html"
+
+    @property
     def export(self) -> Path:
         """Folder of the ONNX files."""
         return self.root / self.export_name

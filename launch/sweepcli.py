@@ -111,6 +111,9 @@ def _sweep_on(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs (`out`).")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page, too: intervals, curves, settings.")
+    ] = None,
 ) -> None:
     """Put runs beside each other, the best first."""
     from rich.console import Console
@@ -119,6 +122,11 @@ def compare(
     from launch.compare import comparison_table
 
     Console().print(comparison_table(rows_of(runs)))
+    if html:
+        from launch.comparepage import write_comparison
+
+        write_comparison(html, runs)
+        typer.echo(str(html))
 
 
 def scale(

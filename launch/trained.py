@@ -24,11 +24,10 @@ def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
         ShardError: The shards were made with other classes, or nothing is labelled.
     """
     from shards.index import read_index, read_manifest
-    from shards.layout import data_settings
+    from shards.layout import changed_settings
 
     manifest = read_manifest(config.shards)
-    wanted = data_settings(config.data)
-    if changed := [f"data.{key}" for key in wanted if manifest.settings.get(key) != wanted[key]]:
+    if changed := changed_settings(config.data, manifest.settings):
         raise ShardError(
             f"shards {config.shards}: made with other {', '.join(changed)}; run `medpsp shards` "
             "again, or set it back"

@@ -186,9 +186,14 @@ def _kind(value: object) -> str:
 
 
 def without_paths(config: Config) -> str:
-    """As `dump_yaml`, without places of the data: event files travel further than a run folder."""
+    """As `dump_yaml`, without places of the data: for what travels further than a run folder."""
+    return yaml.safe_dump(tree_without_paths(config), sort_keys=False)
+
+
+def tree_without_paths(config: Config) -> dict[str, Any]:
+    """The same as mappings, lists and values."""
     tree = config.model_dump(mode="json", exclude={"data": {"ray_address"}})
-    return yaml.safe_dump(_no_paths(config, tree), sort_keys=False)
+    return _no_paths(config, tree)
 
 
 def _no_paths(node: Node, tree: dict[str, Any]) -> dict[str, Any]:

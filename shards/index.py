@@ -238,7 +238,8 @@ def read_manifest(root: Path) -> Manifest:
     try:
         tree = json.loads(data)
     except ValueError as error:
-        raise SealError(f"shards {root}: {MANIFEST} unreadable ({type(error).__name__})") from None
+        kind = type(error).__name__
+        raise SealError(f"shards {root}: {MANIFEST} unreadable ({kind}); {_REPAIR}") from None
     found = tree.get("version") if isinstance(tree, dict) else "none"
     other = (
         f"shards {root}: manifest format {found}, expected {FORMAT}; "

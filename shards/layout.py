@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -124,6 +124,12 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
         *("gaps", "burned_in", "non_volumes", "colour", "padding", "dates"),
     }
     return data.model_dump(mode="json", include=keep)
+
+
+def changed_settings(data: DataConfig, made: Mapping[str, Any]) -> list[str]:
+    """Keys of the configuration that shards were made with other values of."""
+    wanted = data_settings(data)
+    return [f"data.{key}" for key in wanted if made.get(key) != wanted[key]]
 
 
 def data_id(data: DataConfig, key_fingerprint: str, splits: set[tuple[str, str]]) -> str:

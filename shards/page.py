@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -47,6 +48,11 @@ def join(parts: Iterable[object]) -> Html:
     return Html("".join(html(part) for part in parts))
 
 
+def coded(text: str) -> Html:
+    """A line of text; what stands in backticks is code."""
+    return Html(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
+
+
 def percent(share: float) -> str:
     """A share in two or three digits; never 0 or 100 % for what is not."""
     if not math.isfinite(share):
@@ -63,10 +69,17 @@ def number(value: float) -> str:
     return f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def table(
     head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int], css: str = ""
 ) -> Html:
-    """A table; columns in ``numbers`` are set to the right."""
+    """A table; columns in ``numbers`` are set to the right. The keyboard scrolls a wide one."""
     right = set(numbers)
 
     def line(name: str, cells: Sequence[object], **attributes: str) -> Html:
@@ -78,7 +91,9 @@ def table(
 
     body = tag("tbody", *(line("td", row) for row in rows))
     whole = tag("table", tag("thead", line("th", head, scope="col")), body, css=css)
-    return tag("div", whole, css="scroll")
+    return tag(
+        "div", whole, css="scroll", tabindex=0, role="group", aria_label=f"table by {head[0]}"
+    )
 
 
 def meter(share: float, full: float, text: str, colour: str = "") -> Html:
@@ -101,9 +116,10 @@ def tally(items: Iterable[tuple[str, int]], most: int = 10) -> Html:
         rest = sum(count for _, count in ordered[most:])
         shown.append((f"{len(ordered) - most} others", rest, 0))
     lines = (
-        tag("tr", tag("td", name), tag("td", meter(n, full, percent(n / total))), _right(n))
+        tag("tr", tag("th", name, scope="row"), tag("td", meter(n, full, percent(n / total))),
+            _right(n))
         for name, n, full in shown
-    )
+    )  # fmt: skip
     return tag("table", tag("tbody", *lines), css="tally")
 
 

@@ -149,8 +149,8 @@ def _cases(root: Path, manifest: Manifest, columns: Columns, most: int) -> Html:
     if manifest.settings.get("source") == "voc":
         notes.append("Plain images say nothing about names in their pixels: not checked.")
     text = (
-        "Each at a quarter, half and three quarters of the labelled slices. Point at a case to "
-        "see it without its label. Numbers are slice_index of index.parquet."
+        "Each at a quarter, half and three quarters of the labelled slices. Point at a case, "
+        "or go to it by Tab, to see it without its label. Numbers are slice_index of index.parquet."
     )
     return section(
         "cases",
@@ -176,7 +176,7 @@ def _case(reader: ShardReader, columns: Columns, case: Case) -> Html:
         tag("em", f"{columns.modality[row]}, {columns.split[row]}, {number_of}, {label}"),
     )
     shown = (_thumb(reader, columns, slice_row) for slice_row in case.shown)
-    return tag("article", header, tag("div", *shown, css="pics"), css="case")
+    return tag("article", header, tag("div", *shown, css="pics"), css="case", tabindex=0)
 
 
 def _thumb(reader: ShardReader, columns: Columns, row: int) -> Html:

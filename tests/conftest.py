@@ -133,6 +133,24 @@ def made(
     return config
 
 
+@pytest.fixture(scope="session")
+def trained(made: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A few steps on the phantom, so that masks are not all of one class."""
+    from launch.jobs import train_job
+
+    tree = made.model_dump(mode="json")
+    tree["train"] |= {"stages": [{"name": "only", "steps": 20, "lr": 3e-3}], "threads": 1}
+    tree["train"] |= {"log_every": 5}
+    tree["model"] |= {"backbone": "mobilenetv3_large_100"}
+    tree["model"] |= {"psp_channels": 16, "decoder_channels": 16}
+    tree["evaluate"] |= {"bootstrap": 100, "postprocess": "choose"}
+    out = tmp_path_factory.mktemp("trained")
+    (out / "shards").symlink_to(made.shards)
+    config = Config.model_validate({**tree, "out": out})
+    train_job(config)
+    return config
+
+
 @pytest.fixture
 def copied(made: Config, tmp_path: Path) -> Config:
     """The same with shards of its own, free to be damaged."""

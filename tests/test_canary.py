@@ -270,6 +270,7 @@ def test_the_scan_covers_every_kind_of_artefact(chain: Chain) -> None:
         *("main/tensorboard/events.*", "main/checkpoints/*/state.pt", "main/checkpoints/*/*.json"),
         *("main/export/model.onnx", "main/export/model.int8.onnx", "p/*.nii.gz", "p/*/*.png"),
         *("p/*.gif", "main/export/dossier.json", "main/export/sbom.cdx.json"),
+        *("main/run.html", "main/evaluation.html", "main/jobs/*.json"),
         *("voc/JPEGImages/*.png", "voc/SegmentationClass/*.png", "voc/slices.csv"),
         *("seg/shards/*_uint8/image/c/**/0", "pictures/shards/index.parquet"),
         *("temporary/ray_tmpdir/**/worker-*.err", "temporary/ray_tmpdir/**/raylet.out"),
@@ -278,6 +279,17 @@ def test_the_scan_covers_every_kind_of_artefact(chain: Chain) -> None:
     names = [name for name, _ in tree_layers(chain.out / "main/shards")]
     assert "report.html > data URI > pixels" in names
     assert any(name.endswith("image/zarr.json decoded") for name in names)
+
+
+def test_the_page_of_the_run_has_every_part(chain: Chain) -> None:
+    """The chain ran to its end, so nothing is said to be missing, and it tells no place."""
+    page = (chain.out / "main/run.html").read_text()
+    for name in ("data", "splits", "images", "classes", "curves", "scores", "cases", "export"):
+        assert f'<section id="{name}"' in page
+    assert not re.search(r" yet[:.]|: damaged|cannot be read|not what|is not there", page)
+    assert "a few steps of training" in page  # why gates were allowed
+    assert str(chain.root) not in page
+    assert os.uname().nodename not in re.sub('base64,[^"]*', "", page).split()
 
 
 def test_every_way_to_fail_is_among_them(chain: Chain) -> None:

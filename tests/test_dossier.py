@@ -145,7 +145,7 @@ def test_allowances_stand_first_and_in_red() -> None:
     text = dossier_page(known())
     red = text.index("Gates that were not met and were allowed")
     assert red < text.index("<h2>Files</h2>")
-    assert "border:2px solid #d63b3b" in text
+    assert "border:2px solid var(--mark)" in text
     assert "<strong>latency</strong>: int8 &lt;slower&gt; here" in text
     assert "Every gate was met." in dossier_page({**known(), "allowances": []})
 

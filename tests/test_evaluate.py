@@ -18,7 +18,6 @@ from launch.evalpage import ranked
 from launch.evalpictures import Pictures
 from launch.evaluate import evaluate_job
 from launch.exportfacts import of_these_files
-from launch.jobs import train_job
 from launch.rundir import RunDir
 from launch.scores import Case, summarise
 from launch.stacks import grid_of, stacks_of
@@ -322,21 +321,6 @@ def test_cases_are_in_order_and_know_where_they_lie(made: Config) -> None:
         assert lengths.tolist() == pytest.approx([5.0, 2.6, 2.6], abs=1e-6)  # of the phantom
     assert grid_of((replace(rows[0], spacing=(1.0, 1.0, float("nan"))),)) is None
     assert grid_of((replace(rows[0], affine=()),)) is None
-
-
-@pytest.fixture(scope="module")
-def trained(made: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A few steps on the phantom, so that masks are not all of one class."""
-    tree = made.model_dump(mode="json")
-    tree["train"] |= {"stages": [{"name": "only", "steps": 20, "lr": 3e-3}], "threads": 1}
-    tree["model"] |= {"backbone": "mobilenetv3_large_100"}
-    tree["model"] |= {"psp_channels": 16, "decoder_channels": 16}
-    tree["evaluate"] |= {"bootstrap": 100, "postprocess": "choose"}
-    out = tmp_path_factory.mktemp("trained")
-    (out / "shards").symlink_to(made.shards)
-    config = Config.model_validate({**tree, "out": out})
-    train_job(config)
-    return config
 
 
 @pytest.mark.usefixtures("own_handlers")

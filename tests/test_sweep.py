@@ -86,11 +86,25 @@ def test_a_member_waits_for_shards_that_are_being_made(tmp_path: Path):
     assert [job.name for job in own_part(plan, chosen, run)] == ["evaluate", "export"]
 
 
+def scores(dice: float) -> dict[str, Any]:
+    """An ``evaluation.json`` of one class."""
+
+    def of(value: float | None) -> dict[str, float | None]:
+        return {"value": value, "low": None, "high": None}
+
+    same = dict.fromkeys(("dice", "dice_pooled", "dice_constant_mask", "iou"), of(dice))
+    states = dict.fromkeys(("present", "missed", "invented", "absent"), 0)
+    organ = {**same, "hd95_mm": of(None), "nsd": of(0.5), **states}
+    return {
+        **{"split": "test", "patients": 3, "cases": 3, "slices": 12, "step": 7},
+        **{"classes": {"organ": organ}, "calibration": {"ece": of(0.1)}, "settings": {"nsd_mm": 2}},
+    }
+
+
 def scored(root: Path, dice: float | None) -> Path:
     run = RunDir.create(config(root))
     if dice is not None:
-        values = {"dice": {"value": dice}, "hd95_mm": {"value": None}, "nsd": {"value": 0.5}}
-        run.evaluation.write_text(json.dumps({"step": 7, "classes": {"organ": values}}))
+        run.evaluation.write_text(json.dumps(scores(dice)))
     return run.root
 
 

@@ -11,7 +11,9 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict  # the one that pydantic can check on Python 3.11
 
 CPUINFO = Path("/proc/cpuinfo")
 ISA = (

@@ -68,6 +68,7 @@ class Clock:
         found = {
             "perf/images_per_s": rate,
             "perf/data_wait_frac": self._waited / seconds,
+            "perf/ranks": float(self._world.size),
             "perf/tflops_per_rank": tflops,
             "perf/step_ms_min": 1e3 * float(every[:, 0].min()),
             "perf/step_ms_median": 1e3 * float(np.median(every[:, 0])),

@@ -1,0 +1,122 @@
+"""Several runs on one page: scores with intervals, curves in one plot, what was set otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.compare import COLUMNS, best_first, compare
+from launch.evalfigures import estimate
+from launch.plot import Line, plot
+from launch.runfacts import Lack, config_of, curves_of, evaluation_of
+from medpsp.configio import tree_without_paths
+from shards.index import write_bytes_durably
+from shards.page import Html, coded, join, page, table, tag
+from shards.sections import section
+
+ESTIMATES = {"dice": "Dice, mean of cases", "dice_pooled": "Dice, pooled", "iou": "IoU, mean",
+             "hd95_mm": "HD95, mm", "nsd": "NSD"}  # fmt: skip
+CURVES = {"train/loss": "Loss", "val/dice_mean": "Validation Dice, mean of classes"}
+
+
+def write_comparison(path: Path, roots: Sequence[Path]) -> None:
+    """Write the page of runs, the best Dice first.
+
+    Raises:
+        ConfigError: One of them is no run.
+    """
+    write_bytes_durably(path, comparison_page(best_first(roots)).encode())
+
+
+def comparison_page(roots: Sequence[Path]) -> str:
+    """The page: no script, nothing from a network, no path of a machine.
+
+    Args:
+        roots: In the order to show.
+    """
+    runs = dict(zip(names_of(roots), roots, strict=True))
+    parts = {
+        "runs": ("Runs", table(COLUMNS, compare(roots), range(2, len(COLUMNS)))),
+        "scores": ("Scores", join(_scores(runs))),
+        "curves": ("Curves", join(_curves(runs))),
+        "settings": ("What was set otherwise", _settings(runs)),
+    }
+    nav = tag("nav", *(tag("a", title, href=f"#{name}") for name, (title, _) in parts.items()))
+    lead = tag("p", f"{len(runs)} runs, the best mean Dice first.", css="lead")
+    header = tag("header", tag("h1", "Runs side by side"), lead, nav)
+    sections = (section(name, title, content) for name, (title, content) in parts.items())
+    return page("Runs side by side", (header, *sections))
+
+
+def names_of(roots: Sequence[Path]) -> list[str]:
+    """Names of the folders; of equal ones each with its number."""
+    names = [root.resolve().name for root in roots]
+    often, seen = Counter(names), Counter[str]()
+    told = []
+    for name in names:
+        seen[name] += 1
+        told.append(f"{name} ({seen[name]})" if often[name] > 1 else name)
+    return told
+
+
+def _scores(runs: dict[str, Path]) -> Iterator[Html]:
+    rows: list[tuple[object, ...]] = []
+    for name, root in runs.items():
+        scores = evaluation_of(config_of(root)[1])
+        if isinstance(scores, Lack):
+            yield tag("p", tag("strong", name), ": ", coded(scores.line), css="quiet")
+            continue
+        about = f"{scores['split']}, {scores['patients']} patients, step {scores['step']}"
+        for label, of in scores["classes"].items():
+            values: dict[str, Any] = {**of}
+            said = join([name, tag("small", about)])
+            rows.append((label, said, *(estimate(values[key]) for key in ESTIMATES)))
+    if rows:
+        order = {label: place for place, label in enumerate(dict.fromkeys(row[0] for row in rows))}
+        rows.sort(key=lambda row: order[row[0]])
+        text = "With 95 % intervals over patients; those of other patients are no comparison."
+        yield tag("p", text, css="quiet")
+        head = ("class", "run", *ESTIMATES.values())
+        yield table(head, rows, range(2, len(head)))
+
+
+def _curves(runs: dict[str, Path]) -> Iterator[Html]:
+    lines: dict[str, list[Line]] = {tag_of: [] for tag_of in CURVES}
+    for name, root in runs.items():
+        curves = curves_of(*config_of(root))
+        if isinstance(curves, Lack):
+            yield tag("p", tag("strong", name), ": ", coded(curves.line), css="quiet")
+            continue
+        for tag_of, found in lines.items():
+            found.append(Line(name, curves.of(tag_of)))
+    boxes = (
+        plot(f"curve-{n}", title, lines[tag_of], top=1.0 if tag_of.startswith("val/") else None)
+        for n, (tag_of, title) in enumerate(CURVES.items())
+    )
+    yield tag("div", *boxes, css="boxes")
+
+
+def _settings(runs: dict[str, Path]) -> Html:
+    flat = [dict(_leaves("", tree_without_paths(config_of(root)[0]))) for root in runs.values()]
+    keys = list(dict.fromkeys(key for leaves in flat for key in leaves))
+    rows = [
+        (tag("code", key), *(leaves.get(key, "–") for leaves in flat))
+        for key in keys
+        if len({leaves.get(key) for leaves in flat}) > 1
+    ]
+    return table(("key", *runs), rows, ()) if rows else tag("p", "Nothing but paths.")
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, str]]:
+    """Keys and values, lists of values in a line."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}" if name else str(key), inner)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for place, inner in enumerate(value):
+            yield from _leaves(f"{name}.{inner.get('name', place)}", inner)
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
