@@ -1,78 +1,28 @@
-"""Whether this machine, and its SLURM, have what a configuration and a profile ask for."""
+"""Whether this machine has what a configuration asks for, and a profile what that needs."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
 
+from launch.cluster import memory_allowed
 from launch.diagnose import existing_folder, size_text
 from launch.doctor.rows import Row, note, ok, problem
+from launch.estimate import RATIO, look, shard_memory_gb
+from launch.preflight import room_needed
+from launch.profile import Profile
+from launch.rundir import RunDir
 from medpsp.config import Config
-from medpsp.errors import ConfigError, LaunchError
-
-SLURM_S = 8.0
-PROGRAMS = ("sbatch", "srun", "scontrol")
-NO_SLURM = "nothing, unless `--cluster` is to be used: apt install slurm-client, and its slurm.conf"
-
-
-def slurm_rows(profile: dict[str, Any] | None, minutes: dict[str, int]) -> list[Row]:
-    """Its programs, its controller, its partitions, and whether they have what is asked.
-
-    Args:
-        profile: Of ``--cluster``, as JSON values; None without.
-        minutes: The longest that a job of the profile asks, by kind (cpu, gpu).
-    """
-    missing = [name for name in PROGRAMS if not shutil.which(name)]
-    make = problem if profile is not None else note
-    if missing:
-        todo = NO_SLURM if profile is None else "submit from a machine that has them"
-        return [make("SLURM", f"no {', '.join(missing)} on the path", todo)]
-    from launch.slurmstate import partitions
-
-    try:
-        found = partitions(SLURM_S)
-    except LaunchError as error:
-        late = "no answer" in str(error)
-        said = f"no answer within {SLURM_S:.0f} s" if late else "no controller answers"
-        todo = "`scontrol ping` says more; is slurm.conf (SLURM_CONF) the cluster's, is munged up?"
-        return [make("SLURM", f"its programs are there, {said}", todo)]
-    names = ", ".join(
-        f"{p.name}{'*' if p.default else ''} ({p.nodes} nodes{'' if p.up else ', not up'})"
-        for p in found
-    )
-    rows = [ok("SLURM", f"partitions {names}" if names else "no partition")]
-    for kind, most in minutes.items():
-        wanted = ((profile or {}).get(kind) or {}).get("partition")
-        rows += _partition_rows(kind, wanted, most, found)
-    return rows
-
-
-def _partition_rows(kind: str, wanted: str | None, minutes: int, found: list[Any]) -> list[Row]:
-    what, there = f"profile {kind}", ", ".join(p.name for p in found)
-    names = wanted.split(",") if wanted else [p.name for p in found if p.default]
-    fits = [p for p in found if p.name in names]
-    if not fits:
-        asked = f"partition {wanted}, which is not there" if wanted else "no partition, no default"
-        return [problem(what, asked, f"set {kind}.partition to one of {there}")]
-    if not any(p.up for p in fits):
-        todo = f"ask who runs the cluster, or set {kind}.partition to one of {there}"
-        return [problem(what, f"partition {', '.join(names)} is not up", todo)]
-    most = max(math.inf if p.minutes is None else p.minutes for p in fits)
-    if minutes > most:
-        found_text = f"a job asks {minutes} min, partition {', '.join(names)} gives {most:.0f}"
-        return [problem(what, found_text, f"set {kind}.minutes, or minutes of the job, to less")]
-    return [ok(what, f"partition {', '.join(p.name for p in fits)}")]
+from medpsp.errors import ConfigError
+from shards.index import MANIFEST
+from shards.preflight import require_means, require_places
 
 
 def profile_memory_row(config: dict[str, Any], site: dict[str, Any]) -> list[Row]:
     """What shard tasks of a node may take against what the profile asks for."""
-    from launch.estimate import shard_memory_gb
-    from launch.profile import Profile
-
     profile = Profile.model_validate(site)
     need, asked = shard_memory_gb(Config.model_validate(config), profile), profile.cpu.memory_gb
     found = f"{need:.1f} GB for {profile.cpu.cpus} shard tasks"
@@ -84,9 +34,6 @@ def profile_memory_row(config: dict[str, Any], site: dict[str, Any]) -> list[Row
 
 def memory_row(config: dict[str, Any]) -> list[Row]:
     """What shard tasks on this machine may take together."""
-    from launch.cluster import memory_allowed
-    from shards.preflight import require_means
-
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = min(total, memory_allowed() or total)
     try:
@@ -104,8 +51,6 @@ def memory_row(config: dict[str, Any]) -> list[Row]:
 
 def places_row(config: dict[str, Any]) -> list[Row]:
     """Whether folders overlap that must not."""
-    from shards.preflight import require_places
-
     tree = Config.model_validate(config)
     try:
         require_places(tree.data, tree.shards)
@@ -117,11 +62,6 @@ def places_row(config: dict[str, Any]) -> list[Row]:
 
 def room_row(config: dict[str, Any]) -> list[Row]:
     """What shards and checkpoints will take of the disk of the run folder."""
-    from launch.estimate import RATIO, look
-    from launch.preflight import room_needed
-    from launch.rundir import RunDir
-    from shards.index import MANIFEST
-
     tree = Config.model_validate(config)
     need, parts = room_needed(tree, RunDir(tree.out)), []
     parts.append(f"checkpoints and the rest {size_text(need)}")

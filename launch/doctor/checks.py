@@ -111,6 +111,8 @@ def _sources(config: Config) -> Iterator[Step]:
             yield _folder(f"data.{name}", "source_row", "sources", name=name, path=str(path))
     key = str(data.key_file) if data.key_file else None
     yield _folder("data.key_file", "key_row", "sources", path=key)
+    if not version_of("zarr"):  # the row of its extra says so
+        return
     yield replace(_step("places", "asked:places_row", "sources", config=tree), needs="data.labels")
     yield _step("data.workers", "asked:memory_row", "sources", config=tree)
 
@@ -125,13 +127,13 @@ def _slurm(config: Config | None, profile: Profile | None) -> Iterator[Step]:
     site = profile.model_dump(mode="json") if profile else None
     yield Step(
         what="SLURM",
-        call="launch.doctor.asked:slurm_rows",
+        call="launch.doctor.slurm:slurm_rows",
         arguments={"profile": site, "minutes": minutes},
         lane="SLURM",
         missed=Verdict.problem if profile else Verdict.note,
         silence="`scontrol ping` says more",
     )
-    if config and site:
+    if config and site and version_of("zarr"):
         tree = json.loads(config.model_dump_json())
         yield _step("profile memory", "asked:profile_memory_row", "light", config=tree, site=site)
 

@@ -143,22 +143,17 @@ def nccl_row() -> list[Row]:
 
 
 def gloo_row() -> list[Row]:
-    """Two ranks meet and add, by the address that torch takes; they are threads of this process."""
+    """Two ranks meet and add; they are threads of this process.
+
+    By the address that torch takes: of GLOO_SOCKET_IFNAME, of the host's name, or else loopback.
+    """
     error = _meet()
     if error is None:
         return [ok("gloo", "two ranks meet")]
-    name = os.environ.get("GLOO_SOCKET_IFNAME")
-    if name:
-        return [problem("gloo", f"{private(error)}", _other_interface("GLOO_SOCKET_IFNAME"))]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    by_loopback = _meet()
-    del os.environ["GLOO_SOCKET_IFNAME"]
-    if by_loopback is None:
-        found = "the address of this machine's name is not its own, or does not answer"
-        todo = "put it into /etc/hosts; for ranks on one machine, `export GLOO_SOCKET_IFNAME=lo`"
-        return [problem("gloo", found, todo)]
-    todo = "let processes of this user connect on the loopback interface: training needs that"
-    return [problem("gloo", f"not even by loopback: {private(by_loopback)}", todo)]
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [problem("gloo", private(error), _other_interface("GLOO_SOCKET_IFNAME"))]
+    todo = "`ip link set lo up`, and let processes of this user connect there: training needs it"
+    return [problem("gloo", private(error), todo)]
 
 
 def _meet() -> str | None:

@@ -28,6 +28,8 @@ ALL_S = 120.0
 """For all lanes together; what has not begun by then is not checked."""
 AT_ONCE = 4
 """Children; more would make each other slow, and need more open files than there may be."""
+START_S = 60.0
+"""For Python and the module of a check, which is more than the check where a disk is slow."""
 DIE_S = 2.0
 _CHILD = "import sys; sys.path[:] = {path!r}; from launch.doctor.steps import main; main()"
 _QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1"}
@@ -43,7 +45,7 @@ class Step:
         label: Within that; others need it by this name.
         call: ``module:function`` that makes a list of rows.
         arguments: Of that; JSON values.
-        seconds: Until it is given up.
+        seconds: Until it is given up, from where its module is imported.
         crash: What to do where it ends Python.
         silence: What to do where it does not answer.
         missed: Verdict where it does not answer.
@@ -76,7 +78,7 @@ class _Lane:
     def __init__(self, steps: Iterable[Step]) -> None:
         self.steps = deque(steps)
         self.child: subprocess.Popen[bytes] | None = None
-        self.until = 0.0
+        self.until = self._limit = 0.0
         self._failed: set[str] = set()
         self._heard = b""
 
@@ -113,35 +115,42 @@ class _Lane:
                 env=os.environ | _QUIET,
             )
         request = {"call": step.call, "what": step.what, "arguments": step.arguments}
-        self.until, self._heard = time.monotonic() + step.seconds, b""
+        self._heard = b""
+        self._wait(START_S)
         if self.child.stdin:
             with suppress(BrokenPipeError):  # it ended: what it leaves says how
                 self.child.stdin.write(json.dumps(request).encode() + b"\n")
 
+    def _wait(self, seconds: float) -> None:
+        self._limit, self.until = seconds, time.monotonic() + seconds
+
     def hear(self) -> Iterator[Answer]:
-        """What the child says, or how it ended."""
+        """What the child says: an empty line as a check begins, its rows, or how it ended."""
         if self.child is None or self.child.stdout is None:
             return
         piece = os.read(self.child.stdout.fileno(), 2**16)
         self._heard += piece
-        if self._heard.endswith(b"\n"):
+        if not piece:
+            yield self._done([self._obituary(self.steps[0], self.child)])
+            yield from self.go_on()
+        elif self._heard == b"\n":
+            self._wait(self.steps[0].seconds)
+        elif self._heard.endswith(b"\n"):
             yield self._done([row_of(tree) for tree in json.loads(self._heard)])
             yield from self.go_on()
-        elif not piece:
-            code = None
-            with suppress(subprocess.TimeoutExpired):
-                code = self.child.wait(DIE_S)
-            step, how = self.steps[0], f"code {code}"
-            if code and code < 0:
-                how = signal.Signals(-code).name
-            self.end()
-            yield self._done([problem(step.what, step.named(f"ends Python ({how})"), step.crash)])
-            yield from self.go_on()
+
+    def _obituary(self, step: Step, child: subprocess.Popen[bytes]) -> Row:
+        how = "without a word"
+        with suppress(subprocess.TimeoutExpired):
+            code = child.wait(DIE_S)
+            how = signal.Signals(-code).name if code < 0 else f"code {code}"
+        self.end()
+        return problem(step.what, step.named(f"ends Python ({how})"), step.crash)
 
     def give_up(self) -> Iterator[Answer]:
         """The step at hand does not answer."""
         step = self.steps[0]
-        text = step.named(f"no answer within {step.seconds:.0f} s")
+        text = step.named(f"no answer within {self._limit:.0f} s")
         self.end()
         yield self._done([Row(step.what, step.missed, text, step.silence)], failed=True)
         yield from self.go_on()
@@ -220,16 +229,15 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
-        rows = _rows(**json.loads(line))
+        request = json.loads(line)
+        module, name = request["call"].split(":")
+        try:
+            call = getattr(importlib.import_module(module), name)
+            answers.write("\n")
+            answers.flush()
+            rows = call(**request["arguments"])
+        except Exception as error:  # noqa: BLE001 - a check that fails must not take others out
+            found = f"{type(error).__name__}: {private(error)}"
+            rows = [problem(request["what"], found, "mend that, and check again")]
         answers.write(json.dumps([row.tree() for row in rows]) + "\n")
         answers.flush()
-
-
-def _rows(call: str, what: str, arguments: dict[str, Any]) -> list[Row]:
-    module, name = call.split(":")
-    try:
-        rows: list[Row] = getattr(importlib.import_module(module), name)(**arguments)
-        return rows
-    except Exception as error:  # noqa: BLE001 - a check that fails must not take the next ones out
-        found = f"{type(error).__name__}: {private(error)}"
-        return [problem(what, found, "mend that, and check again")]
