@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from launch.profile import Profile
     from medpsp.config import Config
 
-FOLDER_S, DECODERS_S, TORCH_S, IMPORT_S = 5.0, 30.0, 30.0, 60.0
+FOLDER_S, DECODERS_S, TORCH_S, IMPORT_S = 8.0, 30.0, 30.0, 60.0
+RAY_S = 15.0
+"""`shards.preflight` waits 10 for an address."""
 SLOW = "is the environment on a slow or dead network file system? `import {}` by hand shows more"
 DEAD = "is its file system there? A dead server holds whoever touches it, `df -h`, too"
 CRASH = "pip install --force-reinstall '{}'; if it stays, libraries of LD_LIBRARY_PATH do not fit"
@@ -30,7 +32,7 @@ def steps_for(config: Config | None, profile: Profile | None) -> list[Step]:
         config: Where one is named.
         profile: Where one is named.
     """
-    steps = [*_light(config), *_folders(config)]
+    steps = [*_light(config, profile), *_folders(config)]
     if config:
         steps += _sources(config)
     steps += _slurm(config, profile)
@@ -51,10 +53,11 @@ def _step(what: str, call: str, lane: str, **arguments: Any) -> Step:
     return Step(what=what, call=call, arguments=arguments, lane=lane, silence=DEAD)
 
 
-def _light(config: Config | None) -> Iterator[Step]:
+def _light(config: Config | None, profile: Profile | None) -> Iterator[Step]:
     """What asks nobody but the kernel."""
     train = config.train if config else None
     needed = ["shards", "train", "export"] if config else []
+    needed += ["cluster"] if profile else []
     yield _step("Python", "packages:python_row", "light")
     yield _step("packages", "packages:package_rows", "light", needed=needed)
     yield _step("tested versions", "packages:tested_row", "light")
@@ -114,7 +117,8 @@ def _sources(config: Config) -> Iterator[Step]:
     if not version_of("zarr"):  # the row of its extra says so
         return
     yield replace(_step("places", "asked:places_row", "sources", config=tree), needs="data.labels")
-    yield _step("data.workers", "asked:memory_row", "sources", config=tree)
+    workers = _step("data.workers", "asked:memory_row", "sources", config=tree)
+    yield replace(workers, seconds=RAY_S, silence="set data.ray_address to a cluster that answers")
 
 
 def _slurm(config: Config | None, profile: Profile | None) -> Iterator[Step]:

@@ -35,7 +35,7 @@ MODULES = {
 NEED_TORCH = ("albumentations", "deepspeed", "timm", "torchvision")
 """Import torch themselves, where it is."""
 SHOWN = 6
-SEARCH_S = 10.0
+SEARCH_S = 8.0
 _FIND = """
 import importlib.util
 found = importlib.util.find_spec("launch")
