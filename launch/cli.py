@@ -14,6 +14,7 @@ import typer
 
 from launch import chaincli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
+from launch.doctor.command import doctor
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
 
@@ -213,7 +214,7 @@ def backbones(
 
 _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
 _several = (sweepcli.sweep, sweepcli.compare, sweepcli.scale)
-for _command in (*_chain, *_several, ondevice.watch, ondevice.receive, tensorrt):
+for _command in (*_chain, *_several, ondevice.watch, ondevice.receive, tensorrt, doctor):
     app.command()(_command)
 
 

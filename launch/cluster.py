@@ -67,11 +67,12 @@ def oom_kills(root: Path = Path("/")) -> int | None:
     Args:
         root: Above ``proc`` and ``sys``.
     """
-    for file, key in (("memory.events", "oom_kill"), ("memory.oom_control", "oom_kill")):
-        for line in _group_file(root, file).splitlines():
-            name, _, count = line.partition(" ")
-            if name == key and count.isdecimal():
-                return int(count)
+    for file in ("memory.events", "memory.oom_control"):
+        for text in group_files("memory", file, root)[:1]:
+            for line in text.splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill" and count.isdecimal():
+                    return int(count)
     return None
 
 
@@ -81,30 +82,69 @@ def memory_limit() -> str:
     if soft != resource.RLIM_INFINITY:
         return f"ulimit -v allows {soft / 2**30:.1f} GiB"
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for name in ("memory.max", "memory.limit_in_bytes"):
-        text = _group_file(Path("/"), name).strip()
-        if text.isdecimal() and int(text) < pages:
-            return f"this job may have {int(text) / 2**30:.1f} GiB"
+    limit = memory_allowed()
+    if limit is not None and limit < pages:
+        return f"this job may have {limit / 2**30:.1f} GiB"
     return f"this machine has {pages / 2**30:.1f} GiB"
 
 
-def _group_file(root: Path, name: str) -> str:
-    """A file of our control group for memory, of version 2 or 1; empty where it cannot be read."""
+def memory_allowed(root: Path = Path("/")) -> int | None:
+    """Bytes that this control group and those above it allow; None where none of them says so.
+
+    Version 1 writes a number that no machine has where there is no limit.
+    """
+    texts = [t for name in ("memory.max", "memory.limit_in_bytes") for t in _group(name, root)]
+    return min((int(text) for text in texts if text.isdecimal()), default=None)
+
+
+def cores_allowed(root: Path = Path("/")) -> float:
+    """Cores' worth of time that affinity and control groups leave to this process."""
+    allowed = float(len(os.sched_getaffinity(0)))
+    pairs = [tuple(text.split()) for text in _group("cpu.max", root)]
+    pairs += zip(_group("cpu.cfs_quota_us", root), _group("cpu.cfs_period_us", root), strict=False)
+    for quota, period in pairs:
+        if quota.isdecimal() and period.isdecimal():  # else max, or -1
+            allowed = min(allowed, int(quota) / int(period))
+    return allowed
+
+
+def tasks_left(root: Path = Path("/")) -> int | None:
+    """Processes and threads that control groups still allow; None where they do not count them."""
+    pairs = zip(_group("pids.max", root), _group("pids.current", root), strict=False)
+    return min((int(m) - int(n) for m, n in pairs if m.isdecimal()), default=None)
+
+
+def _group(name: str, root: Path) -> list[str]:
+    return [text.strip() for text in group_files(name.partition(".")[0], name, root)]
+
+
+def group_files(kind: str, name: str, root: Path = Path("/")) -> list[str]:
+    """A file of our control group, of version 2 or 1, then of those above it; those there are.
+
+    Args:
+        kind: Controller, such as memory.
+        name: Of the file.
+        root: Above ``proc`` and ``sys``.
+    """
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return ""
+        return []
     top = root / "sys/fs/cgroup"
     for line in groups:
         _, kinds, path = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
+        if kinds and kind not in kinds.split(","):
             continue
         # in a container the path may be the one outside, and ours is at the top
-        for base in (top / "memory", top) if kinds else (top, top / "unified"):
-            for folder in (base / path.lstrip("/"), base):
+        for base in (top / kind, top) if kinds else (top, top / "unified"):
+            inner = Path(path.lstrip("/"))
+            found = []
+            for folder in (base / inner, *(base / above for above in inner.parents)):
                 with suppress(OSError):
-                    return (folder / name).read_text(encoding="utf-8")
-    return ""
+                    found.append((folder / name).read_text(encoding="utf-8"))
+            if found:
+                return found
+    return []
 
 
 def own_address() -> str:

@@ -20,8 +20,10 @@ from launch.rundir import places, told_path
 from medpsp.errors import LaunchError, MedpspError, NonFiniteLossError
 
 SHM = Path("/dev/shm")
+MORE_SHM = "enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm)"
 NEARLY_NONE = 2**20
 """Bytes; a disk with less is full."""
+OTHER_FOLDER = "mend its rights, or take another folder (out=FOLDER)"
 
 _PEER_GONE = re.compile(
     r"connection (was likely )?closed|connection (re)?set by|broken pipe|connection reset"
@@ -109,16 +111,15 @@ def _space(error: BaseException) -> str:
     if not _says(error, errno.ENOSPC, errno.EDQUOT):
         return ""
     name = error.filename if isinstance(error, OSError) else None
-    where = _existing(Path(os.fsdecode(name))) if name else _full_place(str(error))
+    where = existing_folder(Path(os.fsdecode(name))) if name else _full_place(str(error))
     if where is None:
         return "disk full: which one is not known (`df -h` shows them); make room and go on"
     usage = shutil.disk_usage(where)
-    room = f"{_size(usage.free)} of {_size(usage.total)} free after clean-up"
+    room = f"{size_text(usage.free)} of {size_text(usage.total)} free after clean-up"
     if _same_disk(where, SHM):
         return (
-            f"shared memory full: {SHM}, {room}; delete what is left there, enlarge it (docker run "
-            "--shm-size=8g, or mount -o remount,size=8g /dev/shm), or lower train.ranks and "
-            "train.loader_workers"
+            f"shared memory full: {SHM}, {room}; delete what is left there, {MORE_SHM}, or lower "
+            "train.ranks and train.loader_workers"
         )
     quota = "disk quota reached" if _says(error, errno.EDQUOT) else "disk full"
     place = (isinstance(error, OSError) and told_path(error)) or str(where)
@@ -132,11 +133,11 @@ def _full_place(text: str) -> Path | None:
     """Where an error without a path may come from: the first place we write to that is full."""
     if _SHARED.search(text):
         return SHM
-    looked = [_existing(path) for path in (*places(), Path(tempfile.gettempdir()), SHM)]
+    looked = [existing_folder(path) for path in (*places(), Path(tempfile.gettempdir()), SHM)]
     return next((p for p in looked if shutil.disk_usage(p).free < NEARLY_NONE), None)
 
 
-def _existing(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
     """The folder itself, or the first above it that is there."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
 
@@ -156,12 +157,17 @@ def _handles(error: BaseException) -> str:
         return "too many open files on this machine (fs.file-max); end other programs or raise it"
     if not _says(error, errno.EMFILE):
         return ""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"too many open files: a process may have {soft} here (ulimit -n); {more_files()}"
+
+
+def more_files() -> str:
+    """How this process gets more open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     better = 4096 if hard in (-1, resource.RLIM_INFINITY) else min(hard, 4096)
-    advice = f"`ulimit -n {better}` before the command raises that"
     if better <= soft:
-        advice = "ask who runs this machine for more, or lower train.loader_workers"
-    return f"too many open files: a process may have {soft} here (ulimit -n); {advice}"
+        return "ask who runs this machine for more, or lower train.loader_workers"
+    return f"`ulimit -n {better}` before the command raises that"
 
 
 def _memory(error: BaseException) -> str:
@@ -202,10 +208,11 @@ def _access(error: BaseException) -> str | None:
         return None  # it names the setting
     where = told_path(cause) or "a file of the archive"
     told = str(error) if own else f"{where}: {cause.strerror}"
-    return f"{told}; mend its rights, or take another folder (out=FOLDER)"
+    return f"{told}; {OTHER_FOLDER}"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes, rounded."""
     power = min((max(count, 1).bit_length() - 1) // 10, 3)
     return f"{count / 1024**power:.0f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 

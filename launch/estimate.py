@@ -61,7 +61,7 @@ def _shards(config: Config, profile: Profile, found: Found) -> list[str]:
     each = LABELLED_S if config.data.labels else CONVERT_S
     workers = min(profile.parts, profile.parallel) * profile.cpu.cpus
     seconds = found.files * (SCAN_S / profile.cpu.cpus + each / workers)
-    need = profile.cpu.cpus * (config.data.decode_memory_mib + WORKER_MIB) / 1024
+    need = shard_memory_gb(config, profile)
     lines = [
         f"archive   {least}{found.files} files, {found.size / 1e9:.3g} GB",
         f"shards    {least}{found.size / RATIO / 1e9:.3g} GB if the files are native, "
@@ -76,6 +76,11 @@ def _shards(config: Config, profile: Profile, found: Found) -> list[str]:
             "limit may be killed; raise it, or lower data.decode_memory_mib"
         )
     return lines
+
+
+def shard_memory_gb(config: Config, profile: Profile) -> float:
+    """What the shard tasks of a node may take together."""
+    return profile.cpu.cpus * (config.data.decode_memory_mib + WORKER_MIB) / 1024
 
 
 def _training(config: Config, run: RunDir) -> list[str]:

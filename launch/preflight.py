@@ -59,7 +59,7 @@ def preflight_job(config: Config) -> None:
             dist.barrier()
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        for line in faults(everyone, _room(config, run)):
+        for line in faults(everyone, room_needed(config, run)):
             raise LaunchError(line)
         nodes = sorted({facts["node"] for facts in everyone})
         log.info("preflight: %d ranks on %s see each other and %s", world.size, nodes, run.root)
@@ -88,7 +88,7 @@ def faults(everyone: list[dict[str, Any]], need: int) -> list[str]:
     return lines
 
 
-def _room(config: Config, run: RunDir) -> int:
+def room_needed(config: Config, run: RunDir) -> int:
     """Bytes that training still needs: while one is written, one more than are kept."""
     from medpsp.model.psp import build_model
     from medpsp.train.memory import checkpoint_bytes, checkpoints_kept

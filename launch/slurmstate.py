@@ -1,4 +1,7 @@
-"""What SLURM says of jobs: from sacct, else scontrol, else squeue. Never from a job's own files."""
+"""What SLURM says of jobs: from sacct, else scontrol, else squeue. Never from a job's own files.
+
+And of its partitions.
+"""
 
 from __future__ import annotations
 
@@ -195,13 +198,62 @@ def elements(name: str) -> int:
     return count
 
 
-def _ask(*command: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A partition.
+
+    Attributes:
+        minutes: Longest job; None for no limit.
+        default: Where jobs go that name none.
+        up: It takes jobs and starts them.
+        nodes: How many it has.
+    """
+
+    name: str
+    minutes: int | None
+    default: bool
+    up: bool
+    nodes: int
+
+
+def partitions(seconds: float = ASK_S) -> list[Partition]:
+    """All that this user may see.
+
+    Raises:
+        LaunchError: No SLURM answers in time.
+    """
+    found = []
+    for line in _ask("scontrol", "-o", "show", "partition", seconds=seconds).splitlines():
+        fact = dict(re.findall(r"(?:^| )(\w+)=(\S*)", line))
+        if name := fact.get("PartitionName"):
+            found.append(
+                Partition(
+                    name=name,
+                    minutes=_minutes(fact.get("MaxTime", "")),
+                    default=fact.get("Default") == "YES",
+                    up=fact.get("State") == "UP",
+                    nodes=int(fact.get("TotalNodes", "0")),
+                )
+            )
+    return found
+
+
+def _minutes(text: str) -> int | None:
+    """Of ``days-hours:minutes:seconds``; None for UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if not found:
+        return None
+    days, hours, minutes, _ = (int(part or 0) for part in found.groups())
+    return (days * 24 + hours) * 60 + minutes
+
+
+def _ask(*command: str, seconds: float = ASK_S) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except FileNotFoundError:
         raise LaunchError(f"{command[0]}: not found; is this a SLURM cluster?") from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(f"{command[0]}: no answer within {ASK_S:.0f} s") from None
+        raise LaunchError(f"{command[0]}: no answer within {seconds:.0f} s") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise LaunchError(f"{command[0]}: {lines[-1] if lines else done.returncode}")

@@ -20,8 +20,9 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from launch.codestreams import ENCODERS
 from medpsp.dicom.placement import LPS_TO_RAS
-from tests.encoded import ENCODERS, write_object
+from tests.encoded import write_object
 from tests.labelled import PLAIN, SHAPE, contour, frame_of, rtstruct, seg
 
 WHEEL = Path(pydicom.__file__).parent / "data" / "test_files"

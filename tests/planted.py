@@ -43,10 +43,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from launch.codestreams import jpeg
 from launch.phantom import Phantom, draw, write_mask, write_series
 from medpsp.identity import split_of
 from tests.canary import Canaries
-from tests.encoded import jpeg
 from tests.factory import set_raw
 from tests.labelled import RTSTRUCT, SEG, contour, frame_of, item, rtstruct, seg
 from tests.trapmaker import Archive, Volume, enhanced

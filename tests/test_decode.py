@@ -16,23 +16,14 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_color_lut, pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian
 
+from launch.codestreams import ENCODERS, fragmented, jpeg, jpeg2k, jpegls, literal, rle, rle_of
 from medpsp.dicom.codestream import LOSSY, jpeg_space
 from medpsp.dicom.decode import Stored, layout_of, stored_values
 from medpsp.dicom.parse import parse
 from medpsp.dicom.read import Pixels, read_frame, read_headers
 from medpsp.errors import DicomError
 from medpsp.types import Place, ReadPolicy, SliceRef
-from tests.encoded import (
-    ENCODERS,
-    fragmented,
-    jpeg,
-    jpeg2k,
-    jpegls,
-    literal,
-    rle,
-    rle_of,
-    write_object,
-)
+from tests.encoded import write_object
 from tests.factory import one_slice
 from tests.labelled import item
 from tests.mutate import NATIVE, WHEEL
@@ -569,7 +560,7 @@ def test_extended_offsets(tmp_path: Path) -> None:
 
 
 def test_deflated_frames_in_several_fragments_need_the_table(tmp_path: Path) -> None:
-    from tests.encoded import DEFLATED_FRAME, deflated
+    from launch.codestreams import DEFLATED_FRAME, deflated
 
     values = np.stack([GREY, GREY[::-1]])
     frames = [deflated(frame) for frame in values]

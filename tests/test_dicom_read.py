@@ -12,6 +12,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
+from launch.codestreams import ENCODERS, fragmented
 from launch.phantom import Phantom
 from medpsp.dicom.codestream import LOSSY
 from medpsp.dicom.decode import NATIVE
@@ -19,7 +20,7 @@ from medpsp.dicom.read import read_headers, read_pixels
 from medpsp.dicom.sandbox import Sandbox
 from medpsp.errors import DicomError
 from medpsp.types import Place, ReadPolicy, Window
-from tests.encoded import ENCODERS, fragmented, write_object
+from tests.encoded import write_object
 from tests.factory import (
     header_of,
     one_slice,

@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 import medpsp.dicom
+from launch.codestreams import ENCODERS
 from launch.phantom import Phantom
 from medpsp.dicom import flat, flatscan, flatwalk, opened
 from medpsp.dicom.codes import CODES
@@ -27,7 +28,7 @@ from medpsp.dicom.read import read_frame, read_headers, scan_header
 from medpsp.dicom.values import padding_mask, rescale
 from medpsp.errors import DicomError
 from medpsp.types import Place, ReadPolicy, SliceRef
-from tests.encoded import ENCODERS, write_object
+from tests.encoded import write_object
 from tests.factory import one_slice, set_raw, stored
 from tests.mutate import NATIVE, WHEEL, damaged, sources
 from tests.trapmaker import Archive, Volume, enhanced

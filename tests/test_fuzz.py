@@ -17,11 +17,12 @@ import numpy as np
 import pydicom
 import pytest
 
+from launch.codestreams import ENCODERS, fragmented, rle
 from medpsp.dicom.codes import CODES
 from medpsp.dicom.container import walk_objects
 from medpsp.dicom.sandbox import Sandbox, SandboxPool
 from medpsp.dicom.scan import scan_folder
-from tests.encoded import ENCODERS, fragmented, rle, write_object
+from tests.encoded import write_object
 from tests.fuzzed import KEEP, child_of, cpu_seconds, forget_peak, fuzz, outcome, peak_mib
 from tests.mutate import damaged, sources
 

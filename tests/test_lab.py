@@ -65,6 +65,12 @@ def test_nodes_beside_each_other() -> None:
             "srun", "-p", "gpu", "--gres=gpu:2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"
         )
         assert said.strip() == "0,1"
+        code = (
+            "from launch.slurmstate import partitions as p; print([(q.name, q.up) for q in p(9)])"
+        )
+        found = lab.run(sys.executable, "-c", code)
+        assert "('cpu', True)" in found
+        assert "('gpu', True)" in found
         lab.run("sbatch", "-o", "/dev/null", "--wrap", "sleep 1000")
         lab.until(lambda: "R" in lab.run("squeue", "-h", "-o", "%t"), 20, "the job")
         root = lab.root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -53,6 +54,7 @@ def test_wheel_holds_the_packages_and_the_shipped_files(wheel: Path):
     version = wheel.name.split("-")[1]
     assert tops == {"medpsp", "shards", "launch", "medpsp_data", f"medpsp-{version}.dist-info"}
     assert "medpsp_data/configs/demo.yaml" in names
+    assert "medpsp_data/constraints.txt" in names
     assert any(name.startswith("medpsp_data/slurm/") for name in names)
     assert {f"{p}/py.typed" for p in ("medpsp", "shards", "launch")} <= set(names)
 
@@ -71,6 +73,20 @@ def test_device_finds_shipped_configs_and_names_what_is_missing(device: Path, tm
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].endswith("pip install 'medpsp[all]'")
     assert "Traceback" not in failed.stderr
+
+
+def test_device_has_a_doctor(device: Path, tmp_path: Path):
+    """Without torch, Ray and Zarr: notes that name the extras, and no problem."""
+    done = run([str(device / "medpsp"), "doctor"], tmp_path)
+    said = " ".join(done.stdout.split())
+    assert done.stderr == ""
+    assert re.search(r"decoders ok all 17 transfer syntaxes", said)
+    assert "for `medpsp train`: pip install 'medpsp[train]'" in said
+    assert "missing: google-crc32c, numcodecs, pyarrow, ray, zarr" in said
+    assert "tested versions ok all as in constraints.txt" in said
+    problems = re.findall(r"^(.{18}) problem", done.stdout, re.MULTILINE)
+    assert done.returncode == bool(problems)
+    assert set(map(str.strip, problems)) <= {"run folder", "temporary files"}  # of this machine
 
 
 def test_device_predicts_on_dicom(device: Path, tmp_path: Path):
