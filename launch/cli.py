@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import chaincli, ondevice, sweepcli
+from launch import chaincli, newcli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
@@ -203,7 +203,7 @@ def backbones(
 
 _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
 _several = (sweepcli.sweep, sweepcli.compare, sweepcli.scale)
-for _command in (*_chain, *_several, ondevice.watch, ondevice.receive, tensorrt):
+for _command in (newcli.new, *_chain, *_several, ondevice.watch, ondevice.receive, tensorrt):
     app.command()(_command)
 
 
