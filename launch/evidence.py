@@ -70,6 +70,8 @@ def gather(archive: Path, labels: Path | None, places: Places, most: int) -> Evi
         found = labels_of(survey, source, pool)
         if labels and not found.files:
             raise _nothing_fits(source)
+        if labels and found.kind in ("seg", "rtstruct"):
+            _require_apart(labels, archive)
         kinds = kinds_of(survey.series)
         series, left = _chosen(survey.series, found, kinds)
         kept = {
@@ -100,6 +102,16 @@ def _require_folder(labels: Path | None) -> None:
         raise ConfigError(f"--labels {labels}: no such folder")
     if labels and not any(labels.iterdir()):
         raise ConfigError(f"--labels {labels}: an empty folder; is it mounted?")
+
+
+def _require_apart(labels: Path, archive: Path) -> None:
+    """As `preflight.require_places` will: label objects are scanned, and images are no labels."""
+    root, images = labels.resolve(), archive.resolve()
+    if root != images and images.is_relative_to(root):
+        raise ConfigError(
+            f"--labels {labels}: the archive lies inside it, and all of it would be read twice; "
+            "give the folder of the label objects alone, or leave it out if they are in the archive"
+        )
 
 
 def _require_images(survey: Survey) -> None:

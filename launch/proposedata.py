@@ -49,7 +49,10 @@ def _looked_at(found: Evidence) -> str:
         f"{many(kind.slices, f'{name} slice')} of {many(kind.patients, 'patient')}"
         for name, kind in found.kinds.items()
     ]
-    return f"As given. {found.read} of {found.met} {what} were looked at{how}: {listed(kinds)}."
+    skipped = found.codes["MODALITY_SKIPPED"]
+    rest = f" The index knows {skipped} of other modalities, and not which." if skipped else ""
+    seen = f"{found.read} of {found.met} {what} were looked at{how}"
+    return f"As given. {seen}: {listed(kinds)}.{rest}"
 
 
 def _modalities(found: Evidence) -> Choice:

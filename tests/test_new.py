@@ -758,6 +758,40 @@ def test_names_show_only_ends_that_are_known():
     )
 
 
+def test_labels_inside_the_archive(tmp_path: Path):
+    """The scan of the archive has met them: found from the folder of the labels, or the root."""
+    for number in range(2):
+        add_patient(tmp_path, number)
+        label = draw(SHAPE, number)[1]
+        write_mask(tmp_path / "dicom" / "masks" / f"{name_of(number)}.nii.gz", label, SHAPE)
+        write_labels(tmp_path / "dicom" / "drawn", "seg", number, ("liver", "kidney"))
+    dicom = tmp_path / "dicom"
+    masks = look(dicom, tmp_path / "a.yaml", dicom / "masks").labels
+    assert (masks.kind, masks.folder, masks.pattern) == (
+        "nifti",
+        dicom / "masks",
+        "{PatientID}.nii.gz",
+    )
+    drawn = look(dicom, tmp_path / "a.yaml", dicom / "drawn").labels
+    assert (drawn.kind, drawn.folder, drawn.files) == ("seg", dicom / "drawn", 2)
+    both = look(dicom, tmp_path / "a.yaml").labels
+    assert (both.kind, both.folder, both.beside) == ("seg", None, ("NIfTI masks (2 patients)",))
+    with pytest.raises(ConfigError, match="the archive lies inside it"):
+        look(dicom, tmp_path / "a.yaml", tmp_path)
+
+
+def test_images_in_the_folder_of_the_labels_are_no_trouble(
+    plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    shutil.copytree(plain / "dicom" / "CT0", tmp_path / "labels" / "CT0")
+    for number in range(2):
+        write_labels(tmp_path / "labels", "seg", number, ("liver", "kidney"))
+    with caplog.at_level("INFO", "medpsp"):
+        found = look(plain / "dicom", tmp_path / "a.yaml", tmp_path / "labels")
+    assert found.labels.classes == ("background", "kidney", "liver")
+    assert "read one by one" not in caplog.text
+
+
 # samples and indexes -----------------------------------------------------------------------------
 
 
