@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
 
 from launch.choices import Choice, Evidence, Line, Open
 from launch.facts import Kind
 from launch.proposelabels import label_lines
+from launch.proposewindow import window_lines
 from launch.shares import FEW, chance_of_none, shares_of
 from launch.words import listed, many
 from medpsp.dicom.codes import code_of
-from medpsp.intensity import CT_WINDOW
 from shards.preflight import WORKER_MIB
 
 LARGE = 100_000
 """Objects from which on a second scan is worth an index."""
-_SOFT = (CT_WINDOW.center - CT_WINDOW.width / 2, CT_WINDOW.center + CT_WINDOW.width / 2)
-_BESIDE = 40.0
-"""HU by which labelled voxels may leave the usual window."""
-_BRAIN = ("BRAIN", "HEAD", "SKULL")
-_BRAIN_HU = (0.0, 80.0)
 _RARE_COLOUR = 0.1
 _MOST_REFUSED = 0.3
 _WORKERS = 32
@@ -37,7 +29,7 @@ def data_lines(found: Evidence) -> Iterator[Line]:
     yield from _colour(found)
     yield from _burned_in(found)
     yield from _rejects(found)
-    yield _window(found)
+    yield from window_lines(found)
     yield from _split(found)
     yield from _means(found)
 
@@ -72,7 +64,9 @@ def _colour(found: Evidence) -> Iterator[Line]:
     used = found.used
     if not used.colour:
         return
-    often = f"{used.coloured} of {used.looked} images looked at that are stored in colour show any"
+    often = (
+        f"Of {used.looked} images looked at that are stored in colour {used.coloured} show colours"
+    )
     if not used.looked:
         yield Open(
             "data",
@@ -141,51 +135,6 @@ def _rejects(found: Evidence) -> Iterator[Line]:
         min(1.0, math.ceil(share * 100 + 1) / 100),
         f"{what}, above the usual 5 %. Look into the report, mend what can be, and lower it.",
     )
-
-
-def _window(found: Evidence) -> Choice:
-    low, high, why = window_of(found)
-    if (low, high) == _SOFT:
-        return Choice("data.window", None, why)
-    window = {"center": (low + high) / 2, "width": high - low}
-    return Choice("data.window", window, why)
-
-
-def window_of(found: Evidence) -> tuple[float, float, str]:
-    """Lowest and highest value that is shown, and why; the usual window of CT for the default."""
-    kind = found.kept.get("CT")
-    if kind is None:
-        if found.used.colour:
-            return *_SOFT, "Colour and 8 bit as they are."
-        return *_SOFT, "Percentiles of each series: the values have no scale of their own."
-    tried = (one for one in found.labels.tried if one.modality == "CT" and not one.code)
-    inside = [value for one in tried for value in one.inside]
-    low, high, what = _hu_of(kind, inside)
-    if (low, high) != _SOFT and len(found.kept) > 1:
-        return *_SOFT, f"{what} One window would be for {listed(sorted(found.kept))} alike: left."
-    return low, high, what
-
-
-def _hu_of(kind: Kind, inside: list[float]) -> tuple[float, float, str]:
-    brain = sum(kind.parts.get(part, 0) for part in _BRAIN) > kind.slices / 2
-    if not inside:
-        if brain:
-            return *_BRAIN_HU, "Heads: the window of the brain. For bone take 600/2800."
-        return *_SOFT, "40/400 for CT, soft tissue. For lungs take -600/1500, for bone 400/1800."
-    low, high = (float(np.percentile(inside, share)) for share in (1, 99))
-    held = f"98 % of the labelled voxels looked at hold {low:.0f} to {high:.0f} HU."
-    if brain and low >= -_BESIDE and high <= _BRAIN_HU[1] + _BESIDE:
-        low, high = min(low, _BRAIN_HU[0]), max(high, _BRAIN_HU[1])
-        return _tens(low, math.floor), _tens(high, math.ceil), f"{held} The window of the brain."
-    if _SOFT[0] - _BESIDE <= low and high <= _SOFT[1] + _BESIDE:
-        return *_SOFT, f"40/400 for CT: {held}"
-    beside = max(_BESIDE, (high - low) / 10)
-    low, high = _tens(low - beside, math.floor), _tens(high + beside, math.ceil)
-    return low, high, f"{held} 40/400 would cut them off; a tenth on either side is for the rest."
-
-
-def _tens(value: float, turn: Any) -> float:
-    return float(turn(value / 10) * 10)
 
 
 def _split(found: Evidence) -> Iterator[Line]:

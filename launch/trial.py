@@ -24,8 +24,8 @@ MOST_VOXELS = 2**28
 """Of the series of a modality together: seconds of reading."""
 OVERLAPS = ("RT_OVERLAP", "SEG_OVERLAP", "LABEL_OVERLAP")
 MOST_VALUES = 255
-_SLICES, _PIXELS = 6, 2000
-"""Of a series, and of a slice: labelled ones whose modality values are looked at."""
+_SLICES, _PIXELS = 6, 500
+"""Of a series, and of a structure in a slice: whose modality values are looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Tried:
         voxels: Stored value, or class index, to number of voxels; of a mask with more than
             `MOST_VALUES` values nothing.
         slices, labelled: How many there are, and with anything but background.
-        inside: Modality values of labelled voxels, a few.
+        inside: Stored value, or class index, to modality values of such voxels, a few.
     """
 
     modality: str
@@ -47,7 +47,7 @@ class Tried:
     voxels: dict[int, int] = field(default_factory=dict)
     slices: int = 0
     labelled: int = 0
-    inside: tuple[float, ...] = ()
+    inside: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 def chosen(series: Sequence[Series]) -> list[Series]:
@@ -107,15 +107,14 @@ def _try(box: Sandbox, item: Series, rule: NameRule | None) -> Tried:
         return replace(tried, code=error.code)
     voxels = _voxels(values)
     nothing = (0, IGNORE) if set(voxels) - {0, IGNORE} else (0,)
-    inside = ~np.isin(values, nothing)
-    labelled = np.flatnonzero(inside.any(axis=(1, 2))).tolist()
+    labelled = np.flatnonzero((~np.isin(values, nothing)).any(axis=(1, 2))).tolist()
     return replace(
         tried,
         overlap=overlap,
         voxels=voxels,
         slices=len(item.slices),
         labelled=len(labelled),
-        inside=tuple(_inside(box, item, inside, labelled)),
+        inside=_inside(box, item, (values, nothing), [n for n in labelled if voxels]),
     )
 
 
@@ -145,17 +144,32 @@ def _voxels(values: NDArray[Any]) -> dict[int, int]:
 
 
 def _inside(
-    box: Sandbox, item: Series, inside: NDArray[np.bool_], labelled: Sequence[int]
-) -> Iterator[float]:
-    """Modality values of labelled voxels; a slice that does not decode gives none."""
+    box: Sandbox,
+    item: Series,
+    mask: tuple[NDArray[Any], tuple[int, ...]],
+    labelled: Sequence[int],
+) -> dict[int, tuple[float, ...]]:
+    """Modality values of labelled voxels; a slice that does not decode gives none.
+
+    Args:
+        box: Decodes.
+        item: The series.
+        mask: (N, H, W), and which of its values are no structure.
+        labelled: Places of slices.
+    """
+    values, nothing = mask
     places = dict(zip(item.grid_index, item.slices, strict=True))
+    found: dict[int, tuple[float, ...]] = defaultdict(tuple)
     for number in evenly([n for n in labelled if n in places], _SLICES):
         try:
             image = box.frame(places[number]).values
         except SourceError:
             continue
-        if image.ndim == 2:
-            yield from evenly(image[inside[number]].astype(float).tolist(), _PIXELS)
+        marks = np.unique(values[number]).tolist() if image.ndim == 2 else []
+        for mark in (mark for mark in marks if mark not in nothing):
+            some = image[values[number] == mark].astype(float).tolist()
+            found[mark] += tuple(evenly(some, _PIXELS))
+    return dict(found)
 
 
 def _size(box: Sandbox, pair: tuple[Series, str], rule: NameRule) -> int:

@@ -25,7 +25,7 @@ from pydicom.pixels.utils import pack_bits
 from pydicom.uid import ExplicitVRLittleEndian
 from typer.testing import CliRunner
 
-from launch.choices import Choice, Evidence, Open, Places
+from launch.choices import Evidence, Open, Places
 from launch.cli import app
 from launch.evidence import ends_of, gather
 from launch.facts import Kind
@@ -172,7 +172,7 @@ def test_a_phantom_with_nifti_masks(proposed: tuple[Path, str, tuple[str, ...]],
     }
     assert said[-2:] == (f"medpsp config show {out}", f"medpsp run {out}")
     assert "label_pattern (default): It finds 8 of 8 NIfTI masks." in text
-    assert "window (default): 40/400 for CT: 98 % of the labelled voxels looked at hold" in text
+    assert "window (default): 40/400 for CT. 98 % of the voxels looked at hold" in text
     assert "1 FILE_EMPTY, 1 HDR_TRUNCATED" in text
 
 
@@ -352,7 +352,7 @@ def write_ultrasound(path: Path, patient: str, *, coloured: bool, region: bool) 
     ds.PatientID, ds.PatientName, ds.Modality = patient, f"Nobody^{patient}", "US"
     ds.SOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
     ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID = (
-        f"1.2.{n}.{abs(hash(patient)) % 10**6}" for n in (1, 2, 3)
+        f"1.2.{n}.{int(patient.removeprefix('P'))}" for n in (1, 2, 3)
     )
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = 3, "RGB", 0
     ds.Rows, ds.Columns, ds.NumberOfFrames = 40, 60, 2
@@ -687,33 +687,48 @@ def test_a_large_archive_on_a_large_gpu(tmp_path: Path):
     assert "At least 400 patients" in text
 
 
+def window(low: float, high: float) -> dict[str, float]:
+    return {"center": (low + high) / 2, "width": high - low}
+
+
+def around(low: float, high: float) -> tuple[float, ...]:
+    """Evenly spread: 1 % and 99 % lie a hundredth of the width inside."""
+    return tuple(np.linspace(low, high, 501))
+
+
+LUNG, BONE, ORGAN = around(-950, -450), around(100, 1100), around(0, 100)
+BODY = (*around(-900, -300), *around(-100, 100), *around(-100, 100))
+
+
 @pytest.mark.parametrize(
-    ("inside", "part", "window"),
+    ("structures", "part", "expected"),
     [
-        ((20.0, 90.0), "", None),
-        ((-950.0, -300.0), "CHEST", {"center": -625.0, "width": 790.0}),
-        ((100.0, 1300.0), "", {"center": 700.0, "width": 1440.0}),
-        ((20.0, 70.0), "HEAD", {"center": 40.0, "width": 80.0}),
-        ((300.0, 1300.0), "HEAD", {"center": 800.0, "width": 1180.0}),
-        ((), "HEAD", {"center": 40.0, "width": 80.0}),
-        ((), "CHEST", None),
+        ([ORGAN], "", None),
+        ([BODY, ORGAN], "CHEST", None),  # an outline asks for nothing
+        ([LUNG], "CHEST", window(-1000, -400)),  # -945 to -455, a tenth beside
+        ([BONE], "", window(10, 1190)),  # 110 to 1090
+        ([ORGAN[:30], BONE], "", window(10, 1190)),  # thirty voxels are no structure
+        ([LUNG, ORGAN], "", [window(-160, 240), window(-1000, -400)]),
+        ([around(20, 70)], "HEAD", window(0, 80)),
+        ([around(-30, 110)], "HEAD", window(-30, 110)),
+        ([BONE], "HEAD", window(10, 1190)),
+        ([], "HEAD", window(0, 80)),
+        ([], "CHEST", None),
     ],
 )
-def test_window_of_ct(inside: tuple[float, ...], part: str, window: dict[str, float] | None):
+def test_window_of_ct(
+    structures: list[tuple[float, ...]], part: str, expected: Any, tmp_path: Path
+):
     kind = replace(evidence().used, parts={part: 300})
-    values = tuple(np.linspace(*inside, 500)) if inside else ()
-    tried = (Tried(modality="CT", inside=values, voxels={0: 1, 1: 1}),)
-    labels = replace(no_labels(), tried=tried)
-    for other in ({}, {"MR": replace(kind, modality="MR")}):
-        found = evidence(kept={"CT": kind, **other}, labels=labels)
-        (made,) = [x for x in data_lines(found) if isinstance(x, Choice) and x.key == "data.window"]
-        if other:
-            assert made.value is None  # it would be for both
-        elif window is None:
-            assert made.value is None
-        else:
-            assert made.value["center"] == pytest.approx(window["center"], abs=11)
-            assert made.value["width"] == pytest.approx(window["width"], abs=21)
+    inside = dict(enumerate(structures, 1))
+    labels = replace(no_labels(), tried=(Tried(modality="CT", inside=inside, voxels={0: 1, 1: 1}),))
+    made = tree(evidence(kept={"CT": kind}, labels=labels), tmp_path)
+    key = ("model", "windows") if isinstance(expected, list) else ("data", "window")
+    assert made.get(key[0], {}).get(key[1]) == expected
+    both = evidence(kept={"CT": kind, "MR": replace(kind, modality="MR")}, labels=labels)
+    assert "window" not in tree(both, tmp_path)["data"]  # it would be for both
+    said = any("would suit the CT better" in line for line in propose(both).said)
+    assert said == (expected is not None)
 
 
 def test_thin_slices_get_their_neighbours(tmp_path: Path):
