@@ -12,8 +12,6 @@ from medpsp.config import TrainConfig
 
 _GPU_PIXELS, _CPU_PIXELS = 768 * 768, 256 * 256
 """What the network sees at once, at most."""
-_SMALL = 96
-"""Rows or columns below which a map at stride 16 has fewer cells than the pyramid has bins."""
 _NEAR = 3.0
 """Steps between slices, in pixels, up to which neighbours show the same (nnU-Net calls images
 anisotropic from there on)."""
@@ -31,13 +29,12 @@ def model_lines(found: Evidence) -> Iterator[Choice]:
     """Backbone, stride and context."""
     yield _backbone(found)
     rows, columns = crop_of(found)
-    if min(rows, columns) < _SMALL:
-        yield Choice(
-            "model.output_stride",
-            8,
-            f"At 16 a map of {rows} x {columns} has {rows // 16} x {columns // 16} cells, fewer "
-            "than the 7 bins of the pyramid.",
-        )
+    yield Choice(
+        "model.output_stride",
+        16,
+        f"{rows // 16} x {columns // 16} cells for the pyramid. Compared with 8 and 32 at 96 x 96 "
+        "only, where it scored best (DECISIONS.md).",
+    )
     yield _context(found)
 
 

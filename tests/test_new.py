@@ -162,7 +162,7 @@ def test_a_phantom_with_nifti_masks(proposed: tuple[Path, str, tuple[str, ...]],
             "max_reject_fraction": 0.07,  # 2 of 34 objects are 5.9 %
             **({"workers": tree["data"]["workers"]} if "workers" in tree["data"] else {}),
         },
-        "model": {"output_stride": 8, "context": 1},  # 5 mm apart, pixels of 2.6 mm
+        "model": {"context": 1},  # 5 mm apart, pixels of 2.6 mm
         "train": {
             "preset": "onecycle",
             "steps": 1500,
@@ -392,11 +392,11 @@ def test_ultrasound(coloured: bool, tmp_path: Path):
     assert tree["data"]["max_reject_fraction"] == 0.11  # one of ten has no region
     assert "window" not in tree["data"]
     if coloured:
-        assert tree["model"] == {"in_channels": 3, "output_stride": 8}
+        assert tree["model"] == {"in_channels": 3}
         assert "colour" not in tree["data"]
     else:
         assert tree["data"]["colour"] == "grey"
-        assert "in_channels" not in tree["model"]
+        assert "model" not in tree
     assert tree["train"]["size"] == [64, 64]
     write_proposal(tmp_path / "a.yaml", propose(found).text)
 
