@@ -92,7 +92,6 @@ class Candidate(NamedTuple):
     kind: MaskKind
     series: tuple[Series, ...]
     files: int
-    unmatched: int
     patterns: tuple[Pattern, ...] = ()
 
 

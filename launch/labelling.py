@@ -7,7 +7,7 @@ from dataclasses import replace
 from launch.labelfacts import TITLES, Candidate, Labels, Source, no_labels
 from launch.labelmasks import mask_labels, masks_by_name
 from launch.labelobjects import object_labels
-from launch.words import many
+from launch.words import listed, many
 from medpsp.dicom.nifti import SUFFIXES
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.types import MaskKind
@@ -27,7 +27,7 @@ def labels_of(archive: Survey, source: Source, pool: SandboxPool) -> Labels:
     Returns:
         Of the best kind that can be used; with ``files`` 0 where nothing belongs to a series.
     """
-    fault, files = "", 0
+    fault, files = _unfit(source), 0
     candidates = _candidates(archive, source, pool)
     for candidate in candidates:
         if candidate.kind == "nifti":
@@ -37,8 +37,20 @@ def labels_of(archive: Survey, source: Source, pool: SandboxPool) -> Labels:
         if labels.kind:
             beside = (_told(other) for other in candidates if other is not candidate)
             return replace(labels, beside=tuple(beside))
-        fault, files = fault or labels.fault, files or labels.files
+        fault, files = labels.fault if not files else fault, files or labels.files
     return no_labels(fault, files)
+
+
+def _unfit(source: Source) -> str:
+    """What there is, for where nothing of it belongs to an image."""
+    objects, masks = len(source.survey.labels), len(_nifti_names(source))
+    some = [many(objects, "SEG or RTSTRUCT object")] if objects else []
+    some += [many(masks, "NIfTI file")] if masks else []
+    return f"{listed(some)} found, but none that belongs to the images" if some else ""
+
+
+def _nifti_names(source: Source) -> list[str]:
+    return [name for name in source.survey.others if name.lower().endswith(SUFFIXES)]
 
 
 def _candidates(archive: Survey, source: Source, pool: SandboxPool) -> list[Candidate]:
@@ -46,9 +58,8 @@ def _candidates(archive: Survey, source: Source, pool: SandboxPool) -> list[Cand
     found = []
     for kind in _OBJECTS:
         match = match_labels(archive.series, source.survey.labels, kind, pool)
-        found.append(Candidate(kind, match.series, match.read, sum(match.codes.values())))
-    names = [name for name in source.survey.others if name.lower().endswith(SUFFIXES)]
-    found.append(masks_by_name(archive, source, names))
+        found.append(Candidate(kind, match.series, match.read))
+    found.append(masks_by_name(archive, source, _nifti_names(source)))
     worth = [(_worth(one), one) for one in found]
     return [
         one for worth, one in sorted(worth, key=lambda pair: pair[0], reverse=True) if any(worth)

@@ -51,10 +51,9 @@ def masks_by_name(archive: Survey, source: Source, names: Sequence[str]) -> Cand
     }
     patterns = patterns_of(names, list(known.values()), told=source.told) if names else []
     if not patterns:
-        return Candidate("nifti", (), len(names), len(names))
+        return Candidate("nifti", (), len(names))
     series = _masked(archive, source, patterns[0].text)
-    used = len({item.masks for item in series if item.masks})
-    return Candidate("nifti", series, len(names), len(names) - used, tuple(patterns))
+    return Candidate("nifti", series, len(names), tuple(patterns))
 
 
 def _masked(archive: Survey, source: Source, pattern: str) -> tuple[Series, ...]:

@@ -21,9 +21,10 @@ def label_lines(found: Evidence) -> Iterator[Line]:
     often = f"{labels.files - labels.unmatched} of {many(labels.files, TITLES[labels.kind])}"
     who = many(max(kind.patients for kind in found.kept.values()), "patient")
     beside = f" Not used: {listed(labels.beside)}." if labels.beside else ""
-    yield Choice(
-        "data.label_format", labels.kind, f"Series are there for {often}, of {who}.{beside}"
-    )
+    none = sum(found.kinds[n].series - kind.series for n, kind in found.kept.items())
+    bare = f" {many(none, 'series')} have none and are left out." if none else ""
+    why = f"Series are there for {often}, of {who}.{bare}{beside}"
+    yield Choice("data.label_format", labels.kind, why)
     if labels.kind == "nifti":
         also = "".join(f" {other} would find others." for other in labels.others)
         one = " A series takes one mask: unite them if both hold classes." if also else ""

@@ -795,6 +795,23 @@ def test_labels_inside_the_archive(tmp_path: Path):
         look(dicom, tmp_path / "a.yaml", tmp_path)
 
 
+def test_series_without_labels_and_labels_without_series_are_counted(tmp_path: Path):
+    """Three of five patients have a SEG; one SEG lies nowhere near an image."""
+    for number in range(5):
+        add_patient(tmp_path, number)
+    for number in (0, 1, 2, 9):
+        write_labels(tmp_path / "dicom", "seg", number, ("liver", "kidney"))
+    text = text_of(propose(look(tmp_path / "dicom", tmp_path / "a.yaml")).text)
+    assert (
+        "Series are there for 3 of 4 SEG objects, of 3 patients. 2 series have none and are left "
+        "out." in text
+    )
+    for number in (0, 1, 2):
+        (tmp_path / "dicom" / f"seg{number}.dcm").unlink()
+    text = text_of(propose(look(tmp_path / "dicom", tmp_path / "a.yaml")).text)
+    assert "OPEN. Labels: 1 SEG or RTSTRUCT object found, but none that belongs to" in text
+
+
 def test_images_in_the_folder_of_the_labels_are_no_trouble(
     plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
