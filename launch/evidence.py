@@ -74,10 +74,10 @@ def gather(archive: Path, labels: Path | None, places: Places, most: int) -> Evi
             _require_apart(labels, archive)
         kinds = kinds_of(survey.series)
         series, left = _chosen(survey.series, found, kinds)
-        kept = {
-            name: look_closer(kind, _of(series, name), pool)
-            for name, kind in kinds_of(series).items()
-        }
+        kept, lost = {}, list[Series]()
+        for name, kind in kinds_of(series).items():
+            kept[name], without = look_closer(kind, _of(series, name), pool)
+            lost += without
     used = kind_of(series)
     coloured = sum(kind.coloured for kind in kept.values())
     used = replace(used, coloured=coloured, looked=sum(kind.looked for kind in kept.values()))
@@ -90,7 +90,7 @@ def gather(archive: Path, labels: Path | None, places: Places, most: int) -> Evi
         used=used,
         left=left,
         labels=found,
-        patients=_patients(series, places),
+        patients=_patients([s for s in series if s not in lost] or series, places),
         codes=_codes(survey, found),
         objects=len({ref.place for item in series for ref in item.slices}),
         machine=machine,

@@ -68,20 +68,28 @@ def kinds_of(series: Iterable[Series]) -> dict[str, Kind]:
     return {kind.modality: kind for kind in found}
 
 
-def look_closer(kind: Kind, series: Iterable[Series], pool: SandboxPool) -> Kind:
-    """With what pixels and regions say of images that are in colour, or may show a name."""
-    refs = [item.slices[len(item.slices) // 2] for item in series]
-    colour = evenly([ref for ref in refs if ref.channels == 3], _LOOKED)
-    suspected = evenly([ref for ref in refs if _is_suspected(ref)], _LOOKED)
+def look_closer(
+    kind: Kind, series: Iterable[Series], pool: SandboxPool
+) -> tuple[Kind, list[Series]]:
+    """What pixels and regions say of images that are in colour, or may show a name.
+
+    Returns:
+        The figures with that, and the series that were seen to have no image region.
+    """
+    middles = {item.slices[len(item.slices) // 2]: item for item in series}
+    colour = evenly([ref for ref in middles if ref.channels == 3], _LOOKED)
+    suspected = evenly([ref for ref in middles if _is_suspected(ref)], _LOOKED)
     shown = [ok for _, ok in pool.map(or_error(_is_coloured), colour) if isinstance(ok, bool)]
-    boxed = [ok for _, ok in pool.map(_has_region, suspected)]
-    return replace(
+    boxed = list(pool.map(_has_region, suspected))
+    without = [middles[ref] for ref, has in boxed if not has]
+    closer = replace(
         kind,
         coloured=sum(shown),
         looked=len(shown),
-        blankable=sum(boxed),
+        blankable=len(boxed) - len(without),
         asked=len(boxed),
     )
+    return closer, without
 
 
 def without_suspects(series: Iterable[Series]) -> list[Series]:

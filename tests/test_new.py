@@ -387,6 +387,7 @@ def test_ultrasound(coloured: bool, tmp_path: Path):
         write_ultrasound(path, f"P{number}", coloured=coloured, region=number != 0)
     found = look(tmp_path / "us", tmp_path / "a.yaml")
     tree = yaml.safe_load(propose(found).text)
+    assert len(found.patients) == 9  # one of ten will be quarantined
     assert tree["data"]["modalities"] == ["US"]
     assert tree["data"]["burned_in"] == "blank"
     assert tree["data"]["max_reject_fraction"] == 0.11  # one of ten has no region
