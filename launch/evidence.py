@@ -59,7 +59,7 @@ def gather(archive: Path, labels: Path | None, places: Places, most: int) -> Evi
     machine = this_machine()
     with (
         SandboxPool(min(machine.cores, 8), *limits, SCANNER) as pool,
-        Bar("look", 0, "files") as bar,
+        Bar("scan", 0, "files") as bar,
     ):
         if places.index:
             survey = survey_index(places.index, archive, most)
