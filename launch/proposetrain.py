@@ -82,10 +82,12 @@ def _backbone(found: Evidence) -> Choice:
     if rich and found.machine.gpu_gib >= _LARGE_GIB:
         gib = f"GPUs of {found.machine.gpu_gib:.0f} GiB"
         return Choice(
-            "model.backbone", "convnext_tiny", f"{figures} and {gib}: enough for the largest one."
+            "model.backbone",
+            "convnext_tiny",
+            f"{figures} and {gib}: room for the largest. A rule of thumb: try resnet18 too.",
         )
     return Choice(
-        "model.backbone", "resnet18", f"{figures}: the one that learns most in little time."
+        "model.backbone", "resnet18", f"{figures}: the general one; `medpsp sweep` compares."
     )
 
 
@@ -121,7 +123,7 @@ def _batch(found: Evidence) -> Choice:
         "train.batch_size",
         share * machine.gpus,
         f"{share} for each of {many(machine.gpus, 'GPU')}; about {share * each / 1024:.1f} of "
-        f"{machine.gpu_gib:.0f} GiB.",
+        f"{machine.gpu_gib:.0f} GiB, calculated; lower it if memory runs out.",
     )
 
 
@@ -140,7 +142,7 @@ def _steps(found: Evidence, batch: int) -> Choice:
         return Choice(
             "train.steps",
             steps,
-            f"{kept:.0f} slices to train on: more passes over them than that learn them by heart.",
+            f"{kept:.0f} slices to train on: at most about 300 passes over them, a rule of thumb.",
         )
     return Choice(
         "train.steps", usual, f"About {passes:.0f} passes over some {kept:.0f} training slices."
@@ -182,11 +184,17 @@ def _on_gpus(found: Evidence) -> Iterator[Choice]:
     yield Choice("train.ranks", machine.gpus, f"One for each of {many(machine.gpus, 'GPU')}.")
     if machine.bf16:
         yield Choice("train.precision", "bf16", "The GPUs compute in it.")
-    yield Choice("train.channels_last", True, "Faster convolutions on GPUs.")
+    yield Choice("train.channels_last", True, "What the README advises for GPUs.")
     yield Choice(
-        "train.compile", "reduce-overhead", "A GPU waits for the CPU otherwise; CUDA graphs do not."
+        "train.compile",
+        "reduce-overhead",
+        "What the README advises: a fast GPU waits for the CPU otherwise.",
     )
-    yield Choice("train.augment_on", "device", "The GPU augments faster than the cores.")
+    yield Choice(
+        "train.augment_on",
+        "device",
+        "It leaves the cores to reading; as fast as loader workers where that was measured.",
+    )
     workers = max(1, min(_LOADERS, machine.cores // machine.gpus - 1))
     yield Choice(
         "train.loader_workers",
