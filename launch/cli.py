@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import chaincli, ondevice, sweepcli
+from launch import chaincli, newcli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
 from launch.doctor.command import doctor
 from launch.tensorrt import tensorrt
@@ -212,9 +212,10 @@ def backbones(
     show_backbones(height or rows, width or columns, classes or count, model)
 
 
+_first = (newcli.new, doctor)
 _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
 _several = (sweepcli.sweep, sweepcli.compare, sweepcli.scale)
-for _command in (*_chain, *_several, ondevice.watch, ondevice.receive, tensorrt, doctor):
+for _command in (*_first, *_chain, *_several, ondevice.watch, ondevice.receive, tensorrt):
     app.command()(_command)
 
 

@@ -115,6 +115,19 @@ class FolderStore:
                 (self._folder / name).unlink(missing_ok=True)
         self._there = named
 
+    def known(self) -> list[Part]:
+        """Those that count, of whatever identity, for who only reads; nothing is swept.
+
+        Raises:
+            ShardError: Their list is damaged.
+        """
+        try:
+            return [Part(*row) for row in read_sealed(self._folder / LIST)["parts"]]
+        except FileNotFoundError:
+            return []
+        except (ShardError, KeyError, TypeError, ValueError):
+            raise ShardError("catalogue: its list is damaged; run `medpsp shards` again") from None
+
     def _listed(self) -> list[Part]:
         try:
             tree = read_sealed(self._folder / LIST)

@@ -34,6 +34,7 @@ Make = Callable[..., Config]
 HEAVY = ("torch", "ray", "zarr", "albumentations", "numpy", "pydantic", "submitit", "pydicom")
 
 COMMANDS = {
+    "new": ["archive", "--labels", "--out", "--key", "--index", "--most"],
     "shards": ["config", "overrides", "--step", "--part"],
     "check": ["config", "overrides", "--repair", "--quick"],
     "train": ["config", "overrides"],
@@ -93,6 +94,17 @@ NONSENSE = {
     "show nonsense": (2, "unknown key", "config show {c} nonsense=1"),
     "doctor of nothing": (2, "config 'dmeo': .*did you mean 'demo'", "doctor dmeo"),
     "doctor of no cluster": (2, "cluster 'nope': no such file", "doctor {c} --cluster nope"),
+    "new of nothing": (1, "nowhere: no such folder", "new {root}/nowhere --out {root}/n.yaml"),
+    "new without DICOM": (
+        1,
+        r"nothing DICOM in it, 2 of 2 files .*: 2 \.nii\.gz",
+        "new {two}/masks --out {root}/n.yaml",
+    ),
+    "new with wrong labels": (
+        2,
+        "nothing in it belongs to the images; seen: 4 DICOM images",
+        "new {dicom}/1 --labels {dicom}/3 --out {root}/n.yaml",
+    ),
     "missing archive": (1, "no such folder", "shards {c} data.archive={root}/nowhere"),
     "empty archive": (1, "holds no file", "shards {c} data.archive={empty}"),
     "out below a file": (1, "out .*: cannot be written", "shards {c} out={file}/run"),

@@ -50,6 +50,26 @@ def grid_of(series: Series, partial: bool = False) -> Grid:
     )
 
 
+def grid_tree(grid: Grid) -> dict[str, Any]:
+    """A grid as lists and numbers; `grid_of_tree` makes an equal one of it."""
+    return {
+        "shape": grid.shape,
+        "affine": None if grid.affine is None else grid.affine.tolist(),
+        "slots": [[*key, place] for key, place in grid.slots.items()],
+        "partial": grid.partial,
+    }
+
+
+def grid_of_tree(tree: dict[str, Any]) -> Grid:
+    """The grid that `grid_tree` had."""
+    return Grid(
+        shape=tuple(tree["shape"]),
+        affine=None if tree["affine"] is None else np.array(tree["affine"]),
+        slots={(uid, number): place for uid, number, place in tree["slots"]},
+        partial=tree["partial"],
+    )
+
+
 def place_mask(
     mask: NDArray[Any],
     mask_ras: Floats,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from medpsp.dicom.checked import checked_refs, checked_target
 from medpsp.dicom.labelref import LabelRef
 from medpsp.dicom.names import LabelVolume, NameRule
-from medpsp.dicom.placement import grid_of
+from medpsp.dicom.placement import grid_of, grid_tree
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.wire import receive, send
 from medpsp.errors import DicomError, GeometryError, LabelError, SourceError
@@ -96,17 +96,11 @@ class Sandbox:
 
     def labels(self, series: Series, rule: NameRule, geometry: str, resample: str) -> LabelVolume:
         """(N, H, W) uint8 classes of all mask objects of a series, on its grid."""
-        grid = grid_of(series, series.mask_partial)
         tree, arrays = self.call(
             "labels",
             kind=series.mask_kind,
             places=series.masks,
-            grid={
-                "shape": grid.shape,
-                "affine": series.affine,
-                "slots": [[*key, place] for key, place in grid.slots.items()],
-                "partial": grid.partial,
-            },
+            grid=grid_tree(grid_of(series, series.mask_partial)),
             rule=asdict(rule),
             options=[geometry, resample],
         )

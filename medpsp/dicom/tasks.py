@@ -20,8 +20,9 @@ from medpsp.dicom.labelref import label_target
 from medpsp.dicom.labels import map_labels, read_nifti_mask
 from medpsp.dicom.names import LabelVolume, NameRule, count, merge_labels
 from medpsp.dicom.parse import parse, refusing
-from medpsp.dicom.placement import Grid
+from medpsp.dicom.placement import Grid, grid_of_tree
 from medpsp.dicom.read import read_frame, read_headers
+from medpsp.dicom.regionnames import region_names
 from medpsp.dicom.rtstruct import read_contours
 from medpsp.dicom.sandbox import Answer
 from medpsp.dicom.seg import read_segments
@@ -67,14 +68,10 @@ def labels(
     options: list[str],
 ) -> Answer:
     """`read_labels`: notes, and (N, H, W) uint8 classes."""
-    target = Grid(
-        shape=tuple(grid["shape"]),
-        affine=None if grid["affine"] is None else np.array(grid["affine"]),
-        slots={(uid, number): place for uid, number, place in grid["slots"]},
-        partial=grid["partial"],
-    )
     names = NameRule(**{key: tuples(value) for key, value in rule.items()})
-    whole = read_labels(kind, [Place(*place) for place in places], target, names, options)
+    whole = read_labels(
+        kind, [Place(*place) for place in places], grid_of_tree(grid), names, options
+    )
     return whole.notes, [whole.values]
 
 
@@ -119,6 +116,16 @@ def _volume(kind: str, place: Place, grid: Grid, rule: NameRule, options: list[s
     )
 
 
+def mask_values(place: list[str], grid: dict[str, Any]) -> Answer:
+    """(N, H, W) stored values of a NIfTI mask on the grid of a series."""
+    return None, [read_nifti_mask(Path(place[0]), grid_of_tree(grid)).values]
+
+
+def names_of_regions(place: list[str]) -> Answer:
+    """`region_names`."""
+    return region_names(parse(Place(*place)).header), []
+
+
 def image(place: list[str]) -> Answer:
     """`read_image`."""
     return None, [read_image(Path(place[0]))]
@@ -138,6 +145,8 @@ TASKS: Tasks = {
     "label_target": label_target_of,
     "label_head": label_head,
     "labels": labels,
+    "mask_values": mask_values,
+    "region_names": names_of_regions,
     "image": image,
     "mask": mask,
 }
@@ -157,7 +166,9 @@ def _ref(tree: dict[str, Any]) -> SliceRef:
 def policy_of(tree: dict[str, Any]) -> ReadPolicy:
     """A policy from its fields."""
     modalities = tree["modalities"]
-    return ReadPolicy(**{**tree, "modalities": tuple(modalities) if modalities else modalities})
+    return ReadPolicy(
+        **{**tree, "modalities": modalities if modalities is None else tuple(modalities)}
+    )
 
 
 def answers_to(

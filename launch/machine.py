@@ -1,0 +1,65 @@
+"""What this machine has to train with."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A machine.
+
+    Attributes:
+        cores: That this process may use.
+        memory_gib: Of the machine, or of the control group of this process.
+        gpus: CUDA devices that torch sees.
+        gpu_gib: Memory of the smallest of them.
+        bf16: They all compute in it.
+    """
+
+    cores: int
+    memory_gib: float
+    gpus: int = 0
+    gpu_gib: float = 0.0
+    bf16: bool = False
+
+
+def this_machine() -> Machine:
+    """Look at the machine; torch is imported only where there is a driver."""
+    found = Machine(cores=len(os.sched_getaffinity(0)), memory_gib=_memory_gib())
+    if not _has_driver():
+        return found
+    try:
+        import torch
+    except ImportError:
+        return found
+    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    if not gpus:
+        return found
+    return replace(
+        found,
+        gpus=len(gpus),
+        gpu_gib=min(one.total_memory for one in gpus) / 2**30,
+        bf16=all(one.major >= 8 for one in gpus),  # Ampere; older ones emulate it
+    )
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _memory_gib() -> float:
+    """Of the control group where it has a limit, else of the machine."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        limit = "max"
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, int(limit) if limit.isdecimal() else whole) / 2**30

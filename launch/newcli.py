@@ -1,0 +1,48 @@
+"""The command that proposes a configuration; heavy things are imported when it runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medpsp.errors import ConfigError
+
+
+def new(
+    archive: Annotated[Path, typer.Argument(help="Folder of DICOM files.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Folder of masks: DICOM SEG, RTSTRUCT or NIfTI; none: in the archive."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("new.yaml"),
+    key: Annotated[
+        Path | None, typer.Option(help="Of `medpsp key new`; with it the split is made to fit.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="`data.index` of an earlier run, in place of a scan.")
+    ] = None,
+    most: Annotated[
+        int, typer.Option(min=1, help="Files to look at; of more a sample is taken.")
+    ] = 50_000,
+) -> None:
+    """Propose a configuration for an archive, with the reason for each value."""
+    from launch.choices import Places
+    from launch.evidence import gather
+    from launch.jobs import setup_logging
+    from launch.proposal import propose, write_proposal
+    from launch.rundir import keep_private
+    from medpsp.identity import KEY_VARIABLE
+
+    setup_logging()
+    keep_private(archive, labels)
+    if out.resolve().is_relative_to(archive.resolve()):
+        raise ConfigError(f"--out {out}: lies inside the archive; take a file outside it")
+    if key is None and not os.environ.get(KEY_VARIABLE):
+        key = out.with_suffix(".key")
+    places = Places(archive=archive, file=out, key=key, index=index)
+    found = propose(gather(archive, labels, places, most))
+    write_proposal(out, found.text)
+    typer.echo("\n".join(found.said))

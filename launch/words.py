@@ -1,0 +1,15 @@
+"""Numbers and lists in lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def many(count: int, one: str) -> str:
+    """A number of things: 1 patient, 2 patients, 2 series."""
+    return f"{count} {one}" if count == 1 or one.endswith("s") else f"{count} {one}s"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words with commas, and an "and"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
