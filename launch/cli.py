@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import chaincli, newcli, ondevice, sweepcli
+from launch import chaincli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
 from launch.doctor.command import doctor
+from launch.new.command import new
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
 
@@ -212,7 +213,7 @@ def backbones(
     show_backbones(height or rows, width or columns, classes or count, model)
 
 
-_first = (newcli.new, doctor)
+_first = (new, doctor)
 _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
 _several = (sweepcli.sweep, sweepcli.compare, sweepcli.scale)
 for _command in (*_first, *_chain, *_several, ondevice.watch, ondevice.receive, tensorrt):

@@ -25,20 +25,20 @@ from pydicom.pixels.utils import pack_bits
 from pydicom.uid import ExplicitVRLittleEndian
 from typer.testing import CliRunner
 
-from launch.choices import Evidence, Open, Places
 from launch.cli import app
-from launch.evidence import ends_of, gather
-from launch.facts import Kind
-from launch.labelfacts import Labels, no_labels
-from launch.labelmasks import _marks, _numbers
-from launch.machine import Machine
-from launch.maskpattern import patterns_of
+from launch.new.choices import Evidence, Open, Places
+from launch.new.evidence import ends_of, gather
+from launch.new.facts import Kind
+from launch.new.labelfacts import Labels, no_labels
+from launch.new.labelmasks import _marks, _numbers
+from launch.new.machine import Machine
+from launch.new.maskpattern import patterns_of
+from launch.new.proposal import propose, write_proposal
+from launch.new.proposedata import data_lines
+from launch.new.regions import Seen, classes_of_names
+from launch.new.shares import shares_of
+from launch.new.trial import Tried
 from launch.phantom import Phantom, draw, to_mr, write_mask, write_series
-from launch.proposal import propose, write_proposal
-from launch.proposedata import data_lines
-from launch.regions import Seen, classes_of_names
-from launch.shares import shares_of
-from launch.trial import Tried
 from medpsp.config import Config
 from medpsp.configio import load_config
 from medpsp.dicom.regionnames import region_names

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from launch.labelfacts import (
+from launch.new.labelfacts import (
     BACKGROUND,
     Candidate,
     Labels,
@@ -17,9 +17,9 @@ from launch.labelfacts import (
     no_labels,
     series_of,
 )
-from launch.regions import Seen, classes_of_names
-from launch.trial import chosen, class_sizes, try_masks
-from launch.words import many
+from launch.new.regions import Seen, classes_of_names
+from launch.new.trial import chosen, class_sizes, try_masks
+from launch.new.words import many
 from medpsp.dicom.names import NameRule
 from medpsp.dicom.sandbox import Sandbox, SandboxPool, or_error
 from medpsp.errors import SourceError

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from launch.choices import Choice, Evidence, Line, Open
-from launch.facts import Kind
-from launch.proposelabels import label_lines
-from launch.proposewindow import window_lines
-from launch.shares import FEW, chance_of_none, shares_of
-from launch.words import listed, many
+from launch.new.choices import Choice, Evidence, Line, Open
+from launch.new.facts import Kind
+from launch.new.proposelabels import label_lines
+from launch.new.proposewindow import window_lines
+from launch.new.shares import FEW, chance_of_none, shares_of
+from launch.new.words import listed, many
 from medpsp.dicom.codes import code_of
 from shards.preflight import WORKER_MIB
 

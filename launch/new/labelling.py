@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from launch.labelfacts import TITLES, Candidate, Labels, Source, no_labels
-from launch.labelmasks import mask_labels, masks_by_name
-from launch.labelobjects import object_labels
-from launch.words import listed, many
+from launch.new.labelfacts import TITLES, Candidate, Labels, Source, no_labels
+from launch.new.labelmasks import mask_labels, masks_by_name
+from launch.new.labelobjects import object_labels
+from launch.new.words import listed, many
 from medpsp.dicom.nifti import SUFFIXES
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.types import MaskKind

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.facts import IMAGES
-from launch.maskpattern import Pattern
-from launch.regions import Classes
-from launch.trial import Tried
+from launch.new.facts import IMAGES
+from launch.new.maskpattern import Pattern
+from launch.new.regions import Classes
+from launch.new.trial import Tried
 from medpsp.types import MaskKind, Series
 from shards.survey import MOST_LABELS, Survey
 

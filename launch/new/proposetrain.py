@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from launch.choices import Choice, Evidence
-from launch.shares import to_train
-from launch.words import many
+from launch.new.choices import Choice, Evidence
+from launch.new.shares import to_train
+from launch.new.words import many
 from medpsp.config import TrainConfig
 
 _GPU_PIXELS, _CPU_PIXELS = 768 * 768, 256 * 256

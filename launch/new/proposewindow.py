@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.choices import Choice, Evidence, Line, Open
-from launch.facts import Kind
-from launch.words import listed
+from launch.new.choices import Choice, Evidence, Line, Open
+from launch.new.facts import Kind
+from launch.new.words import listed
 from medpsp.intensity import CT_WINDOW
 
 Range = tuple[float, float]

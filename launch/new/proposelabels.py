@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.choices import Choice, Evidence, Line, Open
-from launch.labelfacts import BACKGROUND, TITLES, Labels, codes_of
-from launch.words import listed, many
+from launch.new.choices import Choice, Evidence, Line, Open
+from launch.new.labelfacts import BACKGROUND, TITLES, Labels, codes_of
+from launch.new.words import listed, many
 
 
 def label_lines(found: Evidence) -> Iterator[Line]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from launch.choices import Choice, Evidence, Open
-from launch.proposedata import data_lines
-from launch.proposetrain import model_lines, train_lines
+from launch.new.choices import Choice, Evidence, Open
+from launch.new.proposedata import data_lines
+from launch.new.proposetrain import model_lines, train_lines
 from medpsp import __version__
 from medpsp.config import Config
 from medpsp.configio import load_config

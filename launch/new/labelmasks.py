@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from launch.labelfacts import (
+from launch.new.labelfacts import (
     BACKGROUND,
     Candidate,
     Labels,
@@ -17,10 +17,10 @@ from launch.labelfacts import (
     no_labels,
     series_of,
 )
-from launch.maskpattern import Pattern, fields_of, patterns_of
-from launch.regions import MOST_CLASSES
-from launch.trial import Tried, chosen, try_masks
-from launch.words import many
+from launch.new.maskpattern import Pattern, fields_of, patterns_of
+from launch.new.regions import MOST_CLASSES
+from launch.new.trial import Tried, chosen, try_masks
+from launch.new.words import many
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.types import IGNORE, Series

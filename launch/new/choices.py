@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.facts import Kind
-from launch.labelfacts import Labels
-from launch.machine import Machine
+from launch.new.facts import Kind
+from launch.new.labelfacts import Labels
+from launch.new.machine import Machine
 
 
 class Choice(NamedTuple):

@@ -29,10 +29,10 @@ def new(
     ] = 50_000,
 ) -> None:
     """Propose a configuration for an archive, with the reason for each value."""
-    from launch.choices import Places
-    from launch.evidence import gather
     from launch.jobs import setup_logging
-    from launch.proposal import propose, write_proposal
+    from launch.new.choices import Places
+    from launch.new.evidence import gather
+    from launch.new.proposal import propose, write_proposal
     from launch.rundir import keep_private
     from medpsp.identity import KEY_VARIABLE
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from launch.choices import Evidence, Places
-from launch.facts import (
+from launch.new.choices import Evidence, Places
+from launch.new.facts import (
     IMAGES,
     OTHERS,
     Kind,
@@ -18,10 +18,10 @@ from launch.facts import (
     look_closer,
     without_suspects,
 )
-from launch.labelfacts import Labels, Source, labelled_patients
-from launch.labelling import labels_of
-from launch.machine import this_machine
-from launch.words import listed, many
+from launch.new.labelfacts import Labels, Source, labelled_patients
+from launch.new.labelling import labels_of
+from launch.new.machine import this_machine
+from launch.new.words import listed, many
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.errors import ArchiveError, ConfigError
