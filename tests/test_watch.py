@@ -96,12 +96,12 @@ def test_a_watch_tells_once_and_ends(tmp_path: Path):
 
 
 def test_a_watch_is_silent_while_steps_are_made(tmp_path: Path):
-    made, lines = watch(tmp_path, (60, 1.5))  # a busy machine may halt a step for a second
-    for step in range(20):
+    made, lines = watch(tmp_path, (60, 3))  # a busy machine may halt a step for a second or two
+    for step in range(32):
         made.at(step, "step")
         time.sleep(0.1)
-    made.at(20, "evaluate", first=True)  # the longer limit
-    time.sleep(2)
+    made.at(32, "evaluate", first=True)  # the longer limit
+    time.sleep(3.5)
     made.close()
     assert lines == []
 
