@@ -110,11 +110,12 @@ def padding_mask(
 
 def ybr_to_rgb(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W, 3) YBR_FULL to RGB, both uint8; the same bytes on every CPU."""
-    centred = values.astype(np.float32)
-    centred[..., 1:] -= 128
-    # no product of matrices: BLAS rounds differently from CPU to CPU, and so would ties
-    y, cb, cr = (centred[..., k, None] * YBR_TO_RGB[:, k] for k in range(3))
-    return np.asarray(np.rint(y + cb + cr).clip(0, 255).astype(np.uint8))
+    y, cb, cr = np.moveaxis(values, -1, 0).astype(np.float32)
+    cb -= 128
+    cr -= 128
+    # no product of matrices: BLAS rounds differently from CPU to CPU, and so would halves
+    rgb = np.stack([row[0] * y + row[1] * cb + row[2] * cr for row in YBR_TO_RGB], axis=-1)
+    return np.asarray(np.rint(rgb, out=rgb).clip(0, 255, out=rgb).astype(np.uint8))
 
 
 def luma(rgb: NDArray[np.uint8]) -> NDArray[np.int16]:
