@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -38,6 +35,7 @@ from tests.encoded import (
     write_object,
 )
 from tests.factory import one_slice
+from tests.kernels import prints
 from tests.labelled import item
 from tests.mutate import NATIVE, WHEEL
 
@@ -362,17 +360,7 @@ def test_colours_are_the_same_bytes_on_every_cpu() -> None:
         "cube = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)\n"
         "print(hashlib.sha256(luma(cube).tobytes() + ybr_to_rgb(cube).tobytes()).hexdigest())\n"
     )
-    prints = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, **kernels},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for kernels in ({}, {"OPENBLAS_CORETYPE": "Haswell"}, {"OPENBLAS_CORETYPE": "Nehalem"})
-    }
-    assert len(prints) == 1
+    assert len(prints(code)) == 1
 
 
 def test_grey_is_the_nearest_to_the_luma_of_a_colour() -> None:

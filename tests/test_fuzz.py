@@ -50,7 +50,7 @@ def test_damaged_files_have_an_outcome_each(tmp_path: Path) -> None:
     assert tally.deaths == []
     assert tally.outcomes["read"] > INPUTS // 20  # the damage is not so crude that nothing is read
     assert len(tally.outcomes) > 20
-    assert tally.seconds < 10, tally.slowest
+    assert tally.seconds < 2, tally.slowest
     assert tally.peak_mib < 1024, tally.largest
 
 
@@ -205,7 +205,7 @@ def test_bombs_are_refused_before_memory_is_taken(box: Sandbox, tmp_path: Path, 
     write(path)
     kind = {".png": "image", ".nii": "nifti", ".gz": "nifti"}.get(path.suffix, "dicom")
     cost, pid = cost_of(box, kind, path, code)
-    assert cost[0] < 10, "CPU seconds"
+    assert cost[0] < 2, "CPU seconds"
     assert cost[1] < 200, "MiB above what the child has"
     assert pid == child_of(box)
 
@@ -224,7 +224,7 @@ def test_a_gzip_bomb_stops_at_the_limit_of_its_container(box: Sandbox, tmp_path:
     path.write_bytes(b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + zeros(1104))
     assert path.stat().st_size < 1_200_000
     (seconds, mib), pid = cost_of(box, "dicom", path, "INFLATE_LIMIT")
-    assert seconds < 10
+    assert seconds < 2
     assert mib < 350
     assert pid == child_of(box)
 
