@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import cv2
@@ -16,6 +13,7 @@ from medpsp.train.augment import AugmentOptions, Draw, apply_draw, augment, draw
 from medpsp.train.batch import crop_or_pad
 from medpsp.train.warp import Lines
 from medpsp.types import IGNORE
+from tests.kernels import prints
 
 LEVELS = ("low", "mid", "high")
 ALL = AugmentOptions(always=True)
@@ -126,21 +124,7 @@ def test_another_process_makes_the_same_bits() -> None:
         "done = augment(image, label, 'high', rng, options=ALL)\n"
         "print(hashlib.sha256(done[0].tobytes() + done[1].tobytes()).hexdigest())\n"
     )
-    prints = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, **given},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for given in (
-            {"OPENBLAS_NUM_THREADS": "1"},
-            {"OPENBLAS_NUM_THREADS": "2"},
-            {"OPENBLAS_CORETYPE": "Nehalem"},
-        )
-    }
-    assert len(prints) == 1
+    assert len(prints(code)) == 1
 
 
 def test_none_changes_nothing_and_nothing_is_changed_in_place() -> None:

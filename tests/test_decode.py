@@ -21,10 +21,12 @@ from medpsp.dicom.codestream import LOSSY, jpeg_space
 from medpsp.dicom.decode import Stored, layout_of, stored_values
 from medpsp.dicom.parse import parse
 from medpsp.dicom.read import Pixels, read_frame, read_headers
+from medpsp.dicom.values import luma
 from medpsp.errors import DicomError
 from medpsp.types import Place, ReadPolicy, SliceRef
 from tests.encoded import write_object
 from tests.factory import one_slice
+from tests.kernels import prints
 from tests.labelled import item
 from tests.mutate import NATIVE, WHEEL
 
@@ -340,6 +342,27 @@ def test_ybr_full(tmp_path: Path) -> None:
     path = write_object(tmp_path / "f", YBR, PhotometricInterpretation="YBR_FULL")
     assert values_of(path).tolist() == FROM_YBR
     assert stored_of(path).space == "YBR_FULL"
+
+
+def test_colours_are_the_same_bytes_on_every_cpu() -> None:
+    """Products of matrices are not: shards of nodes of two kinds would differ."""
+    code = (
+        "import hashlib\nimport numpy as np\nfrom medpsp.dicom.values import luma, ybr_to_rgb\n"
+        "cube = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)\n"
+        "print(hashlib.sha256(luma(cube).tobytes() + ybr_to_rgb(cube).tobytes()).hexdigest())\n"
+    )
+    assert len(prints(code)) == 1
+
+
+def test_grey_is_the_nearest_to_the_luma_of_a_colour() -> None:
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (300, 300, 3), np.uint8)
+    thousandths = colours.astype(np.int64) @ [299, 587, 114]
+    found = luma(colours)
+    assert (thousandths % 1000 == 500).sum() > 10  # halves, which floats would round by chance
+    assert np.abs(1000 * found.astype(np.int64) - thousandths).max() <= 500
+    greys = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+    np.testing.assert_array_equal(luma(greys), greys[..., 0])
 
 
 def test_ybr_full_422_shares_chroma_between_two_pixels(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class Command:
         _started.append(process)
         return process
 
-    def told(self, process: Any, seconds: float = 60) -> Told:
+    def told(self, process: Any, seconds: float = 180) -> Told:
         process.join(seconds)
         if process.exitcode is None:
             process.kill()
@@ -497,7 +497,7 @@ def test_a_rank_that_stands_still_is_named(prepare: Prepare, how: str):
     told = ranks[0].told(processes[0])
     took = time.monotonic() - began
     processes[1].kill()
-    assert took < 30
+    assert took < 150
     words = r"rank 1 gives no sign of life, the last time at step \d+ \(step, .*\.py:\d+\): stopped"
     if how == "has no batches":
         words = r"furthest behind is rank 1, at step [23] \((step|data), .*\); stacks are in "

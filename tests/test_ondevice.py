@@ -59,7 +59,7 @@ METADATA = {
 }
 PATIENT = "Doe-Jane"
 CT = Phantom(shape=(4, 48, 48))
-SECONDS = 30
+SECONDS = 120
 """Longest wait for anything."""
 
 

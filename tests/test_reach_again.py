@@ -29,7 +29,7 @@ NOT_NOW = "objects that are new or could be read cannot be read now"
 
 def behind_links(config: Config, key: bytes, store: Path) -> Path:
     """A study of which a second copy, on another disk, is the one that is not taken; its folder."""
-    study = next(config.data.archive.rglob("IM0001")).parent
+    study = min(config.data.archive.rglob("IM0001")).parent
     shutil.copytree(study, store)
     names = [path.relative_to(config.data.archive).as_posix() for path in study.iterdir()]
 
@@ -79,7 +79,7 @@ def test_without_a_plan_second_copies_are_not_taken_for_unreadable(
 
 
 def test_a_shard_without_its_commit_is_written_all_the_same(own: Config, tmp_path: Path) -> None:
-    study = next(own.data.archive.rglob("IM0001")).parent
+    study = min(own.data.archive.rglob("IM0001")).parent
     study.rename(tmp_path / "store")
     study.mkdir()
     for path in (tmp_path / "store").iterdir():
@@ -103,7 +103,7 @@ def refusal(name: str, frame: int) -> ScanRow:
 
 def test_a_slice_that_a_shard_never_held_stops_no_renamed_study(own: Config) -> None:
     build_shards(own)
-    study = next(own.data.archive.rglob("IM0001")).parent
+    study = min(own.data.archive.rglob("IM0001")).parent
     study.rename(study.with_name("moved"))
     plan = plan_shards(own)
     held = {name: read_commit(own.shards, name) for name in committed_names(own.shards)}
@@ -150,14 +150,14 @@ def test_a_frame_that_was_missing_does_not_excuse_the_others(
         with pytest.raises(ShardError, match=f"1 {NOT_NOW}"):
             build_shards(own)
     (tmp_path / "unmounted").rename(store)
-    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    min(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
     build_shards(own)
     assert len(read_index(own.shards)) == 37
 
 
 def test_a_folder_that_hides_nothing_of_ours(own: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     build_shards(own)
-    study = next(own.data.archive.rglob("IM0001")).parent
+    study = min(own.data.archive.rglob("IM0001")).parent
     shut = [".Trash-1000"]
     (own.data.archive / shut[0]).mkdir()
     real = walk._listed
@@ -168,7 +168,7 @@ def test_a_folder_that_hides_nothing_of_ours(own: Config, monkeypatch: pytest.Mo
         return real(folder)
 
     monkeypatch.setattr(walk, "_listed", listed)
-    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    min(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
     build_shards(own)
     shut.append(study.name)
     with pytest.raises(ShardError, match=f"1 {NOT_NOW}"):
@@ -214,7 +214,7 @@ def test_an_object_that_gave_nothing_may_get_worse(
     count = len(read_index(own.shards))
     copy.unlink()
     copy.symlink_to("/mnt/gone/COPY")
-    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    min(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
     build_shards(own)
     assert len(read_index(own.shards)) == count
 
@@ -224,6 +224,6 @@ def test_what_was_out_of_reach_stays_known_without_a_plan(own: Config) -> None:
     build_shards(own)
     (own.shards / PLAN).unlink()
     build_shards(own)
-    next(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
+    min(own.data.labels.glob("*.nii.gz")).touch()  # type: ignore[union-attr]
     build_shards(own)
     assert len(read_index(own.shards)) == 32

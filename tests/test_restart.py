@@ -116,7 +116,7 @@ def test_random_kills_change_no_bit(undisturbed: Any, tmp_path: Path) -> None:
             before = newest(folder)
             ranks = start(folder, size)
             wait = rng.uniform(0.05, 0.6) * seconds
-            victim, number = rng.choice(ranks), rng.choice(list(seen))
+            victim, number = rng.choice(ranks), list(seen)[kills % len(seen)]
             victim.join(wait)
             alive = victim.exitcode is None
             if alive and kills < KILLS // 2:
@@ -139,7 +139,7 @@ def test_random_kills_change_no_bit(undisturbed: Any, tmp_path: Path) -> None:
         assert kept[0] == kept[1]
         best = [read_state(root / "checkpoints" / "best") for root in (straight, folder)]
         assert best[0] == best[1]
-    assert min(seen.values()) > 0, seen
+    assert min(seen.values()) >= KILLS // 2 // len(seen), seen
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])

@@ -31,7 +31,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--window-size=1400,2400",
 )
-SECONDS = 30.0
+SECONDS = 120.0
 FIND = """
 const found = [];
 const walk = root => {

@@ -20,7 +20,8 @@ YBR_TO_RGB = np.array(
 )
 """Inverse of the equations of YBR_FULL, PS3.3 C.7.6.3.1.2."""
 
-LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+LUMA = np.array([299, 587, 114], dtype=np.int32)
+"""Thousandths."""
 
 
 def rescaled_dtype(
@@ -108,15 +109,18 @@ def padding_mask(
 
 
 def ybr_to_rgb(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W, 3) YBR_FULL to RGB, both uint8."""
-    centred = values.astype(np.float32)
-    centred[..., 1:] -= 128
-    return np.asarray(np.rint(centred @ YBR_TO_RGB.T).clip(0, 255).astype(np.uint8))
+    """(H, W, 3) YBR_FULL to RGB, both uint8; the same bytes on every CPU."""
+    y, cb, cr = np.moveaxis(values, -1, 0).astype(np.float32)
+    cb -= 128
+    cr -= 128
+    # no product of matrices: BLAS rounds differently from CPU to CPU, and so would halves
+    rgb = np.stack([row[0] * y + row[1] * cb + row[2] * cr for row in YBR_TO_RGB], axis=-1)
+    return np.asarray(np.rint(rgb, out=rgb).clip(0, 255, out=rgb).astype(np.uint8))
 
 
 def luma(rgb: NDArray[np.uint8]) -> NDArray[np.int16]:
-    """(H, W) brightness 0..255 of (H, W, 3) RGB, ITU-R BT.601; exact where R = G = B."""
-    return np.asarray(np.rint(rgb.astype(np.float32) @ LUMA).astype(np.int16))
+    """(H, W) brightness 0..255 of (H, W, 3) RGB, ITU-R BT.601; exact, halves go up."""
+    return np.asarray(((rgb.astype(np.int32) @ LUMA + 500) // 1000).astype(np.int16))
 
 
 def blank_outside(values: NDArray[Any], boxes: Sequence[Sequence[int]]) -> NDArray[Any]:
