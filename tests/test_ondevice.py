@@ -37,6 +37,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
+from launch.ondevice import predict_source
 from launch.phantom import Phantom, draw, to_mr, write_series
 from medpsp.deploy import watch
 from medpsp.deploy.answers import Format
@@ -570,6 +571,18 @@ def test_every_kind_of_entry_is_done_once(
     assert once(writer, inbox, out) == 0
     assert len(jobs(out)) == 6
     assert set(names) < set(jobs(out))
+
+
+def test_no_surface_where_nothing_was_found_is_no_failure(
+    predictor: Predictor, inbox: Path, tmp_path: Path, heard: Heard
+):
+    nib.save(nib.Nifti1Image(np.full((9, 8, 7), -900, np.int16), np.eye(4)), inbox / "air.nii.gz")
+    writer = Predictor(predictor.model.path, 1, ("mesh",))
+    assert once(writer, inbox, tmp_path / "out") == 0
+    (job,) = jobs(tmp_path / "out")
+    assert not list((tmp_path / "out" / job).iterdir())
+    assert "1 series, 7 slices" in heard.lines[0]
+    predict_source(predictor.model.path, inbox / "air.nii.gz", tmp_path / "told", 1, "mesh")
 
 
 def test_an_entry_that_changes_while_it_is_read_is_left_for_later(
