@@ -460,7 +460,7 @@ def test_peers_titles_and_a_missing_package(
 
 def test_receive_ends_with_0_when_it_is_asked_to_while_it_works(model: Path, tmp_path: Path):
     out = tmp_path / "out"
-    files, _ = series(tmp_path / "in", 0, Phantom(shape=(24, 64, 64)))
+    files, _ = series(tmp_path / "in", 0, Phantom(shape=(96, 64, 64)))
     process = command("receive", model, out, "--port", 0, "--threads", 1)
     assert process.stdout
     host, port = process.stdout.readline().split()[-1].rsplit(":", 1)
@@ -473,7 +473,7 @@ def test_receive_ends_with_0_when_it_is_asked_to_while_it_works(model: Path, tmp
     late.release()
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
-    assert "assoc-000001: 24 objects, 1 series, 24 slices" in said
+    assert "assoc-000001: 96 objects, 1 series, 96 slices" in said
     assert "assoc-000002: 1 objects, 1 series, 1 slices" in said
     assert no_spool(out)
 
@@ -663,7 +663,7 @@ def test_folders_that_cannot_be_are_refused(predictor: Predictor, inbox: Path, t
 
 def test_a_killed_watch_leaves_whole_folders_only(model: Path, inbox: Path, tmp_path: Path):
     out = tmp_path / "out"
-    series(inbox / PATIENT, 0, Phantom(shape=(24, 64, 64)))
+    series(inbox / PATIENT, 0, Phantom(shape=(96, 64, 64)))
     words = ("watch", model, inbox, out, "--settle", 0, "--threads", 1, "--format", "seg,png")
     process = command(*words)
     eventually(lambda: list(out.glob(".part-*/.partial-*/series-000/*.png")))
@@ -676,7 +676,7 @@ def test_a_killed_watch_leaves_whole_folders_only(model: Path, inbox: Path, tmp_
     assert process.returncode == 1, said  # the text
     assert PATIENT not in said
     (done,) = [name for name in jobs(out) if not name.endswith(".failed")]
-    assert len(list((out / done / "series-000").iterdir())) == 24
+    assert len(list((out / done / "series-000").iterdir())) == 96
     assert pydicom.dcmread(out / done / "series-000.dcm").Modality == "SEG"
     assert len(jobs(out)) == 2
 
@@ -687,11 +687,11 @@ def test_watch_finishes_the_entry_at_hand(
 ):
     out = tmp_path / "out"
     for name in "ab":
-        series(inbox / name, 0, Phantom(shape=(24, 64, 64)))
+        series(inbox / name, 0, Phantom(shape=(96, 64, 64)))
     process = command("watch", model, inbox, out, "--settle", 0, "--threads", 1, "--format", "png")
     eventually(lambda: list(out.glob(".part-*/.partial-*/series-000/*.png")))
     os.killpg(process.pid, number)  # as systemd and a terminal do: the decoders hear it, too
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     (done,) = jobs(out)
-    assert len(list((out / done / "series-000").iterdir())) == 24
+    assert len(list((out / done / "series-000").iterdir())) == 96
