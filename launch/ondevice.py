@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -52,6 +51,8 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
     """A line a series, the time a slice, and what was not segmented."""
     import numpy as np
 
+    from medpsp.dicom.codes import told_rows
+
     for item in found:
         parts = []
         for number, name in enumerate(predictor.model.classes[1:], 1):
@@ -59,13 +60,13 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
             if item.volumes:
                 amount = f"{item.volumes[number]:.1f} ml"
             parts.append(f"{name} {amount}")
-        typer.echo(f"{item.files[0]}  {item.slices} slices, {', '.join(parts)}")
+        where = item.files[0] if item.files else f"{item.name}: no surface to write"
+        typer.echo(f"{where}  {item.slices} slices, {', '.join(parts)}")
     if times := predictor.model.times:
         ms = np.percentile(np.array(times) * 1e3, [50, 95])
         typer.echo(f"network: {ms[0]:.0f} ms a slice (p50), {ms[1]:.0f} ms (p95)")
     if rows:
-        codes = Counter(row.code for row in rows)
-        typer.echo("not segmented: " + ", ".join(f"{n} {c}" for c, n in sorted(codes.items())))
+        typer.echo(told_rows(rows))
 
 
 def watch(

@@ -28,8 +28,8 @@ ROOT_UID = "1.2.826.0.1.3680043.8.498."
 LEAST = 8
 """Bytes of the shortest needle: none is found by chance, and the scanner looks at so many first."""
 
-CHANCE, DIGITS = 4, b"0123456789"
-"""So many more digits around a number make it a part of a longer one."""
+CHANCE, DIGITS = 4, b"0123456789abcdef"
+"""So many more digits around a number make it a part of a longer one, or of a hash."""
 
 CODECS = ("utf-8", "utf-16-le", "utf-16-be")
 """Canaries are ASCII, which is the same in UTF-8, Latin-1 and every code page."""

@@ -60,7 +60,7 @@ def command(config: Config, *arguments: str) -> Iterator[psutil.Popen]:
             process.kill()
         process.wait()
         log.close()
-        _, alive = psutil.wait_procs(everything, timeout=30)
+        _, alive = psutil.wait_procs(everything, timeout=120)
         for one in alive:
             one.kill()
 
@@ -170,7 +170,7 @@ class Harm:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
                     self.drivers += 1
-                    _, alive = psutil.wait_procs(at_work, timeout=30)
+                    _, alive = psutil.wait_procs(at_work, timeout=120)
                     self.left += len(alive)
                 elif victims := workers(process.pid):
                     try:

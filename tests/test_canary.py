@@ -441,6 +441,7 @@ def test_the_scanner_finds_what_people_make_of_a_value() -> None:
     for value in (*spelt, text.lower(), text.capitalize(), uid.rsplit(".", 1)[1]):
         assert scanner.hits(f"<{value}>".encode()), value
     assert scanner.hits(b"0.1234187103045678") == set()  # eight digits of a float
+    assert scanner.hits(b"9f3c18710304be") == set()  # and of a hash
     assert scanner.hits(b"8\x001871030487")
     assert scanner.hits(text[:9].encode()) == set()
     assert scanner.hits(b"") == scanner.hits(b"short") == set()

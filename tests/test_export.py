@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -23,7 +24,14 @@ from medpsp.deploy.gates import Slice, dice_gates, latency, latency_gate, least_
 from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.quantize import quantize
-from medpsp.deploy.session import Feeds, class_masks, open_session
+from medpsp.deploy.session import (
+    LOGITS,
+    Feeds,
+    class_masks,
+    feeds_of,
+    open_session,
+    run_graph,
+)
 from medpsp.deploy.verify import SHAPES, Example, check_parity
 from medpsp.errors import ExportError, ParityError
 from medpsp.model.psp import PSPNet, build_model
@@ -416,3 +424,32 @@ def test_the_exporter_may_not_substitute_an_opset(tmp_path: Path) -> None:
     some = [Example(rng.integers(0, 256, (1, 3, 30, 40), np.uint8), None)]
     graph = DeployGraph(plain, colours)
     check_parity(graph, tmp_path / "new.onnx", colours, some, TOLERANCE)
+
+
+class Gelu(Plain):
+    """With what ConvNeXt has between its layers."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return nn.functional.gelu(self.layer(x)), None
+
+
+def test_gelu_is_one_node_at_run_time_and_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plain = tmp_path / "turned.onnx", Gelu(1)
+    export_onnx(DeployGraph(plain, GIVEN), path, 18, {})
+    monkeypatch.setattr("medpsp.deploy.export.turn_gelu", lambda proto: None)
+    export_onnx(DeployGraph(plain, GIVEN), tmp_path / "as_it_was.onnx", 18, {})
+    image = np.arange(-200, 500, dtype=np.int16).reshape(1, 1, 25, 28)
+    feeds = feeds_of(image, None)
+    before, after = (
+        run_graph(open_session(file, optimise=False), feeds, LOGITS)[0]
+        for file in (tmp_path / "as_it_was.onnx", path)
+    )
+    np.testing.assert_array_equal(before, after)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "run.onnx")
+    ort.InferenceSession(path, options)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "run.onnx").graph.node}
+    assert "Gelu" in kinds
+    assert "Erf" not in kinds

@@ -44,7 +44,7 @@ def test_nodes_with_namespaces_fail_and_heal_and_leave_nothing() -> None:
         said = lab.run("srun", "-p", "gpu", "-N2", "--gres=gpu:1", "sh", "-c", TASK)
         assert sorted(said.split()) == ["gpu0:0", "gpu1:0"]
         lab.lab("fail", "gpu1")
-        lab.until(lambda: "down" in lab.run("sinfo", "-h", "-n", "gpu1", "-o", "%T"), 40, "down")
+        lab.until(lambda: "down" in lab.run("sinfo", "-h", "-n", "gpu1", "-o", "%T"), 120, "down")
         lab.lab("heal", "gpu1")
         assert lab.run("srun", "-p", "gpu", "-w", "gpu1", "hostname").strip() == "gpu1"
         lab.lab("fail", "controller")
@@ -72,7 +72,7 @@ def test_nodes_beside_each_other() -> None:
         assert "('cpu', True)" in found
         assert "('gpu', True)" in found
         lab.run("sbatch", "-o", "/dev/null", "--wrap", "sleep 1000")
-        lab.until(lambda: "R" in lab.run("squeue", "-h", "-o", "%t"), 20, "the job")
+        lab.until(lambda: "R" in lab.run("squeue", "-h", "-o", "%t"), 120, "the job")
         root = lab.root
     assert marks(root) == []
 

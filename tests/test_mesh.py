@@ -23,7 +23,7 @@ from medpsp.deploy.marching import march
 from medpsp.deploy.mesh import class_boxes, class_surface, volumes_ml, write_meshes
 from medpsp.deploy.meshfiles import write_stl
 from medpsp.deploy.packed import PackedMask
-from medpsp.errors import GeometryError
+from medpsp.errors import DicomError, GeometryError
 from medpsp.intensity import CLASS_COLOURS
 
 PLAIN = np.eye(4)
@@ -252,6 +252,19 @@ def test_same_bytes_twice_and_nothing_else_left(tmp_path: Path) -> None:
     again = write_meshes(tmp_path / "b", mask, PLAIN, ("background", "x"))
     assert [p.read_bytes() for p in once] == [p.read_bytes() for p in again]
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_glb_that_cannot_say_its_length_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = BODIES["sphere"].astype(np.uint8)
+    (_, whole) = write_meshes(tmp_path / "a", mask, PLAIN, ("background", "x"))
+    monkeypatch.setattr("medpsp.deploy.meshfiles.MOST_GLB", whole.stat().st_size)
+    assert len(write_meshes(tmp_path / "b", mask, PLAIN, ("background", "x"))) == 2
+    monkeypatch.setattr("medpsp.deploy.meshfiles.MOST_GLB", whole.stat().st_size - 1)
+    with pytest.raises(DicomError, match=r"MESH_NOT_WRITTEN: a GLB of \d+ bytes"):
+        write_meshes(tmp_path / "c", mask, PLAIN, ("background", "x"))
+    assert [path.name for path in tmp_path.glob("*c*")] == ["c.1-x.stl"]
 
 
 def test_background_alone_gives_no_file(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_two_nodes_share_a_conversion_and_leave_nothing_behind(
         everything = []
         wait_for(lambda: bool(helper()) or nodes[0].poll() is not None, "the second node")
         everything = [p for n in nodes for p in family(n.pid)]
-        assert [n.wait(180) for n in nodes] == [0, 0], (config.out / "node0.log").read_text()
+        assert [n.wait(400) for n in nodes] == [0, 0], (config.out / "node0.log").read_text()
         _, alive = psutil.wait_procs(everything, timeout=60)
         assert [" ".join(p.cmdline()) for p in alive] == []
         assert not meeting.exists()

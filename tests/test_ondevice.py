@@ -37,6 +37,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
+from launch.ondevice import predict_source
 from launch.phantom import Phantom, draw, to_mr, write_series
 from medpsp.deploy import watch
 from medpsp.deploy.answers import Format
@@ -459,7 +460,7 @@ def test_peers_titles_and_a_missing_package(
 
 def test_receive_ends_with_0_when_it_is_asked_to_while_it_works(model: Path, tmp_path: Path):
     out = tmp_path / "out"
-    files, _ = series(tmp_path / "in", 0, Phantom(shape=(24, 64, 64)))
+    files, _ = series(tmp_path / "in", 0, Phantom(shape=(96, 64, 64)))
     process = command("receive", model, out, "--port", 0, "--threads", 1)
     assert process.stdout
     host, port = process.stdout.readline().split()[-1].rsplit(":", 1)
@@ -472,7 +473,7 @@ def test_receive_ends_with_0_when_it_is_asked_to_while_it_works(model: Path, tmp
     late.release()
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
-    assert "assoc-000001: 24 objects, 1 series, 24 slices" in said
+    assert "assoc-000001: 96 objects, 1 series, 96 slices" in said
     assert "assoc-000002: 1 objects, 1 series, 1 slices" in said
     assert no_spool(out)
 
@@ -572,6 +573,18 @@ def test_every_kind_of_entry_is_done_once(
     assert set(names) < set(jobs(out))
 
 
+def test_no_surface_where_nothing_was_found_is_no_failure(
+    predictor: Predictor, inbox: Path, tmp_path: Path, heard: Heard
+):
+    nib.save(nib.Nifti1Image(np.full((9, 8, 7), -900, np.int16), np.eye(4)), inbox / "air.nii.gz")
+    writer = Predictor(predictor.model.path, 1, ("mesh",))
+    assert once(writer, inbox, tmp_path / "out") == 0
+    (job,) = jobs(tmp_path / "out")
+    assert not list((tmp_path / "out" / job).iterdir())
+    assert "1 series, 7 slices" in heard.lines[0]
+    predict_source(predictor.model.path, inbox / "air.nii.gz", tmp_path / "told", 1, "mesh")
+
+
 def test_an_entry_that_changes_while_it_is_read_is_left_for_later(
     predictor: Predictor, inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -650,7 +663,7 @@ def test_folders_that_cannot_be_are_refused(predictor: Predictor, inbox: Path, t
 
 def test_a_killed_watch_leaves_whole_folders_only(model: Path, inbox: Path, tmp_path: Path):
     out = tmp_path / "out"
-    series(inbox / PATIENT, 0, Phantom(shape=(24, 64, 64)))
+    series(inbox / PATIENT, 0, Phantom(shape=(96, 64, 64)))
     words = ("watch", model, inbox, out, "--settle", 0, "--threads", 1, "--format", "seg,png")
     process = command(*words)
     eventually(lambda: list(out.glob(".part-*/.partial-*/series-000/*.png")))
@@ -663,7 +676,7 @@ def test_a_killed_watch_leaves_whole_folders_only(model: Path, inbox: Path, tmp_
     assert process.returncode == 1, said  # the text
     assert PATIENT not in said
     (done,) = [name for name in jobs(out) if not name.endswith(".failed")]
-    assert len(list((out / done / "series-000").iterdir())) == 24
+    assert len(list((out / done / "series-000").iterdir())) == 96
     assert pydicom.dcmread(out / done / "series-000.dcm").Modality == "SEG"
     assert len(jobs(out)) == 2
 
@@ -674,11 +687,11 @@ def test_watch_finishes_the_entry_at_hand(
 ):
     out = tmp_path / "out"
     for name in "ab":
-        series(inbox / name, 0, Phantom(shape=(24, 64, 64)))
+        series(inbox / name, 0, Phantom(shape=(96, 64, 64)))
     process = command("watch", model, inbox, out, "--settle", 0, "--threads", 1, "--format", "png")
     eventually(lambda: list(out.glob(".part-*/.partial-*/series-000/*.png")))
     os.killpg(process.pid, number)  # as systemd and a terminal do: the decoders hear it, too
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     (done,) = jobs(out)
-    assert len(list((out / done / "series-000").iterdir())) == 24
+    assert len(list((out / done / "series-000").iterdir())) == 96

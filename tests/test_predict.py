@@ -32,6 +32,7 @@ from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput, as_planes, window_rows
 from medpsp.deploy.predict import Predictor
 from medpsp.deploy.session import class_masks, open_session
+from medpsp.dicom.codes import refusal, told_rows
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import Scan
@@ -347,6 +348,31 @@ def test_images_without_geometry_get_masks_and_no_volume(model: Path, tmp_path: 
     assert [(r.file_id, r.frame, r.status, r.code) for r in rows] == [
         ("1", 1, "quarantined", "DEC_ERROR")
     ]
+
+
+def test_without_geometry_there_is_no_mesh_and_it_is_said(
+    model: Path, tmp_path: Path, scanned: Any
+):
+    scanned([series_of((2, 1, 3), "CT")], [np.array([[-200, 41, 161]], dtype=np.int16)] * 2)
+    formats: tuple[Format, ...] = ("mesh", "gif")
+    (made,), rows = Predictor(model, formats=formats).folder(tmp_path / "in", tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["series-000.gif"]
+    assert made.files == (tmp_path / "a" / "series-000.gif",)
+    assert [(row.status, row.code) for row in rows] == [("kept", "MESH_NOT_WRITTEN")]
+    with pytest.raises(ArchiveError, match=r"MESH_NOT_WRITTEN"):
+        Predictor(model, formats=("mesh",)).folder(tmp_path / "in", tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_words_on_what_was_left_out():
+    codes = ["MODALITY_SKIPPED", "SEG_NOT_WRITTEN", "DEC_ERROR", "MODALITY_SKIPPED"]
+    rows = [refusal(str(number), code, "") for number, code in enumerate(codes)]
+    rows[1] = replace(rows[1], status="kept")
+    assert told_rows(rows) == (
+        "not segmented: 1 DEC_ERROR, 2 MODALITY_SKIPPED; remarks: 1 SEG_NOT_WRITTEN"
+    )
+    assert told_rows(rows[1:2]) == "remarks: 1 SEG_NOT_WRITTEN"
+    assert told_rows([]) == ""
 
 
 def test_a_series_of_images_of_which_none_is_readable_is_a_row_each(
@@ -723,6 +749,8 @@ def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     again = nib.load(tmp_path / "d/series-000.nii.gz")
     np.testing.assert_array_equal(np.asarray(again.dataobj), mask)
     np.testing.assert_allclose(again.affine, affine)
+    with pytest.raises(ConfigError, match=r"v\.nii\.gz: no SEG of a NIfTI"):
+        Predictor(model, formats=("seg",)).source(tmp_path / "v.nii.gz", tmp_path / "s")
     damaged = bytearray((tmp_path / "v.nii.gz").read_bytes())
     damaged[-5] ^= 1  # of the checksum
     (tmp_path / "sum.nii.gz").write_bytes(damaged)

@@ -28,7 +28,7 @@ from medpsp.identity import create_key
 from tests.slurmlab import HAVE, HAVE_ACCOUNTING, HINT, HINT_ACCOUNTING, Cluster, cluster
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 120
+STEPS = 240
 PROFILE = {
     "cpu": {"partition": "cpu", "cpus": 1, "memory_gb": 0.5, "minutes": 10},
     "gpu": {"partition": "gpu", "cpus": 1, "memory_gb": 0.5, "minutes": 10, "gpus": 1},
@@ -139,7 +139,7 @@ def test_the_whole_chain(lab: Cluster, base: Path, local: Path) -> None:
     table = medpsp(lab, "status", str(out))
     assert "COMPLETED" in table
     assert "tensorboard --logdir" in table
-    assert "train: 120 steps" in medpsp(lab, "logs", str(out), "train")
+    assert f"train: {STEPS} steps" in medpsp(lab, "logs", str(out), "train")
 
 
 def task(job: str, number: int, part: int | None = None) -> int:
@@ -234,7 +234,7 @@ def test_faults_one_after_the_other_cost_no_weight(lab: Cluster, base: Path, loc
 
     def lose_a_node() -> None:
         lab.lab("fail", node := run.nodes()[0])
-        lab.until(lambda: "down" in lab.run("sinfo", "-h", "-n", node, "-o", "%T"), 60, "down")
+        lab.until(lambda: "down" in lab.run("sinfo", "-h", "-n", node, "-o", "%T"), 180, "down")
         lab.lab("heal", node)
 
     faults: list[Callable[[], Any]] = [
@@ -388,7 +388,7 @@ def test_an_array_of_500_is_watched_and_cancelled(lab: Cluster, base: Path) -> N
     said = medpsp(lab, "status", str(run.root))
     assert "CANCELLED" in said
     assert "PENDING" not in said
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
 
 
 def test_a_shard_job_that_fails_for_good_ends_the_chain(lab: Cluster, base: Path) -> None:
@@ -405,4 +405,4 @@ def test_a_shard_job_that_fails_for_good_ends_the_chain(lab: Cluster, base: Path
         known = "FAILED" in table and table.count("CANCELLED") == len(jobs) - 2
         return known and f"plan: data.labels {base}/nowhere: no such folder" in table
 
-    lab.until(told, 30, "status to say so")  # all but plan, and the preflight, which needs no data
+    lab.until(told, 180, "status to say so")  # all but plan, and the preflight, which needs no data

@@ -64,9 +64,9 @@ def shard_bytes(config: Config) -> dict[str, bytes]:
 def many(
     tmp_path_factory: pytest.TempPathFactory, make_config: Make, phantom: Phantom, ray_once: None
 ) -> tuple[Path, Config]:
-    """An archive of 64 shards of one slice, and a clean conversion of it by two workers."""
+    """An archive of 128 shards of one slice, and a clean conversion of it by two workers."""
     root = tmp_path_factory.mktemp("many")
-    write_archive(root, 8, replace(phantom, shape=(8, 48, 48)))
+    write_archive(root, 16, replace(phantom, shape=(8, 48, 48)))
     config = make_config(root, tmp_path_factory.mktemp("clean"), shard_slices=1, workers=2)
     shards_job(config)
     return root, config
@@ -93,7 +93,7 @@ def test_a_job_killed_half_way_says_so_and_the_next_run_ends_as_a_clean_one(
     assert isinstance(error, LaunchError)
     assert str(error) == f"shards: died without a word (killed?); its output is in {log}"
     survivors = {p.name: p.stat().st_mtime_ns for p in commits.glob("[0-9]*.json")}
-    assert 0 < len(survivors) < 64
+    assert 0 < len(survivors) < 128
     assert not (config.shards / "manifest.json").exists()
     assert helpers
     until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in helpers))
@@ -106,10 +106,10 @@ def test_a_job_killed_half_way_says_so_and_the_next_run_ends_as_a_clean_one(
     assert list(config.shards.rglob(".*")) == []
     assert {n: (commits / n).stat().st_mtime_ns for n in survivors} == survivors
     shown = capfd.readouterr().err  # the jobs' own lines, and nothing of submitit's
-    assert f"shards: {config.shards} (64 slices; objects: 64 kept, " in shown
+    assert f"shards: {config.shards} (128 slices; objects: 128 kept, " in shown
     assert "check: every digest, slice and split is as the manifest says" in shown
     assert "submitit" not in shown
-    assert "objects: 64 kept, " in (run.logs / "shards.log").read_text()
+    assert "objects: 128 kept, " in (run.logs / "shards.log").read_text()
 
 
 def test_a_failing_job_gives_its_own_reason_and_stops_the_chain(

@@ -223,6 +223,29 @@ def test_a_copy_that_computes_otherwise_is_refused(
     assert not list((tmp_path / "kit").iterdir())
 
 
+def test_a_copy_may_settle_a_tie_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes 0 and 2 are the same but for 1e-6, which are added to the other one in the copy."""
+    proto = onnx.load(build(tmp_path / "m.onnx", FIXED).path)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    weight = numpy_helper.to_array(tensors["w"])[[0, 1, 0]]
+    tensors["w"].CopyFrom(numpy_helper.from_array(weight, "w"))
+
+    def saved(name: str, *bias: float) -> Path:
+        tensors["b"].CopyFrom(numpy_helper.from_array(np.float32(bias), "b"))
+        onnx.save(proto, tmp_path / name)
+        return tmp_path / name
+
+    model = ModelFile(saved("tied.onnx", 0.1, -9, 0.1 + 1e-6), threads=1)
+    make_readable(proto, "m.onnx")
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    copy = saved("copy.onnx", 0.1 + 1e-6, -9, 0.1)
+    _, far = parity_arrays(model, copy, SMALL, optimise=True)
+    assert 0 < far < 1e-5
+    monkeypatch.setattr("medpsp.deploy.session.MARGIN", 1e-7)
+    with pytest.raises(ExportError, match=r"and in \d+ class ids that are no ties"):
+        parity_arrays(model, copy, SMALL, optimise=True)
+
+
 def test_profiles(tmp_path: Path) -> None:
     made = profile_of((256, 320))
     assert (made.least, made.best, made.most, made.batch) == ((128, 160), (256, 320), (512, 640), 4)

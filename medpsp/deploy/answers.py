@@ -60,7 +60,7 @@ class Answers:
         formats: What to write. Without geometry NIfTI becomes a PNG of class ids for each slice.
 
     Attributes:
-        refused: Why there is no SEG, where it is not all that was asked for.
+        refused: Why there is no SEG or mesh, where that is not all that was asked for.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Answers:
         self._numbers: list[int] = []
         self._places: list[int] = []
         self._sheet = Sheet(model.classes)
-        self.refused: DicomError | None = None
+        self.refused: list[DicomError] = []
         self._stack = ExitStack()
         self._nifti: MaskWriter | None = None
         self._gif: GifWriter | None = None
@@ -84,7 +84,7 @@ class Answers:
         name, target, formats = self._target.name, self._target, self._formats
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
-        if target.affine is None or "png" in formats:
+        if "png" in formats or (target.affine is None and "nifti" in formats):
             (self._work / name).mkdir()
         if target.affine is not None and "nifti" in formats:
             path = self._work / f"{name}.nii.gz"
@@ -129,25 +129,26 @@ class Answers:
             shutil.rmtree(self._work, ignore_errors=True)
 
     def _finish(self) -> None:
-        name, target, model = self._target.name, self._target, self._model
+        name = self._target.name
         if "png" in self._formats:
             self._sheet.save(self._work / f"{name}.png")
         if self._volume is not None:
-            if "seg" in self._formats and target.dicom:
+            for kind, write in (("seg", self._write_seg), ("mesh", self._write_meshes)):
+                if kind not in self._formats:
+                    continue
                 try:
-                    self._write_seg(self._volume, target.dicom)
+                    write(self._volume)
                 except DicomError as error:  # what else is asked for can be given
-                    if self._formats == ("seg",):
+                    if len(self._formats) == 1:
                         raise
-                    self.refused = error
-            if "mesh" in self._formats and target.affine is not None:
-                affine = np.array(target.affine)
-                write_meshes(self._work / name, self._volume, affine, model.classes)
+                    self.refused.append(error)
         for path in sorted(self._work.iterdir()):
             path.rename(self._out / path.name)
 
-    def _write_seg(self, volume: PackedMask, series: Series) -> None:
-        model = self._model
+    def _write_seg(self, volume: PackedMask) -> None:
+        series, model = self._target.dicom, self._model
+        if series is None:  # a NIfTI has no identity that a SEG could take
+            return
         facts = ModelFacts(
             name=model.path.stem,
             version=str(model.meta.get("tool", "medpsp")),
@@ -158,6 +159,12 @@ class Answers:
         answered = replace(series, slices=tuple(series.slices[n] for n in self._numbers))
         masks = volume.unpacked(self._places)
         write_seg(self._work / f"{self._target.name}.dcm", masks, answered, facts)
+
+    def _write_meshes(self, volume: PackedMask) -> None:
+        name, affine = self._target.name, self._target.affine
+        if affine is None:
+            raise DicomError("MESH_NOT_WRITTEN", "images without geometry")
+        write_meshes(self._work / name, volume, np.array(affine), self._model.classes)
 
     @property
     def pixels(self) -> tuple[int, ...]:

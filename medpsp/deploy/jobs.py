@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from medpsp.deploy.predict import Prediction, Predictor
 from medpsp.dicom import nifti, voc
+from medpsp.dicom.codes import told_rows
 from medpsp.durable import sync
 from medpsp.errors import ConfigError, MedpspError
 from medpsp.types import ScanRow
@@ -32,12 +32,14 @@ class Job:
 
     Attributes:
         line: Counts, reason codes and seconds; no name of a file or folder.
-        files: Answers; none where it failed.
+        files: Answers; none of meshes where nothing was found.
+        failed: There are no answers.
         again: It failed for this machine (disk, memory), not for its source.
     """
 
     line: str
     files: tuple[Path, ...] = ()
+    failed: bool = False
     again: bool = False
 
 
@@ -64,13 +66,14 @@ def run_job(
         _to_disk(part)
         part.rename(folder)
         files = tuple(folder / path.relative_to(part) for made in found for path in made.files)
-        return Job(line=_told(found, rows, time.perf_counter() - began), files=files)
+        return Job(line=_line(found, rows, time.perf_counter() - began), files=files)
     except MedpspError as error:
-        job = Job(line=_without_path(" ".join(str(error).split())))
+        job = Job(line=_without_path(" ".join(str(error).split())), failed=True)
     except OSError as error:
-        job = Job(line=error.strerror or type(error).__name__, again=True)
+        job = Job(line=error.strerror or type(error).__name__, failed=True, again=True)
     except Exception as error:  # noqa: BLE001 - one job ends no service; ORT's errors share no base
-        job = Job(line=type(error).__name__, again=isinstance(error, MemoryError))
+        lacking = isinstance(error, MemoryError)
+        job = Job(line=type(error).__name__, failed=True, again=lacking)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return job if same() else None
@@ -92,12 +95,10 @@ def _without_path(text: str) -> str:
     return rest_of_it if tempfile.gettempdir() in head else text
 
 
-def _told(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) -> str:
+def _line(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) -> str:
     slices = sum(made.slices for made in found)
     line = f"{len(found)} series, {slices} slices, {seconds:.1f} s"
-    codes = Counter(row.code for row in rows)
-    left = ", ".join(f"{count} {code}" for code, count in sorted(codes.items()))
-    return f"{line}; not segmented: {left}" if left else line
+    return "; ".join(filter(None, (line, told_rows(rows))))
 
 
 def _to_disk(folder: Path) -> None:

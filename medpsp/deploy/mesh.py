@@ -112,6 +112,7 @@ def write_meshes(stem: Path, mask: Slices, affine: Floats, classes: Sequence[str
 
     Raises:
         GeometryError: GEOM_NONFINITE.
+        DicomError: MESH_NOT_WRITTEN, when the STL files are there and no GLB can be.
     """
     boxes = class_boxes(mask)
     drawn = {n: name for n, name in enumerate(classes) if n and n in boxes}

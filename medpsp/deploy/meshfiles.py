@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from medpsp import __version__
 from medpsp.deploy.fairing import Floats, pieces, vertex_areas
 from medpsp.deploy.marching import Ints
+from medpsp.errors import DicomError
 from medpsp.intensity import CLASS_COLOURS
 
 FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 """50 bytes of a binary STL."""
+
+MOST_GLB = 2**32 - 1
+"""Bytes that a GLB can say of itself (glTF 2.0, 4.4.2)."""
 
 LPS_TO_GLTF = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)
 """A rotation: x = left, y = up = superior, z = front = anterior (glTF 2.0, 3.4)."""
@@ -74,6 +78,9 @@ def write_glb(path: Path, parts: Iterable[Part]) -> None:
     Args:
         path: To write.
         parts: At least one; none is empty. They are taken one after another.
+
+    Raises:
+        DicomError: MESH_NOT_WRITTEN: the file would be larger than its own lengths can say.
     """
     numbers = path.with_name(f".partial-{path.name}.bin")
     try:
@@ -82,7 +89,10 @@ def write_glb(path: Path, parts: Iterable[Part]) -> None:
         text = json.dumps(tree, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 4)
         size = tree["buffers"][0]["byteLength"]
-        head = struct.pack("<4sIIII", b"glTF", 2, 28 + len(text) + size, len(text), 0x4E4F534A)
+        whole = 28 + len(text) + size
+        if whole > MOST_GLB:
+            raise DicomError("MESH_NOT_WRITTEN", f"a GLB of {whole} bytes; it ends at 4 GiB")
+        head = struct.pack("<4sIIII", b"glTF", 2, whole, len(text), 0x4E4F534A)
         head += text + struct.pack("<II", size, 0x004E4942)
         with numbers.open("rb") as file:
             _save(path, itertools.chain([head], iter(lambda: file.read(2**20), b"")))

@@ -153,15 +153,14 @@ class Predictor:
             counts = count_values(_frames(pool, series, name, []))
         target = Target(name=name, shape=series.shape, affine=series.affine, dicom=series)
         found = segment(self.model, _frames(pool, series, name, refused), seen, counts)
-        made, no_seg = self._written(out, target, found, began)
+        made, left = self._written(out, target, found, began)
         rows += refused
-        if no_seg:
-            rows.append(refusal(first.file_id, no_seg.code, f"{name}: {no_seg.detail}"))
+        rows += [_remark(first.file_id, one, name) for one in left]
         return made
 
     def _written(
         self, out: Path, target: Target, found: Iterator[Segmented], began: float
-    ) -> tuple[Prediction, DicomError | None]:
+    ) -> tuple[Prediction, list[DicomError]]:
         with Answers(out, target, self.model, self.formats) as answers:
             for item in found:
                 answers.add(item)
@@ -179,6 +178,8 @@ class Predictor:
         self, source: Path, out: Path, advance: Callable[[str], None]
     ) -> tuple[list[Prediction], list[ScanRow]]:
         name, began, modalities = "series-000", time.perf_counter(), self.model.modalities
+        if self.formats == ("seg",):
+            raise ConfigError(f"{source}: no SEG of a NIfTI, which names no images; take nifti")
         if len(modalities) != 1:
             raise ConfigError(
                 f"{source}: a NIfTI does not say what made it, and the model takes "
@@ -200,11 +201,11 @@ class Predictor:
                 counts = count_values(_plain_frames(slices()))
             target = Target(name=name, shape=shape, affine=affine)
             found = segment(self.model, _plain_frames(slices()), seen, counts)
-            made, _ = self._written(out, target, found, began)
+            made, left = self._written(out, target, found, began)
         except SourceError as error:
             raise ArchiveError(f"{source}: {error.code}, {error.detail}") from None
         advance(name)
-        return [made], []
+        return [made], [_remark(name, one, name) for one in left]
 
     def _images(
         self, pool: SandboxPool, source: Path, out: Path, rows: list[ScanRow]
@@ -240,6 +241,11 @@ class Predictor:
                 Prediction(name=path.name, slices=1, files=files, pixels=tuple(pixels.tolist()))
             )
         return predictions
+
+
+def _remark(file_id: str, error: SourceError, name: str) -> ScanRow:
+    detail = f"{name}: {error.detail}"
+    return ScanRow(file_id=file_id, status="kept", code=error.code, detail=detail)
 
 
 def _require_empty(out: Path) -> None:

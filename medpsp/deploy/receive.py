@@ -222,7 +222,7 @@ class Receiver:
             job = run_job(self.predictor, spool.folder, self.out / spool.name)
         finally:
             shutil.rmtree(spool.folder, ignore_errors=True)
-        if job is None or not job.files:
+        if job is None or job.failed:
             why = job.line if job else ""
             log.error("%s: %d objects, failed: %s", spool.name, spool.stored, why)
             return

@@ -17,6 +17,9 @@ from medpsp.deploy.session import LOGITS, open_session, run_graph
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
 
 Logits = NDArray[np.float32]
+SURE = 0.25
+"""Share of what is left to 1 by which the search goes beyond its bound: on the probes of a weakly
+trained EfficientNet-B0 the Dice was 0.970, on all validation slices 0.966."""
 PROBES = 3
 """Feeds that layers are ranked by."""
 
@@ -126,17 +129,18 @@ def restore(
         target: Where to write.
         metadata: As in `export_onnx`.
         source: Feeds, at best of validation patients.
-        least: Mean foreground Dice of the masks against the fp32 masks that ends the search; a mean
-            of NaN (no foreground) ends it, too.
+        least: Mean foreground Dice of the masks against the fp32 masks that is wanted, of other
+            slices as well: the search ends `SURE` of the way from there to 1. A mean of NaN (no
+            foreground) ends it, too.
         most: Layers to give back at most. The file is written even if that is not enough.
     """
     optimise = quantizer.kind == "cpu"  # trt: no kernels of this CPU, see `saturation`
-    expected = list(logits_of(quantizer.source, source))
+    expected, enough = list(logits_of(quantizer.source, source)), least + SURE * (1 - least)
     done: list[str] = []
     order: list[str] = []
     quantizer.write(target, metadata)
     before = after = agreement(expected, logits_of(target, source, optimise))
-    while after.mean < least and len(done) < min(most, len(quantizer.nodes)):
+    while after.mean < enough and len(done) < min(most, len(quantizer.nodes)):
         order = order or by_noise(quantizer, source)
         done.append(order[len(done)])
         quantizer.write(target, metadata, done)

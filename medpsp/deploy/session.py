@@ -19,6 +19,8 @@ CONFIDENCE = "confidence"
 """An output where `export.confidence` is set."""
 Feeds = dict[str, NDArray[Any]]
 """By the name of the input."""
+MARGIN = 2e-4
+"""Two logits nearer than this may change places where sums are taken in another order."""
 
 
 def open_session(
@@ -44,6 +46,14 @@ def run_graph(session: ort.InferenceSession, feeds: Feeds, *names: str) -> list[
     """These outputs."""
     found: list[NDArray[Any]] = session.run(names, feeds)
     return found
+
+
+def clear_pixels(logits: NDArray[Any]) -> NDArray[np.bool_]:
+    """(N, H, W): the two largest of (N, K, H, W) are more than `MARGIN` apart."""
+    top = np.sort(logits, axis=1)
+    with np.errstate(invalid="ignore"):  # infinite ones
+        clear: NDArray[np.bool_] = top[:, -1] - top[:, -2] > MARGIN
+    return clear
 
 
 def feeds_of(image: NDArray[Any], window: FloatArray | None) -> Feeds:

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from medpsp.deploy.inputs import GraphInput
-from medpsp.deploy.session import feeds_of, open_session
+from medpsp.deploy.session import MARGIN, clear_pixels, feeds_of, open_session
 from medpsp.errors import ParityError
 from medpsp.types import FloatArray
 
-MARGIN = 2e-4
-"""Two logits nearer than this may change places where sums are taken in another order."""
 _DRAWN = np.random.default_rng(0)
 SHAPES: tuple[tuple[int, int, int], ...] = (
     (1, 64, 64),
@@ -130,10 +128,7 @@ def _compared(
         raise ParityError(f"{path.name} at (N,H,W)={shape}: shapes {[a.shape for a in found]}")
     (mask, logits, *rest), (mask_, logits_, *rest_) = expected, found
     difference = float(np.abs(logits_ - logits).max())
-    top = np.sort(logits, axis=1)
-    with np.errstate(invalid="ignore"):  # infinite ones
-        clear = top[:, -1] - top[:, -2] > MARGIN
-    other = mask_ != mask
+    clear, other = clear_pixels(logits), mask_ != mask
     return Parity(
         shape=shape,
         max_abs_diff=difference,

@@ -143,7 +143,7 @@ class Watch:
         )
         if job is None:
             return True
-        if job.files:
+        if not job.failed:
             log.info("%s: %s", item.name, job.line)
             return True
         log.error("%s: failed: %s", item.name, job.line)

@@ -6,7 +6,8 @@ among `SliceRow.flags`, where the same finding is small enough to keep the slice
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from medpsp.dicom.labelcodes import LABEL_CODES
@@ -166,6 +167,8 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Save it again."),
     "SEG_NOT_WRITTEN": ("kept", "The headers of the images make no DICOM SEG; other files have it.",
         "Send the original images for a SEG."),
+    "MESH_NOT_WRITTEN": ("kept", "No mesh: images without geometry, or a GLB above 4 GiB.",
+        "Send the original series; the STL of a large surface is there."),
     # geometry
     "GEOM_MISSING": ("kept", "CT or MR without a position: single images, no volume.",
         "Send the original series."),
@@ -234,3 +237,11 @@ def codes_markdown() -> str:
 def told_codes(counts: Mapping[str, int]) -> str:
     """For a message: ``1 DEC_OOM, 2 FILE_EMPTY``."""
     return ", ".join(f"{n} {code}" for code, n in sorted(counts.items()))
+
+
+def told_rows(rows: Iterable[ScanRow]) -> str:
+    """What was not segmented and why, then remarks on what was; empty where there is nothing."""
+    words: dict[str, Counter[str]] = {"not segmented": Counter(), "remarks": Counter()}
+    for row in rows:
+        words["remarks" if row.status == "kept" else "not segmented"][row.code] += 1
+    return "; ".join(f"{say}: {told_codes(codes)}" for say, codes in words.items() if codes)

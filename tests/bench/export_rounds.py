@@ -21,7 +21,7 @@ from tests.bench.shards_rounds import ROOT, Missing, below
 
 ENGINES = ROOT / "tests" / "bench" / "export_engines.py"
 RESULTS = ROOT / "runs" / "bench" / "export.json"
-POLL_S = 0.01
+POLL_S, SETTLE_S = 0.01, 0.05
 DISTURBED = 10
 """Preemptions in 100 ms of CPU time from which on another process had the cores: 23 were seen
 with two others at work. Threads that wait for each other then spin: torch's 2 threads took 1.8 to
@@ -140,6 +140,20 @@ class Engine:
             self.preempted.append(answer["preempted"])
             self.peak = answer["peak"]
 
+    def settle(self) -> None:
+        """Wait until it takes no CPU time."""
+        before, now = -1, self._ticks()
+        while before != now:
+            time.sleep(SETTLE_S)
+            before, now = now, self._ticks()
+
+    def _ticks(self) -> int:
+        try:
+            fields = Path(f"/proc/{self._child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return 0
+        return int(fields[11]) + int(fields[12])  # utime and stime, in hundredths of a second
+
     def _answer(self) -> dict[str, Any]:
         line = self._child.stdout.readline() if self._child.stdout else ""
         if line:
@@ -174,10 +188,15 @@ class Engine:
 
 
 def in_turn(engines: Sequence[Engine], rounds: int) -> None:
-    """A round of each after the other, forwards and backwards; the first is not counted."""
+    """A round of each after the other, forwards and backwards; the first is not counted.
+
+    Threads of ONNX Runtime and OpenMP spin on for a while after a round; none begins before those
+    of the last one sleep.
+    """
     for number in range(rounds + 1):
         for engine in engines[:: -1 if number % 2 else 1]:
             engine.round(counted=number > 0)
+            engine.settle()
 
 
 def ratio(above: Engine, below_: Engine) -> float | None:
