@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from medpsp.types import ReadPolicy
 
 if TYPE_CHECKING:
     from launch.exportfacts import Found
+    from medpsp.deploy.gates import Variant
     from medpsp.deploy.session import Feeds
     from shards.index import SliceRow
 
@@ -147,7 +149,7 @@ def _write_variants(
     from medpsp.deploy.gates import least_dice, saturation_gate
     from medpsp.deploy.half import half
     from medpsp.deploy.quantize import Quantizer
-    from medpsp.deploy.restore import restore, saturation
+    from medpsp.deploy.restore import Bound, restore, saturation
     from shards.dataset import stage_rows
 
     given, metadata, found = made
@@ -171,14 +173,40 @@ def _write_variants(
             path,
             said,
             lambda: tiles(probes),
-            least_dice(name, config.model.backbone),
-            wanted.restore_layers,
+            Bound(
+                least=least_dice(name, config.model.backbone),
+                most=wanted.restore_layers,
+                confirm=partial(_agreement, config, run, rows, (given, found), name),
+            ),
         )
         if layers := found.restored[name].nodes:
             log.info("export: %d layers back to fp32: %s", len(layers), ", ".join(layers))
     if "cpu" in wanted.variants:
         found.saturation = saturation(run.fp32, run.int8, lambda: tiles(probes))
         found.gates.append(saturation_gate(*found.saturation))
+
+
+def _agreement(
+    config: Config,
+    run: RunDir,
+    rows: tuple[SliceRow, ...],
+    known: tuple[GraphInput, Found],
+    *names: Variant,
+) -> float:
+    """Score files on validation slices; the mean foreground Dice of the first against fp32's."""
+    from medpsp.deploy.gates import scores
+    from medpsp.deploy.session import open_session
+
+    given, found = known
+    chosen = spread(validation(rows), config.export.validation_slices)
+    files = {"fp32": run.fp32}
+    files |= {name: run.variant(name) for name in names}
+    # trt: what TensorRT computes is nearer to float emulation than to the kernels of this CPU
+    sessions = {n: open_session(p, 0, optimise=n != "trt") for n, p in files.items()}
+    slices = graph_slices(config, rows, chosen, given)
+    found.scores |= scores(sessions, slices, given, len(config.data.classes), config.tiling)
+    found.slices = len(chosen)
+    return found.scores[names[0]].agreement
 
 
 def feeds(one: GraphSlice) -> Feeds:
@@ -192,18 +220,13 @@ def _compare(
     config: Config, run: RunDir, rows: tuple[SliceRow, ...], given: GraphInput, found: Found
 ) -> None:
     """All files on validation slices, and their latency on one tile."""
-    from medpsp.deploy.gates import dice_gates, latency, latency_gate, least_dice, scores
-    from medpsp.deploy.session import open_session
+    from medpsp.deploy.gates import dice_gates, latency, latency_gate, least_dice
 
     wanted = config.export
-    chosen = spread(validation(rows), wanted.validation_slices)
     files = {"fp32": run.fp32}
     files |= {name: run.variant(name) for name in wanted.variants}
-    # trt: what TensorRT computes is nearer to float emulation than to the kernels of this CPU
-    sessions = {n: open_session(p, 0, optimise=n != "trt") for n, p in files.items()}
-    slices = graph_slices(config, rows, chosen, given)
-    found.scores = scores(sessions, slices, given, len(config.data.classes), config.tiling)
-    found.slices = len(chosen)
+    if left := [name for name in wanted.variants if name not in found.scores]:
+        _agreement(config, run, rows, (given, found), *left)
     fp32 = found.scores["fp32"]
     for name in wanted.variants:
         least = least_dice(name, config.model.backbone)
@@ -211,7 +234,8 @@ def _compare(
         log.info(
             "export: %s masks against fp32 masks, Dice %.4f", name, found.scores[name].agreement
         )
-    one = next(one_tile_each(graph_slices(config, rows, chosen[:1], given), given, config))
+    first = validation(rows)[:1]
+    one = next(one_tile_each(graph_slices(config, rows, first, given), given, config))
     found.feeds = feeds(one)
     for threads in (1, 2):
         quick = {name: path for name, path in files.items() if name != "trt"}

@@ -29,6 +29,7 @@ from medpsp.deploy.quantize import (
 )
 from medpsp.deploy.restore import (
     Agreement,
+    Bound,
     agreement,
     by_noise,
     decibel,
@@ -358,26 +359,33 @@ def test_the_layer_that_spoils_most_is_restored_first(tmp_path: Path) -> None:
     assert sorted(order) == sorted(quantizer.nodes)
     assert set(order[:2]) == {"point", "fuse"}  # both round what one of them gives the other
     target, fresh = tmp_path / "int8.onnx", slices(4, 5)
-    found = restore(quantizer, target, METADATA, fresh, 0.75, 3)
+    found = restore(quantizer, target, METADATA, fresh, Bound(least=0.8, most=3))
     assert found.before.mean < 0.5
     assert found.after.mean >= 0.8
     assert found.nodes == tuple(order[:2])
     again = agreement(logits_of(net, fresh), logits_of(target, fresh))
     assert again == found.after
-    beyond = restore(quantizer, tmp_path / "more.onnx", METADATA, fresh, found.after.mean, 3)
-    assert beyond.nodes[:2] == found.nodes  # on other slices it would be less as often as more
-    assert len(beyond.nodes) == 3
-    capped = restore(quantizer, target, METADATA, fresh, 1.0, 1)
+    others = iter([0.79, 0.81])  # of all slices: one layer more
+    beyond = restore(
+        quantizer, target, METADATA, fresh, Bound(least=0.8, most=4, confirm=lambda: next(others))
+    )
+    assert beyond.nodes == tuple(order[:3])
+    capped = restore(quantizer, target, METADATA, fresh, Bound(least=1.0, most=1))
     assert capped.nodes == tuple(order[:1])
     assert capped.after.mean < 1
-    low = (found.before.mean - 0.26) / 0.75  # a quarter of the way from there to 1 is passed
-    assert restore(quantizer, target, METADATA, fresh, low, 3).nodes == ()
+    assert restore(quantizer, target, METADATA, fresh, Bound(least=0.1, most=3)).nodes == ()
 
 
 def test_nothing_is_restored_without_foreground(tmp_path: Path) -> None:
     bias = np.float32([99, 0, 0])
     net = make_net(tmp_path / "empty.onnx", classify_b=bias)
-    found = restore(Quantizer(net, slices(1), "trt"), tmp_path / "8.onnx", {}, slices(2), 0.99, 3)
+    found = restore(
+        Quantizer(net, slices(1), "trt"),
+        tmp_path / "8.onnx",
+        {},
+        slices(2),
+        Bound(least=0.99, most=3),
+    )
     assert found.nodes == ()
     assert np.isnan(found.after.mean)
     assert found.after.dice[0] == 1

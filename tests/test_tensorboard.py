@@ -29,7 +29,8 @@ DRIVER = shutil.which("chromedriver")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--window-size=1400,2400", "--disable-dev-shm-usage",
+    "--window-size=1400,2400",
+    "--disable-dev-shm-usage",
 )
 SECONDS = 120.0
 FIND = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,6 @@ from medpsp.deploy.session import LOGITS, open_session, run_graph
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
 
 Logits = NDArray[np.float32]
-SURE = 0.25
-"""Share of what is left to 1 by which the search goes beyond its bound: on the probes of a weakly
-trained EfficientNet-B0 the Dice was 0.970, on all validation slices 0.966."""
 PROBES = 3
 """Feeds that layers are ranked by."""
 
@@ -54,6 +51,23 @@ class Restored:
     nodes: tuple[str, ...]
     before: Agreement
     after: Agreement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What ends `restore`.
+
+    Attributes:
+        least: Mean foreground Dice of the masks against the fp32 masks that is enough; a mean of
+            NaN (no foreground) is, too.
+        most: Layers to give back at most.
+        confirm: That Dice of the file as it is now, on more than the feeds; asked where they are
+            content.
+    """
+
+    least: float
+    most: int
+    confirm: Callable[[], float] = lambda: 1.0
 
 
 def logits_of(path: Path, source: Source, optimise: bool = True) -> Iterator[Logits]:
@@ -116,8 +130,7 @@ def restore(
     target: Path,
     metadata: dict[str, Any],
     source: Source,
-    least: float,
-    most: int,
+    bound: Bound,
 ) -> Restored:
     """Write an int8 file, with as few layers in fp32 as it takes to agree with the fp32 file.
 
@@ -129,18 +142,16 @@ def restore(
         target: Where to write.
         metadata: As in `export_onnx`.
         source: Feeds, at best of validation patients.
-        least: Mean foreground Dice of the masks against the fp32 masks that is wanted, of other
-            slices as well: the search ends `SURE` of the way from there to 1. A mean of NaN (no
-            foreground) ends it, too.
-        most: Layers to give back at most. The file is written even if that is not enough.
+        bound: When to stop. The file is written even if that is not enough.
     """
     optimise = quantizer.kind == "cpu"  # trt: no kernels of this CPU, see `saturation`
-    expected, enough = list(logits_of(quantizer.source, source)), least + SURE * (1 - least)
+    expected = list(logits_of(quantizer.source, source))
     done: list[str] = []
     order: list[str] = []
     quantizer.write(target, metadata)
     before = after = agreement(expected, logits_of(target, source, optimise))
-    while after.mean < enough and len(done) < min(most, len(quantizer.nodes)):
+    least, most = bound.least, min(bound.most, len(quantizer.nodes))
+    while (after.mean < least or bound.confirm() < least) and len(done) < most:
         order = order or by_noise(quantizer, source)
         done.append(order[len(done)])
         quantizer.write(target, metadata, done)

@@ -37,6 +37,8 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # threads that wait for the next run would take the cores of the decoders for 30 ms each time
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(path, options, providers=[provider])
