@@ -48,6 +48,7 @@ SMALL = (
 """Sizes with which the commands of the pages run, and a network that has learnt nothing."""
 SUBSTITUTED = (
     ("make demo", f"medpsp demo runs/demo {shlex.join(SMALL)}"),  # what its recipe says
+    ("medpsp run liver.yaml", f"medpsp run liver.yaml {shlex.join(SMALL)}"),
     # the file of the quickstart, whose commands have made the shards and trained
     ("medpsp run resnet18", "medpsp run my.yaml --from export"),
     ("/archive/", "../archive/"),
@@ -63,6 +64,7 @@ ELSEWHERE = {
     "make test": ".ci/run",
     "sudo apt install --no-install-recommends slurmctld slurmd slurm-client munge": ".ci/run",
     "tensorboard --logdir runs/liver/tensorboard": "tests/test_tensorboard.py::tensorboard",
+    "medpsp doctor my.yaml --cluster my-site.yaml": "tests/test_slurm.py::test_the_whole_chain",
     "medpsp run my.yaml --cluster my-site.yaml": "tests/test_slurm.py::test_the_whole_chain",
     "medpsp status runs/liver": "tests/test_slurm.py::test_the_whole_chain",
     "medpsp logs runs/liver train": "tests/test_slurm.py::test_the_whole_chain",
@@ -123,11 +125,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for page, text in TEXTS.items():
         folder = root / page
         folder.mkdir()
-        (folder / "runs").symlink_to(root / "runs")
+        if page != "README":
+            (folder / "runs").symlink_to(root / "runs")
         for name, content in files.items():
             (folder / name).write_text(content)
         if "medpsp key new project.key" not in commands(text):
             write_key(folder / "project.key")
+    # it makes a configuration of its own, with the same folder; other pages show its demo
+    (root / "runs/demo").symlink_to(root / "README/runs/demo")
     return root
 
 

@@ -130,6 +130,11 @@ def test_the_whole_chain(lab: Cluster, base: Path, local: Path) -> None:
     """Two nodes of one rank each: the same shards and weights as on one machine."""
     out = base / "chain"
     words = [str(base / "c.yaml"), f"out={out}", f"data.index={base}/index2"]
+    site = ("--cluster", str(base / "site.yaml"))
+    told = medpsp(lab, "doctor", *words, *site, ok=False)  # the lab's jobs have less than it asks
+    assert re.search(r"SLURM +ok +partitions cpu\* \(1 nodes\), gpu \(3 nodes\)", told)
+    assert re.search(r"profile memory +problem +1\.\d GB for 1 shard tasks, .* asks for 0\.5", told)
+    assert "problems: 1, " in told
     said = medpsp(lab, "run", *words, "--cluster", str(base / "site.yaml"), "--wait")
     assert re.search(r"train \d+: COMPLETED gpu\[?\d", said)
     assert shards(out) == shards(local)
