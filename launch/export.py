@@ -176,7 +176,7 @@ def _write_variants(
             Bound(
                 least=least_dice(name, config.model.backbone),
                 most=wanted.restore_layers,
-                confirm=partial(_agreement, config, run, rows, (given, found), name),
+                confirm=partial(_agrees, config, run, rows, (given, found), name),
             ),
         )
         if layers := found.restored[name].nodes:
@@ -186,14 +186,29 @@ def _write_variants(
         found.gates.append(saturation_gate(*found.saturation))
 
 
-def _agreement(
+def _agrees(
+    config: Config,
+    run: RunDir,
+    rows: tuple[SliceRow, ...],
+    known: tuple[GraphInput, Found],
+    name: Variant,
+) -> bool:
+    """Score a file on validation slices, and judge it as it is judged in the end."""
+    from medpsp.deploy.gates import dice_gates, least_dice
+
+    _score(config, run, rows, known, name)
+    scores, least = known[1].scores, least_dice(name, config.model.backbone)
+    return all(gate.passed for gate in dice_gates(name, least, scores[name], scores["fp32"]))
+
+
+def _score(
     config: Config,
     run: RunDir,
     rows: tuple[SliceRow, ...],
     known: tuple[GraphInput, Found],
     *names: Variant,
-) -> float:
-    """Score files on validation slices; the mean foreground Dice of the first against fp32's."""
+) -> None:
+    """Score files, and that of fp32, on validation slices."""
     from medpsp.deploy.gates import scores
     from medpsp.deploy.session import open_session
 
@@ -206,7 +221,6 @@ def _agreement(
     slices = graph_slices(config, rows, chosen, given)
     found.scores |= scores(sessions, slices, given, len(config.data.classes), config.tiling)
     found.slices = len(chosen)
-    return found.scores[names[0]].agreement
 
 
 def feeds(one: GraphSlice) -> Feeds:
@@ -225,8 +239,7 @@ def _compare(
     wanted = config.export
     files = {"fp32": run.fp32}
     files |= {name: run.variant(name) for name in wanted.variants}
-    if left := [name for name in wanted.variants if name not in found.scores]:
-        _agreement(config, run, rows, (given, found), *left)
+    _score(config, run, rows, (given, found), *wanted.variants)
     fp32 = found.scores["fp32"]
     for name in wanted.variants:
         least = least_dice(name, config.model.backbone)

@@ -61,13 +61,13 @@ class Bound:
         least: Mean foreground Dice of the masks against the fp32 masks that is enough; a mean of
             NaN (no foreground) is, too.
         most: Layers to give back at most.
-        confirm: That Dice of the file as it is now, on more than the feeds; asked where they are
-            content.
+        confirm: Whether the file as it is now passes on more than the feeds; asked where they are
+            content and have foreground.
     """
 
     least: float
     most: int
-    confirm: Callable[[], float] = lambda: 1.0
+    confirm: Callable[[], bool] = lambda: True
 
 
 def logits_of(path: Path, source: Source, optimise: bool = True) -> Iterator[Logits]:
@@ -151,7 +151,9 @@ def restore(
     quantizer.write(target, metadata)
     before = after = agreement(expected, logits_of(target, source, optimise))
     least, most = bound.least, min(bound.most, len(quantizer.nodes))
-    while (after.mean < least or bound.confirm() < least) and len(done) < most:
+    while len(done) < most and (
+        after.mean < least or (after.mean >= least and not bound.confirm())
+    ):
         order = order or by_noise(quantizer, source)
         done.append(order[len(done)])
         quantizer.write(target, metadata, done)
