@@ -264,7 +264,7 @@ def test_a_glb_that_cannot_say_its_length_is_refused(
     monkeypatch.setattr("medpsp.deploy.meshfiles.MOST_GLB", whole.stat().st_size - 1)
     with pytest.raises(DicomError, match=r"MESH_NOT_WRITTEN: a GLB of \d+ bytes"):
         write_meshes(tmp_path / "c", mask, PLAIN, ("background", "x"))
-    assert [path.name for path in tmp_path.glob("*c*")] == ["c.1-x.stl"]
+    assert [path.name for path in tmp_path.glob("*c*")] == ["c.1-x.stl"]  # what predict keeps
 
 
 def test_background_alone_gives_no_file(tmp_path: Path) -> None:

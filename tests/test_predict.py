@@ -28,6 +28,7 @@ from launch.phantom import Phantom, draw, to_mr, write_series
 from medpsp.deploy import predict
 from medpsp.deploy.answers import Format
 from medpsp.deploy.export import export_onnx
+from medpsp.deploy.folders import alone
 from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput, as_planes, window_rows
 from medpsp.deploy.predict import Predictor
@@ -361,7 +362,23 @@ def test_without_geometry_there_is_no_mesh_and_it_is_said(
     assert [(row.status, row.code) for row in rows] == [("kept", "MESH_NOT_WRITTEN")]
     with pytest.raises(ArchiveError, match=r"MESH_NOT_WRITTEN"):
         Predictor(model, formats=("mesh",)).folder(tmp_path / "in", tmp_path / "b")
-    assert not list((tmp_path / "b").iterdir())
+    assert not (tmp_path / "b").exists()
+
+
+def test_two_at_once_do_not_write_into_one_folder(model: Path, tmp_path: Path, phantom: Phantom):
+    write_series(tmp_path / "in", "P", draw(phantom, 0)[0], phantom)
+    out, predictor = tmp_path / "out", Predictor(model, formats=PLAIN)
+    for source in (tmp_path / "in", next((tmp_path / "in").iterdir())):
+        with alone(out), pytest.raises(ConfigError, match="another medpsp is at work there"):
+            predictor.source(source, out)
+        assert not list(out.iterdir())
+    (made,), _ = predictor.source(tmp_path / "in", out)
+    assert len(list((out / "series-000").iterdir())) == made.slices
+    with pytest.raises(ConfigError, match="not empty"), alone(out):
+        pass
+    with pytest.raises(ZeroDivisionError), alone(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "new").exists()
 
 
 def test_words_on_what_was_left_out():
@@ -373,6 +390,7 @@ def test_words_on_what_was_left_out():
     )
     assert told_rows(rows[1:2]) == "remarks: 1 SEG_NOT_WRITTEN"
     assert told_rows([]) == ""
+    assert told_rows([refusal("z", "ARCHIVE_OPENED", "")]) == "remarks: 1 ARCHIVE_OPENED"
 
 
 def test_a_series_of_images_of_which_none_is_readable_is_a_row_each(

@@ -23,6 +23,7 @@ from medpsp.deploy.half import fp32_nodes, half
 from medpsp.deploy.quantize import (
     Quantizer,
     check_symmetric,
+    fuse_silu,
     percentile_range,
     quantizable,
     quantize,
@@ -201,6 +202,12 @@ net (float[N,1,H,W] image) => (float[N,2,H,W] logits)
     [last] logits = Conv <kernel_shape = [1,1]> (e, last_w)
 }
 """
+
+
+def test_an_output_of_the_graph_is_not_fused_away(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(SILU.replace("logits)", "logits, float[N,4,H,W] s)", 1))
+    fuse_silu(proto)
+    assert Counter(node.op_type for node in proto.graph.node)["QuickGelu"] == 0
 
 
 def test_silu_is_one_node_in_the_file_for_cpus(tmp_path: Path) -> None:

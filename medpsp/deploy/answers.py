@@ -82,7 +82,6 @@ class Answers:
 
     def __enter__(self) -> Answers:
         name, target, formats = self._target.name, self._target, self._formats
-        shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
         if "png" in formats or (target.affine is None and "nifti" in formats):
             (self._work / name).mkdir()
@@ -139,9 +138,9 @@ class Answers:
                 try:
                     write(self._volume)
                 except DicomError as error:  # what else is asked for can be given
-                    if len(self._formats) == 1:
-                        raise
                     self.refused.append(error)
+        if self.refused and not any(path.is_file() for path in self._work.rglob("*")):
+            raise self.refused[0]
         for path in sorted(self._work.iterdir()):
             path.rename(self._out / path.name)
 

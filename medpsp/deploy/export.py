@@ -74,7 +74,9 @@ def _dynamo(graph: DeployGraph, feeds: tuple[Tensor, ...], opset: int) -> onnx.M
 
 
 def turn_gelu(proto: onnx.ModelProto) -> None:
-    """Make (x * (1 + erf)) * 0.5 of x * (0.5 * (1 + erf)), which has the same bits.
+    """Make (x * (1 + erf(x / s))) * 0.5 of x * (0.5 * (1 + erf(x / s))), which has the same bits.
+
+    Not where the product overflows, from half of the largest float on.
 
     ONNX Runtime 1.32 computes the first as one node, the second as six: 12 % of ConvNeXt-Tiny's
     time in fp32, 17 % in int8. The older exporter writes the first.
@@ -84,6 +86,7 @@ def turn_gelu(proto: onnx.ModelProto) -> None:
     halves = {t.name for t in scalars if numpy_helper.to_array(t) == 0.5}
     made = {name: node for node in nodes for name in node.output}
     readers = Counter(name for node in nodes for name in node.input)
+    readers.update(output.name for output in proto.graph.output)
 
     def kind(name: str) -> str:
         return made[name].op_type if name in made else ""
@@ -96,7 +99,9 @@ def turn_gelu(proto: onnx.ModelProto) -> None:
                 continue
             sums = [name for name in first.input if kind(name) == "Add"]
             half = [name for name in first.input if name in halves]
-            if sums and half and "Erf" in map(kind, made[sums[0]].input):
+            erfs = [name for name in (made[sums[0]].input if sums else ()) if kind(name) == "Erf"]
+            scaled = made.get(made[erfs[0]].input[0]) if erfs else None
+            if half and scaled is not None and x in scaled.input:
                 first.input[:], last.input[:] = [x, sums[0]], [inner, half[0]]
                 break
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
 import shutil
 import tempfile
@@ -13,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from medpsp.deploy.folders import lock
 from medpsp.deploy.predict import Prediction, Predictor
 from medpsp.dicom import nifti, voc
 from medpsp.dicom.codes import told_rows
 from medpsp.durable import sync
-from medpsp.errors import ConfigError, MedpspError
+from medpsp.errors import MedpspError
 from medpsp.types import ScanRow
-
-log = logging.getLogger("medpsp")
 
 WORK, SPOOL = ".part-", ".spool-"
 """Beginnings of names of what is not whole yet in a folder of answers."""
@@ -118,14 +115,7 @@ def owned(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{out}: another medpsp is at work there; end it, or take another folder"
-            ) from None
-        except OSError:
-            log.warning("%s: cannot be locked; start only one command on it", out)
+        lock(handle, out)
         for path in (*out.glob(f"{WORK}*"), *out.glob(f"{SPOOL}*")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

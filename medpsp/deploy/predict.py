@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medpsp.deploy.answers import USUAL, Answers, Format, Target
+from medpsp.deploy.folders import alone
 from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.stream import Frame, Seen, Segmented, count_values, needs_counts, segment
 from medpsp.dicom import nifti
@@ -81,7 +82,12 @@ class Predictor:
         """
         if source.is_dir() or not source.exists():
             return self.folder(source, out, advance)
-        _require_empty(out)
+        with alone(out):
+            return self._source(source, out, advance)
+
+    def _source(
+        self, source: Path, out: Path, advance: Callable[[str], None]
+    ) -> tuple[list[Prediction], list[ScanRow]]:
         if source.name.endswith(nifti.SUFFIXES):
             return self._nifti(source, out, advance)
         with tempfile.TemporaryDirectory() as alone:
@@ -107,8 +113,8 @@ class Predictor:
             raise ConfigError(
                 f"{out}: lies inside {source}; take a folder outside it for the masks"
             )
-        _require_empty(out)
-        return self._all(source, out, advance, source)
+        with alone(out):
+            return self._all(source, out, advance, source)
 
     def _all(
         self, source: Path, out: Path, advance: Callable[[str], None], named: Path
@@ -246,19 +252,6 @@ class Predictor:
 def _remark(file_id: str, error: SourceError, name: str) -> ScanRow:
     detail = f"{name}: {error.detail}"
     return ScanRow(file_id=file_id, status="kept", code=error.code, detail=detail)
-
-
-def _require_empty(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: not a folder; take another one for the masks")
-    found = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if found and all(name.startswith(".partial-") for name in found):
-        raise ConfigError(
-            f"{out}: holds {found[0]} of a run that was killed, or is at work; delete it, or take "
-            "another folder"
-        )
-    if found:
-        raise ConfigError(f"{out}: not empty; masks of other patients would stand among the new")
 
 
 def _frames(

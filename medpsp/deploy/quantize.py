@@ -193,6 +193,7 @@ def fuse_silu(proto: onnx.ModelProto) -> None:
     """
     nodes = proto.graph.node
     readers = Counter(name for node in nodes for name in node.input)
+    readers.update(output.name for output in proto.graph.output)
     gates = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and readers[n.output[0]] == 1}
     for node in list(nodes):
         gate = next((gates[name] for name in node.input if name in gates), None)

@@ -145,11 +145,11 @@ def write_kit(model: ModelFile, folder: Path, profile: Profile) -> OpCheck:
     copy = folder / "tensorrt.onnx"
     if copy.exists() and copy.samefile(model.path):
         raise ConfigError(f"{folder}: holds the model itself; give another folder")
-    save(proto, copy)
     try:
+        save(proto, copy)
         arrays, far = parity_arrays(model, copy, profile, optimise=not quantized)
-    except ExportError:
-        copy.unlink()  # nobody shall build it
+    except (ExportError, OSError):
+        copy.unlink(missing_ok=True)  # nobody shall build it
         raise
     arrays["least_sqnr_db"], arrays["most_changed"] = map(np.array, LIMITS[kind])
     np.savez_compressed(folder / "parity.npz", **arrays)  # type: ignore[arg-type]

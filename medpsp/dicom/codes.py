@@ -243,5 +243,6 @@ def told_rows(rows: Iterable[ScanRow]) -> str:
     """What was not segmented and why, then remarks on what was; empty where there is nothing."""
     words: dict[str, Counter[str]] = {"not segmented": Counter(), "remarks": Counter()}
     for row in rows:
-        words["remarks" if row.status == "kept" else "not segmented"][row.code] += 1
+        remark = row.status == "kept" or row.code == "ARCHIVE_OPENED"  # its members have their own
+        words["remarks" if remark else "not segmented"][row.code] += 1
     return "; ".join(f"{say}: {told_codes(codes)}" for say, codes in words.items() if codes)
