@@ -139,7 +139,9 @@ def _full_place(text: str) -> Path | None:
 
 def existing_folder(path: Path) -> Path:
     """The folder itself, or the first above it that is there."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    above = (path.absolute(), *path.absolute().parents)
+    # of a folder that may not be entered pathlib raises, os.path knows nothing
+    return next(p for p in above if os.path.isdir(p))
 
 
 def _same_disk(one: Path, other: Path) -> bool:

@@ -192,7 +192,7 @@ def test_every_command_runs(page: str, ran: dict[str, list[subprocess.CompletedP
 
 
 def test_make_demo_is_the_command_that_stands_for_it():
-    make = ["make", "-n", "-o", ".venv/.ready", "demo"]
+    make = ["make", "--no-print-directory", "-n", "-o", ".venv/.ready", "demo"]
     said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said == ".venv/bin/medpsp demo runs/demo\n"
     assert (ROOT / ".ci/run").read_text().endswith("exec make test\n")

@@ -705,15 +705,16 @@ def test_disks(tmp_path: Path):
 @needs_root
 def test_rights(tmp_path: Path):
     """As another user: mode bits do not bind root."""
-    for above in (tmp_path, *tmp_path.parents[:2]):
-        above.chmod(0o755)
+    for above in (tmp_path, *tmp_path.parents[:3]):
+        if above.name.startswith(("pytest", "popen", "test")):
+            above.chmod(0o755)
     key, folder = tmp_path / "key", tmp_path / "archive"
     key.write_text("0123456789abcdef")
     key.chmod(0o600)
     folder.mkdir(mode=0o700)
     other = "os.setgroups([]); os.setuid(65534)"
     calls = f"places.key_row('{key}') + places.source_row('archive', '{folder}')"
-    calls += f" + places.run_row('{tmp_path}/out')"
+    calls += f" + places.run_row('{tmp_path}/out') + places.run_row('{folder}/out')"
     ours = alone(calls, other)
     assert ours == [
         problem(
@@ -729,6 +730,11 @@ def test_rights(tmp_path: Path):
         problem(
             "run folder",
             f"{tmp_path}/out: cannot be written (Permission denied)",
+            "mend its rights, or take another folder (out=FOLDER)",
+        ),
+        problem(
+            "run folder",
+            f"{folder}/out: cannot be written (Permission denied)",
             "mend its rights, or take another folder (out=FOLDER)",
         ),
     ]

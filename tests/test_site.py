@@ -60,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_make_docs_builds_what_is_tested_here():
-    make = ["make", "-n", "-o", ".venv/.ready", "docs"]
+    make = ["make", "--no-print-directory", "-n", "-o", ".venv/.ready", "docs"]
     said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = "NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict"
     assert said == f"{command}\n"

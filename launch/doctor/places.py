@@ -54,7 +54,7 @@ def folder_row(what: str, path: Path, shown: str, todo: str) -> Row:
         shown: Its path for people.
         todo: Where it cannot be written.
     """
-    if path.exists() and not path.is_dir():
+    if os.path.isfile(path):  # pathlib raises where a folder above may not be entered
         return problem(what, f"{shown}: a file, expected a folder", todo)
     place = existing_folder(path)
     try:
