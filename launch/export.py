@@ -167,6 +167,7 @@ def _write_variants(
         if name == "half":
             half(run.fp32, path, said)
             continue
+        least = least_dice(name, config.model.backbone)
         quantizer = Quantizer(run.fp32, lambda: tiles(train), name, wanted.percentile)
         found.restored[name] = restore(
             quantizer,
@@ -174,11 +175,13 @@ def _write_variants(
             said,
             lambda: tiles(probes),
             Bound(
-                least=least_dice(name, config.model.backbone),
+                least=least,
                 most=wanted.restore_layers,
                 confirm=partial(_agrees, config, run, rows, (given, found), name),
             ),
         )
+        if not found.restored[name].after.mean >= least:
+            found.scores.pop(name, None)  # of an earlier file: this one was not asked about
         if layers := found.restored[name].nodes:
             log.info("export: %d layers back to fp32: %s", len(layers), ", ".join(layers))
     if "cpu" in wanted.variants:
@@ -239,7 +242,8 @@ def _compare(
     wanted = config.export
     files = {"fp32": run.fp32}
     files |= {name: run.variant(name) for name in wanted.variants}
-    _score(config, run, rows, (given, found), *wanted.variants)
+    if left := [name for name in wanted.variants if name not in found.scores]:
+        _score(config, run, rows, (given, found), *left)
     fp32 = found.scores["fp32"]
     for name in wanted.variants:
         least = least_dice(name, config.model.backbone)

@@ -28,7 +28,7 @@ ROOT_UID = "1.2.826.0.1.3680043.8.498."
 LEAST = 8
 """Bytes of the shortest needle: none is found by chance, and the scanner looks at so many first."""
 
-CHANCE, DIGITS = 4, b"0123456789abcdef"
+CHANCE, HEX = 4, b"0123456789abcdef"
 """So many more digits around a number make it a part of a longer one, or of a hash."""
 
 CODECS = ("utf-8", "utf-16-le", "utf-16-be")
@@ -186,7 +186,7 @@ def _by_chance(data: bytes, at: int, needle: bytes) -> bool:
         return False
     before = data[max(0, at - CHANCE) : at]
     after = data[at + len(needle) : at + len(needle) + CHANCE]
-    digits = len(before) - len(before.rstrip(DIGITS)) + len(after) - len(after.lstrip(DIGITS))
+    digits = len(before) - len(before.rstrip(HEX)) + len(after) - len(after.lstrip(HEX))
     return digits >= CHANCE
 
 

@@ -109,6 +109,21 @@ def item(**elements: Any) -> Dataset:
     return ds
 
 
+def region(left: int, top: int, right: int, bottom: int, **elements: Any) -> Dataset:
+    """A region of 2-D tissue of an ultrasound image: first and last column and row."""
+    return item(
+        **{
+            "RegionSpatialFormat": 1,  # 2-D
+            "RegionDataType": 1,  # tissue
+            "RegionLocationMinX0": left,
+            "RegionLocationMinY0": top,
+            "RegionLocationMaxX1": right,
+            "RegionLocationMaxY1": bottom,
+            **elements,
+        }
+    )
+
+
 def contour(points: ArrayLike, kind: str = "CLOSED_PLANAR") -> Dataset:
     """A contour of (P, 3) points, mm LPS."""
     flat = np.asarray(points, dtype=np.float64).ravel()

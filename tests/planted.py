@@ -48,7 +48,7 @@ from launch.phantom import Phantom, draw, write_mask, write_series
 from medpsp.identity import split_of
 from tests.canary import Canaries
 from tests.factory import set_raw
-from tests.labelled import RTSTRUCT, SEG, contour, frame_of, item, rtstruct, seg
+from tests.labelled import RTSTRUCT, SEG, contour, frame_of, item, region, rtstruct, seg
 from tests.trapmaker import Archive, Volume, enhanced
 
 PATIENTS = 8
@@ -456,16 +456,7 @@ def _ultrasound(folder: Path, known: Canaries) -> None:
         frames.reshape(2, -1)[:, 5 : 5 + len(burned)] = np.frombuffer(burned, np.uint8)
         ds.PixelData = frames.tobytes()
         if kind == "with region":
-            ds.SequenceOfUltrasoundRegions = [
-                item(
-                    RegionSpatialFormat=1,
-                    RegionDataType=1,
-                    RegionLocationMinX0=2,
-                    RegionLocationMinY0=4,
-                    RegionLocationMaxX1=13,
-                    RegionLocationMaxY1=15,
-                )
-            ]
+            ds.SequenceOfUltrasoundRegions = [region(2, 4, 13, 15)]
         _write(folder, {known.text(f"{who} file"): raw(ds)})
 
 

@@ -32,7 +32,7 @@ from medpsp.types import Place, ReadPolicy, SliceRef
 from shards.index import read_index
 from tests.encoded import write_object
 from tests.factory import one_slice, set_raw
-from tests.labelled import item
+from tests.labelled import item, region
 
 SC, MULTI_SC = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.7.4"
 CT, SC_LIKE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.77.1.4"
@@ -128,20 +128,6 @@ def test_a_slide_label_is_kept_under_no_policy(tmp_path: Path) -> None:
 
 def policy(burned_in: Any = "quarantine", **other: Any) -> ReadPolicy:
     return ReadPolicy(burned_in=burned_in, non_volumes="keep", **other)
-
-
-def region(left: int, top: int, right: int, bottom: int, **elements: Any) -> Dataset:
-    return item(
-        **{
-            "RegionSpatialFormat": 1,  # 2-D
-            "RegionDataType": 1,  # tissue
-            "RegionLocationMinX0": left,
-            "RegionLocationMinY0": top,
-            "RegionLocationMaxX1": right,
-            "RegionLocationMaxY1": bottom,
-            **elements,
-        }
-    )
 
 
 def clip(path: Path, values: Pixels, *regions: Dataset, **elements: Any) -> Path:

@@ -47,7 +47,7 @@ from medpsp.identity import create_key, split_of
 from shards.build import build_shards
 from shards.index import read_index, read_manifest
 from tests.canary import Canaries, Scanner, leaks
-from tests.labelled import RTSTRUCT, SEG, contour, frame_of, item, rtstruct, seg
+from tests.labelled import RTSTRUCT, SEG, contour, frame_of, item, region, rtstruct, seg
 from tests.planted import raw, write_planted
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
@@ -346,7 +346,7 @@ def test_masks_of_one_ct_do_not_make_labels_of_mr_that_they_do_not_fit(tmp_path:
 # ultrasound --------------------------------------------------------------------------------------
 
 
-def write_ultrasound(path: Path, patient: str, *, coloured: bool, region: bool) -> None:
+def write_ultrasound(path: Path, patient: str, *, coloured: bool, tissue: bool) -> None:
     """A clip of two frames of 40 x 60 in RGB, grey or with a coloured third."""
     ds = Dataset()
     ds.PatientID, ds.PatientName, ds.Modality = patient, f"Nobody^{patient}", "US"
@@ -363,17 +363,8 @@ def write_ultrasound(path: Path, patient: str, *, coloured: bool, region: bool) 
     if coloured:
         frames[:, :, 20:40, 0] += 50
     ds.PixelData = frames.tobytes()
-    if region:
-        ds.SequenceOfUltrasoundRegions = [
-            item(
-                RegionSpatialFormat=1,
-                RegionDataType=1,
-                RegionLocationMinX0=2,
-                RegionLocationMinY0=4,
-                RegionLocationMaxX1=50,
-                RegionLocationMaxY1=35,
-            )
-        ]
+    if tissue:
+        ds.SequenceOfUltrasoundRegions = [region(2, 4, 50, 35)]
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -384,7 +375,7 @@ def write_ultrasound(path: Path, patient: str, *, coloured: bool, region: bool) 
 def test_ultrasound(coloured: bool, tmp_path: Path):
     for number in range(10):
         path = tmp_path / "us" / f"{number}.dcm"
-        write_ultrasound(path, f"P{number}", coloured=coloured, region=number != 0)
+        write_ultrasound(path, f"P{number}", coloured=coloured, tissue=number != 0)
     found = look(tmp_path / "us", tmp_path / "a.yaml")
     tree = yaml.safe_load(propose(found).text)
     assert len(found.patients) == 9  # one of ten will be quarantined
@@ -405,7 +396,7 @@ def test_ultrasound(coloured: bool, tmp_path: Path):
 def test_ultrasound_without_regions_is_for_people_to_look_at(tmp_path: Path):
     for number in range(2):
         path = tmp_path / "us" / f"{number}.dcm"
-        write_ultrasound(path, f"P{number}", coloured=False, region=False)
+        write_ultrasound(path, f"P{number}", coloured=False, tissue=False)
     said = propose(look(tmp_path / "us", tmp_path / "a.yaml")).said
     (line,) = [line for line in said if "may show a name" in line]
     assert "data.burned_in=keep if they are clean" in line

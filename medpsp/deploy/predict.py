@@ -238,7 +238,6 @@ class Predictor:
             except SourceError as error:
                 rows.append(refusal(path.name, error.code, error.detail))
                 continue
-            out.mkdir(parents=True, exist_ok=True)
             files = (out / f"{path.name}.mask.png", out / f"{path.name}.overlay.png")
             Image.fromarray(item.mask).save(files[0])
             Image.fromarray(overlay(item.unit, item.mask)).save(files[1])

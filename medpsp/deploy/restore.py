@@ -148,17 +148,17 @@ def restore(
     expected = list(logits_of(quantizer.source, source))
     done: list[str] = []
     order: list[str] = []
-    quantizer.write(target, metadata)
-    before = after = agreement(expected, logits_of(target, source, optimise))
     least, most = bound.least, min(bound.most, len(quantizer.nodes))
-    while len(done) < most and (
-        after.mean < least or (after.mean >= least and not bound.confirm())
-    ):
+    found: list[Agreement] = []
+    while True:
+        quantizer.write(target, metadata, done)
+        found.append(agreement(expected, logits_of(target, source, optimise)))
+        content = found[-1].mean >= least and bound.confirm()
+        if content or np.isnan(found[-1].mean) or len(done) == most:
+            break
         order = order or by_noise(quantizer, source)
         done.append(order[len(done)])
-        quantizer.write(target, metadata, done)
-        after = agreement(expected, logits_of(target, source, optimise))
-    return Restored(nodes=tuple(done), before=before, after=after)
+    return Restored(nodes=tuple(done), before=found[0], after=found[-1])
 
 
 def by_noise(quantizer: Quantizer, source: Source) -> list[str]:

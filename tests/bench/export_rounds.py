@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.bench.shards_rounds import ROOT, Missing, below
+from tests.bench.shards_rounds import ROOT, Missing, below, clock
 
 ENGINES = ROOT / "tests" / "bench" / "export_engines.py"
 RESULTS = ROOT / "runs" / "bench" / "export.json"
@@ -142,17 +142,10 @@ class Engine:
 
     def settle(self) -> None:
         """Wait until it takes no CPU time."""
-        before, now = -1, self._ticks()
-        while before != now:
+        before, now = -1.0, clock(self._child.pid)
+        while now - before >= POLL_S:
             time.sleep(SETTLE_S)
-            before, now = now, self._ticks()
-
-    def _ticks(self) -> int:
-        try:
-            fields = Path(f"/proc/{self._child.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            return 0
-        return int(fields[11]) + int(fields[12])  # utime and stime, in hundredths of a second
+            before, now = now, clock(self._child.pid)
 
     def _answer(self) -> dict[str, Any]:
         line = self._child.stdout.readline() if self._child.stdout else ""

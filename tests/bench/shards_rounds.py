@@ -78,7 +78,7 @@ def entry(module: str, name: str) -> Any:
 def cpu_seconds() -> float:
     """CPU time of this process and of everything below it."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    alive = sum(map(_clock, below(os.getpid())))
+    alive = sum(map(clock, below(os.getpid())))
     return time.process_time() + ended.ru_utime + ended.ru_stime + alive
 
 
@@ -95,7 +95,8 @@ def below(pid: int) -> list[int]:
     return found
 
 
-def _clock(pid: int) -> float:
+def clock(pid: int) -> float:
+    """CPU seconds of a process; 0 when it is gone."""
     try:
         return time.clock_gettime(~pid << 3 | 2)  # clock_getcpuclockid(3); /proc counts in 10 ms
     except OSError:
