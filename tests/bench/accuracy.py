@@ -51,6 +51,7 @@ from shards.build import build_shards
 from shards.dataset import stage_rows, train_batches, whole_slices
 from shards.index import class_pixels, read_index
 from shards.reader import ShardReader
+from tests.bench.results import Row, machine, report, versions
 
 SEEDS = (1, 2, 7)
 """The first whose key leaves each set a validation and a test patient, and half for training."""
@@ -307,7 +308,7 @@ def table(args: argparse.Namespace) -> None:
         groups[place][line["rate"]][line["seed"]] = line
     for name in dict.fromkeys(place[0] for place in groups):
         blind = [constant(prepared(name, args.folder, seed), split) for seed in SEEDS[: args.seeds]]
-        print(f"{name}, {split} patients; constant mask {said(blind)}")
+        rows = []
         for encoder, budget in dict.fromkeys(p[1:3] for p in groups if p[0] == name):
             chosen = {
                 place[3]: best_rate(rates)
@@ -316,13 +317,28 @@ def table(args: argparse.Namespace) -> None:
             }
             ours = next((runs for network, (_, runs) in chosen.items() if "ours" in network), {})
             for network, (rate, runs) in chosen.items():
-                scores = [runs[seed][split] for seed in sorted(runs)]
-                ahead = [ours[s][split] - runs[s][split] for s in sorted(runs) if s in ours]
                 steps = statistics.median(run["steps"] for run in runs.values())
-                print(
-                    f"  {encoder:22s} {budget:4d} s  {network:14s} {said(scores)}, first of ours "
-                    f"ahead by {said(ahead)} (rate {rate:g}, {steps:.0f} steps)"
-                )
+                what = f"{encoder}, {budget} s, {network} (rate {rate:g}, {steps:.0f} steps)"
+                rows.append(ahead_of(what, ours, runs, split))
+        facts = {"machine": machine(), "versions": versions("torch", "timm")}
+        facts["figure"] = f"Dice of {split} patients by which the first of ours is ahead"
+        facts["wanted"] = "ahead of networks of others by more than the spread over seeds"
+        facts["constant mask"] = said(blind)
+        report("accuracy", f"{name}, {split} patients", rows, facts)
+
+
+def ahead_of(what: str, ours: Any, runs: dict[int, dict[str, Any]], split: str) -> Row:
+    """By how much ours is ahead, seed by seed."""
+    scores = [[found[s][split] for s in sorted(found)] for found in (ours, runs)]
+    ahead = [ours[s][split] - runs[s][split] for s in sorted(runs) if s in ours]
+    judged = len(ahead) > 1 and "ours" not in what
+    return Row(
+        label=what,
+        value=statistics.mean(ahead) if ahead else None,
+        least=statistics.stdev(ahead) if judged else None,
+        ours=said(scores[0]),
+        theirs=said(scores[1]),
+    )
 
 
 def best_rate(

@@ -18,8 +18,6 @@ trained on a phantom; --dir keeps them. Results: runs/bench/export.json.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -32,8 +30,7 @@ from medpsp.config import BACKBONES
 from medpsp.deploy.dossier import cpu_facts, environment_facts
 from tests.bench import export_device, export_latency, export_real, export_series
 from tests.bench.export_nets import HEADS
-from tests.bench.export_rounds import report
-from tests.bench.shards_rounds import ROOT, Missing
+from tests.bench.results import ROOT, Missing, machine, report
 
 SECTIONS = {
     "latency": export_latency.latency,
@@ -88,12 +85,12 @@ def _versions() -> None:
     cpu = cpu_facts()
     vnni = any("vnni" in flag or flag == "amx_int8" for flag in cpu["flags"])
     facts = {
-        "machine": f"{os.cpu_count()} cores, {cpu['model']}, {platform.system()}",
+        "machine": machine(),
         "flags": f"{' '.join(cpu['flags'])} ({VNNI if vnni else NO_VNNI})",
         "ours": ", ".join(f"{name} {number}" for name, number in environment_facts().items()),
         "peers": ", ".join(map(_peer, PEERS)),
     }
-    report("versions", [], facts)
+    report("export", "versions", [], facts)
 
 
 def _peer(name: str) -> str:

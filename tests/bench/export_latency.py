@@ -15,8 +15,8 @@ from medpsp.config import BACKBONES
 from medpsp.deploy.gates import least_dice
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
 from tests.bench.export_nets import HEADS, Net, eager_file, large_slice, phantom_net, tiles
-from tests.bench.export_rounds import Engine, Row, engine_task, in_turn, ratio, report
-from tests.bench.shards_rounds import Missing
+from tests.bench.export_rounds import Engine, engine_task, in_turn, ratio
+from tests.bench.results import Missing, Row, report
 
 OVER_EAGER = {
     "resnet18": 2.3,
@@ -66,7 +66,13 @@ def _of_net(net: Net, args: Any) -> None:
         ]
         facts = {"threads": threads, "one image": "512 x 512, int16 in, class ids out"}
         lines = [engine.text for engine in engines.values()]
-        report(f"latency {net.name}, {threads} thread{'s' * (threads > 1)}", rows, facts, lines)
+        report(
+            "export",
+            f"latency {net.name}, {threads} thread{'s' * (threads > 1)}",
+            rows,
+            facts,
+            lines,
+        )
 
 
 def _files(net: Net, peers: dict[str, Peer]) -> dict[str, tuple[str, Path]]:

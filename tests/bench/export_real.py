@@ -15,8 +15,7 @@ from medpsp.config import BACKBONES
 from medpsp.deploy.gates import MOST_DROP, Variant, least_dice
 from medpsp.deploy.verify import SHAPES
 from tests.bench.export_nets import Net, exported
-from tests.bench.export_rounds import Row, report
-from tests.bench.shards_rounds import Missing
+from tests.bench.results import Missing, Row, report
 
 SETS = ("sunnybrook", "sarcoma")
 VARIANTS: dict[str, Variant] = {"int8 QDQ U8S8": "cpu", "int8 QDQ S8S8": "trt", "fp16": "half"}
@@ -55,7 +54,9 @@ def _table(name: str, net: Net, seconds: float) -> None:
         "validation": f"{found['agreement'][0]['slices']} slices",
         "seconds": f"{seconds:.0f}",
     }
-    report(f"real {name}, {net.name}", list(_rows(net, found)), facts, list(_lines(found)))
+    report(
+        "export", f"real {name}, {net.name}", list(_rows(net, found)), facts, list(_lines(found))
+    )
 
 
 def _rows(net: Net, found: dict[str, Any]) -> Iterator[Row]:

@@ -19,8 +19,8 @@ from launch.phantom import Phantom, draw, write_series
 from medpsp.deploy.inputs import window_rows
 from medpsp.types import Window
 from tests.bench.export_nets import SLICE, Net, eager_file, meta_of, phantom_net, with_tiles
-from tests.bench.export_rounds import Ran, Row, ran, report
-from tests.bench.shards_rounds import ROOT, Missing
+from tests.bench.export_rounds import Ran, ran
+from tests.bench.results import ROOT, Missing, Row, report
 
 SHARE_OF_MONAI, SAME_MASKS = 0.5, 0.99
 MONAI = ROOT / "tests" / "bench" / "export_monai.py"
@@ -42,7 +42,7 @@ def series(args: Any) -> None:
     lines = [_line(name, found[name], why.get(name, "")) for name in works]
     facts = {"series": f"{args.slices} files of 512 x 512", "commands of each": args.commands}
     facts["memory"] = "sum over processes of the most that each had resident"
-    report("series", _rows(found, why, args.folder), facts, lines)
+    report("export", "series", _rows(found, why, args.folder), facts, lines)
 
 
 def dicom_series(folder: Path, slices: int, size: tuple[int, int]) -> Path:

@@ -12,20 +12,18 @@ Sections: convert, headers, random, loader, ray, sizes; none means all.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before this folder: its shards.py
 
 from tests.bench import shards_convert, shards_read, shards_workers
+from tests.bench.results import Missing, machine, versions
 from tests.bench.shards_convert import Session
 from tests.bench.shards_data import Data
-from tests.bench.shards_rounds import Missing, Peer, report
+from tests.bench.shards_rounds import Peer, report
 
 SECTIONS = {
     "convert": shards_convert.convert,
@@ -72,8 +70,8 @@ def main() -> None:
 
 def _versions(peer: Peer) -> None:
     facts: dict[str, object] = {
-        "machine": f"{os.cpu_count()} cores, {_model()}, Python {platform.python_version()}",
-        "ours": ", ".join(f"{name} {version(name)}" for name in OURS),
+        "machine": machine(),
+        "ours": versions(*OURS),
     }
     try:
         found = peer.ask("versions", names=list(PEERS))["versions"]
@@ -81,12 +79,6 @@ def _versions(peer: Peer) -> None:
     except Missing as error:
         facts["peers"] = str(error)
     report("versions", {}, [], facts)
-
-
-def _model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,18 +17,9 @@ from shards.bucket import create_bucket
 from shards.codec import image_codec
 from shards.layout import PlannedSeries, bucket_of, plan_shards
 from shards.write import write_shard
+from tests.bench.results import Missing
 from tests.bench.shards_data import SIDE, Data, labels_of, planned, settings, stored
-from tests.bench.shards_rounds import (
-    PEER_PYTHON,
-    Cells,
-    Missing,
-    Peer,
-    Target,
-    Work,
-    below,
-    measure,
-    report,
-)
+from tests.bench.shards_rounds import PEER_PYTHON, Cells, Peer, Target, Work, below, measure, report
 
 PROFILES = ("default", "fast", "dense")
 PLUGINS = {"jpegls": "pyjpegls", "jpeglossless": "gdcm", "rle": "pylibjpeg"}

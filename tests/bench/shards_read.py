@@ -21,9 +21,10 @@ from medpsp.types import Place, ReadPolicy
 from shards.bucket import create_bucket, shard_files
 from shards.codec import LABEL, Codec, checked, image_codec
 from shards.shardfile import ShardWriter, read_shard_index
+from tests.bench.results import Missing
 from tests.bench.shards_convert import Session, linked
 from tests.bench.shards_data import SIDE, settings, stored
-from tests.bench.shards_rounds import Missing, Target, Work, entry, measure, report
+from tests.bench.shards_rounds import Target, Work, entry, measure, report
 
 BUCKET = f"{SIDE}x{SIDE}_int16"
 SHARD = 128

@@ -12,24 +12,21 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.bench import results
+from tests.bench.results import ROOT, Missing, Row
+
 PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
-RESULTS = ROOT / "runs" / "bench" / "shards.json"
 
 Work = Callable[[], float | None]
 """One round; it returns its CPU seconds where it measured them itself."""
 
 
 FAILURES = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError)
-
-
-class Missing(Exception):
-    """Something to measure is not there: the row says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,59 +175,27 @@ class Peer:
 
 
 def report(section: str, cells: Cells, targets: Sequence[Target], facts: dict[str, Any]) -> None:
-    """Print the table of a section and put it into the results file."""
-    print(f"\n== {section}  (load {os.getloadavg()[0]:.1f})")
-    for name, value in facts.items():
-        print(f"  {name}: {value}")
+    """Print what a section found, and put it into the results file."""
+    lines = []
     for name, cell in cells.items():
         if cell.missing:
-            print(f"  {name:52} -- {cell.missing}")
+            lines.append(f"{name:52} -- {cell.missing}")
         elif cell.cpu:
             cpu, wall = statistics.median(cell.cpu), statistics.median(cell.wall)
-            print(
-                f"  {name:52} {cpu:9.3f} ms CPU ({min(cell.cpu):.3f}-{max(cell.cpu):.3f}), "
-                f"{1e3 / cpu:8.0f}/s, wall {wall:.3f} ms"
-            )
-    rows = [judge(target, cells) for target in targets]
-    if rows:
-        print(f"  {'row':52} {'ours':>9} {'theirs':>9} {'ratio':>7}  target")
-    for row in rows:
-        print("  " + row["text"])
-    _save(section, cells, rows, facts)
+            spread = f"{min(cell.cpu):.3f}-{max(cell.cpu):.3f}"
+            rate = f"{1e3 / cpu:8.0f}/s, wall {wall:.3f} ms"
+            lines.append(f"{name:52} {cpu:9.3f} ms CPU ({spread}), {rate}")
+    results.report("shards", section, [judge(target, cells) for target in targets], facts, lines)
 
 
-def judge(target: Target, cells: Cells) -> dict[str, Any]:
-    """One row: medians, the median of the paired ratios, and whether that is enough."""
+def judge(target: Target, cells: Cells) -> Row:
+    """Medians and the median of the paired ratios."""
     ours, theirs = (cells.get(n, Cell(missing="not run")) for n in (target.ours, target.theirs))
-    goal = "shown"
-    if target.least is not None:
-        goal = f">= {target.least:g}"
-    elif target.most is not None:
-        goal = f"<= {target.most:g}"
-    row: dict[str, Any] = {**asdict(target), "goal": goal, "verdict": "not measured"}
     mine, other = (c.wall if target.wall else c.cpu for c in (ours, theirs))
+    goal = {"label": target.label, "least": target.least, "most": target.most}
     if not mine or not other:
-        why = ours.missing or theirs.missing
-        return {**row, "text": f"{target.label:52} {'-':>9} {'-':>9} {'-':>7}  {goal}: {why}"}
+        return Row(**goal, value=None, why=ours.missing or theirs.missing)
     pairs = zip(mine, other, strict=False)
     ratio = statistics.median(a / b if target.most is not None else b / a for a, b in pairs)
-    good = (target.least is None or ratio >= target.least) and (
-        target.most is None or ratio <= target.most
-    )
-    verdict = "" if goal == "shown" else "ok" if good else "MISSED"
-    a, b = statistics.median(mine), statistics.median(other)
-    text = f"{target.label:52} {a:9.3f} {b:9.3f} {ratio:7.2f}  {goal} {verdict}"
-    return {**row, "ratio": ratio, "ours_ms": a, "theirs_ms": b, "verdict": verdict, "text": text}
-
-
-def _save(section: str, cells: Cells, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    tree = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    tree[section] = {
-        "when": time.strftime("%Y-%m-%d %H:%M"),
-        "load": os.getloadavg(),
-        "facts": facts,
-        "cells": {name: asdict(cell) for name, cell in cells.items()},
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(tree, indent=1))
+    both = (f"{statistics.median(times):.3f} ms" for times in (mine, other))
+    return Row(**goal, value=ratio, **dict(zip(("ours", "theirs"), both, strict=True)))

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from medpsp.config import Config
 from medpsp.dataconfig import DataConfig
+from tests.bench.results import Missing
 from tests.bench.shards_convert import Session
 from tests.bench.shards_read import BUCKET, Store, linked_all, slices
-from tests.bench.shards_rounds import Cell, Missing, Target, Work, entry, measure, report
+from tests.bench.shards_rounds import Cell, Target, Work, entry, measure, report
 
 BATCH, WORKERS = 16, 2
 
