@@ -29,7 +29,7 @@ import torch
 
 from medpsp.train.augment import AugmentOptions, augment, draw
 from medpsp.train.warptorch import apply_batch
-from tests.bench.results import Row, machine, report, versions
+from tests.bench.results import Row, paired, report, versions
 
 SIDE, ROUNDS, SAMPLES, TARGET = 512, 15, 40, 3.5
 FORCED = AugmentOptions(always=True)
@@ -94,7 +94,6 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     facts = {
-        "machine": machine(),
         "versions": versions("numpy", "opencv-python-headless", "albumentations", "torch"),
         "setting": f"{SIDE} x {SIDE} float32 and uint8, 1 thread, {ROUNDS} rounds of {SAMPLES} "
         "samples",
@@ -111,12 +110,7 @@ def main() -> None:
                 times[name].append(timed(work, number * SAMPLES))
         rows, peer = [], times["albumentations"]
         for name, found in list(times.items())[:-1]:
-            both = (f"{statistics.median(ms):.2f} ms" for ms in (found, peer))
-            ratio = statistics.median(b / a for a, b in zip(found, peer, strict=True))
-            pair = dict(zip(("ours", "theirs"), both, strict=True))
-            rows.append(
-                Row(label=f"albumentations / {name}, time of a sample", value=ratio, **pair)
-            )
+            rows.append(paired(f"albumentations / {name}, time of a sample", found, peer, least=1))
         mean = statistics.mean(times["ours high"])
         rows.append(Row(label="mean of ours high", value=mean, most=TARGET, unit="ms"))
         report("train", f"augmentation, {title}", rows, facts)

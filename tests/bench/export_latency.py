@@ -40,7 +40,7 @@ def latency(args: Any) -> None:
             try:
                 _of_net(phantom_net(args.folder, backbone, head, args.steps), args)
             except Missing as error:
-                print(f"\n== latency {backbone} {head}: {error}", flush=True)
+                report("export", f"latency {backbone} {head}", [], {"not measured": str(error)})
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,13 @@ def _rows(net: Net, peers: dict[str, Peer], engines: dict[str, Engine]) -> Itera
     backbone = net.config.model.backbone
     eager, fp32 = _faster(engines), engines["ONNX fp32"]
     int8, fp16 = engines["ONNX int8 (cpu)"], engines["ONNX fp16"]
+    for engine in engines.values():
+        yield Row(
+            label=f"{engine.name}: CPU time of an image",
+            value=statistics.median(engine.cpu) if engine.cpu else None,
+            unit="ms",
+            why="" if engine.cpu else engine.about,
+        )
     yield Row(label="eager / ONNX fp32, CPU time", value=ratio(eager, fp32))
     wanted = OVER_EAGER[backbone]
     yield Row(label="eager / int8, CPU time", value=ratio(eager, int8), least=wanted)
@@ -133,9 +140,8 @@ def _rows(net: Net, peers: dict[str, Peer], engines: dict[str, Engine]) -> Itera
                 yield Row(label=label, value=None, why=peer.why)
                 continue
             passes = peer.agrees is not None and peer.agrees >= least
-            bound = BEHIND_OPENVINO if passes else None
-            label += "" if passes else f" (its Dice is below {least:g})"
-            yield Row(label=label, value=ratio(int8, engines[name]), most=bound)
+            bound, why = (BEHIND_OPENVINO, "") if passes else (None, f"its Dice is < {least:g}")
+            yield Row(label=label, value=ratio(int8, engines[name]), most=bound, why=why)
 
 
 def _faster(engines: dict[str, Engine]) -> Engine:

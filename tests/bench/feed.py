@@ -25,7 +25,7 @@ from shards.build import build_shards
 from shards.dataset import train_batches
 from shards.index import read_index
 from shards.loader import end_workers
-from tests.bench.results import Row, machine, report, versions
+from tests.bench.results import Row, report, versions
 
 SIDE, BATCH, ROUNDS = 512, 8, 3
 WANTED = 350.0
@@ -70,7 +70,7 @@ def main() -> None:
         create_key(root / "key", "key of the bench 7")
         phantom = Phantom(shape=(args.slices // 6, SIDE, SIDE), spacing=(5.0, 0.7, 0.7))
         write_archive(root, 6, phantom)
-        facts = {"machine": machine(), "versions": versions("torch", "numpy", "zarr")}
+        facts = {"versions": versions("torch", "numpy", "zarr")}
         facts["setting"] = f"{args.slices} slices of {SIDE} x {SIDE}, batches of {BATCH}, wall time"
         rows = []
         for profile in ("default", "fast"):

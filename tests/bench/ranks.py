@@ -15,13 +15,13 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.bench.results import Row, machine, report, versions
+from tests.bench.results import Row, paired, report, versions
 
 ROWS = {
     "1 process x 2 threads": (1, "ddp"),
@@ -109,25 +109,22 @@ def main() -> None:
     parser.add_argument("--head", default="refine")
     args = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
-    with tempfile.TemporaryDirectory():
-        for _ in range(args.rounds):
-            for name, (size, engine) in ROWS.items():
-                found[name].append(measure(size, engine, args))
-    steps = {name: [r["step"] for r in rounds] for name, rounds in found.items()}
+    for _ in range(args.rounds):
+        for name, (size, engine) in ROWS.items():
+            found[name].append(measure(size, engine, args))
+    steps = {name: [r["step"] * 1e3 for r in rounds] for name, rounds in found.items()}
     rows = []
     for name, other, most in PAIRS:
-        ratio = statistics.median(a / b for a, b in zip(steps[name], steps[other], strict=True))
-        both = (f"{statistics.median(steps[n]) * 1e3:.0f} ms" for n in (name, other))
-        pair = dict(zip(("ours", "theirs"), both, strict=True))
-        rows.append(Row(label=f"{name} / {other}, wall of a step", value=ratio, most=most, **pair))
-    facts = {"machine": machine(), "versions": versions("torch", "deepspeed")}
+        row = paired(f"{name} / {other}, wall of a step", steps[name], steps[other], most=1)
+        rows.append(replace(row, most=most))
+    facts = {"versions": versions("torch", "deepspeed")}
     facts["setting"] = (
         f"ResNet18, {args.head}, {SIDE} x {SIDE}, global batch {BATCH}, {args.rounds} rounds"
     )
-    peaks = {name: max(r["gib"] for r in rounds) for name, rounds in found.items()}
-    report(
-        "train", "ranks", rows, facts, [f"{n}: {gib:.2f} GiB a rank" for n, gib in peaks.items()]
-    )
+    for name, rounds in found.items():
+        gib = max(r["gib"] for r in rounds)
+        rows.append(Row(label=f"{name}: memory of a rank", value=gib, unit="GiB"))
+    report("train", "ranks", rows, facts)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,13 +23,15 @@ class Missing(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure: it should reach ``least``, or not pass ``most``; ``why`` there is none.
+    """One figure: it should reach ``least``, or not pass ``most``.
 
     A ``disturbed`` one is shown, but neither met nor missed.
 
     Attributes:
         value: Mostly a ratio.
+        why: There is no figure, or nothing is wanted of it.
         ours: What it was made of, with its unit; so `theirs`.
+        spread: The figures of single rounds.
     """
 
     label: str
@@ -39,6 +43,7 @@ class Row:
     disturbed: bool = False
     ours: str = ""
     theirs: str = ""
+    spread: str = ""
 
     @property
     def verdict(self) -> str:
@@ -46,7 +51,7 @@ class Row:
         if self.value is None:
             return self.why or "not measured"
         if not self.goal:
-            return ""
+            return self.why
         if self.disturbed:
             return "DISTURBED: other processes had the cores, run it again"
         low = self.least is not None and not self.value >= self.least
@@ -57,19 +62,58 @@ class Row:
     def goal(self) -> str:
         """What is wanted; empty where nothing is."""
         if self.least is not None:
-            return f">= {self.least:g}"
-        return f"<= {self.most:g}" if self.most is not None else ""
+            return f">= {self.least:.3g}"
+        return f"<= {self.most:.3g}" if self.most is not None else ""
 
     @property
     def shown(self) -> str:
         """The figure with its unit."""
-        return "-" if self.value is None else f"{self.value:.4g} {self.unit}".strip()
+        return "-" if self.value is None else f"{_digits(self.value)} {self.unit}".strip()
+
+    @property
+    def kept(self) -> dict[str, object]:
+        """As it is in a file: what is as usual is left out."""
+        found = {each.name: (getattr(self, each.name), each.default) for each in fields(self)}
+        return {name: value for name, (value, usual) in found.items() if value != usual}
 
     @property
     def text(self) -> str:
         """As it is printed."""
         both = f"  ({self.ours}, {self.theirs})" if self.ours else ""
-        return f"{self.label:76} {self.shown:>14}  {self.goal:9} {self.verdict}{both}".rstrip()
+        spread = f"  {self.spread}" if self.spread else ""
+        line = f"{self.label:76} {self.shown:>14}  {self.goal:9} {self.verdict}{both}{spread}"
+        return line.rstrip()
+
+
+def _digits(value: float) -> str:
+    """Three digits, and whole numbers as they are."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def paired(
+    label: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    unit: str = "ms",
+    *,
+    least: float | None = None,
+    most: float | None = None,
+) -> Row:
+    """The median of the ratios, round by round: theirs / ours, with ``most`` ours / theirs."""
+    if not ours or not theirs:
+        return Row(label=label, value=None, least=least, most=most)
+    pairs = zip(ours, theirs, strict=True)
+    ratios = sorted(a / b if most is not None else b / a for a, b in pairs)
+    mine, other = (f"{_digits(statistics.median(times))} {unit}" for times in (ours, theirs))
+    return Row(
+        label=label,
+        value=statistics.median(ratios),
+        least=least,
+        most=most,
+        ours=mine,
+        theirs=other,
+        spread=f"{_digits(ratios[0])} to {_digits(ratios[-1])}",
+    )
 
 
 def report(
@@ -78,23 +122,50 @@ def report(
     rows: Sequence[Row],
     facts: Mapping[str, object],
     lines: Sequence[str] = (),
+    folder: Path = FOLDER,
 ) -> None:
-    """Print what a section found, and put it into the results file of its bench."""
-    print(f"\n== {section}  (load {os.getloadavg()[0]:.1f})")
+    """Print what a section found, and put it into the results file of its bench.
+
+    Facts ``when``, ``machine`` and ``load`` are now and here where they are not given.
+    """
+    load = f"{os.getloadavg()[0]:.1f}"
+    print(f"\n== {section}  (load {load})")
     for name, value in facts.items():
         print(f"  {name}: {value}")
     for text in (*lines, *(row.text for row in rows)):
         print("  " + text, flush=True)
-    path = FOLDER / f"{bench}.json"
+    path = folder / f"{bench}.json"
     tree = json.loads(path.read_text()) if path.exists() else {}
+    stamp = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "load": load}
     tree[section] = {
-        "when": time.strftime("%Y-%m-%d %H:%M"),
-        "facts": {name: str(value) for name, value in facts.items()},
+        "facts": {**stamp, **facts},
         "lines": list(lines),
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.kept for row in rows],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def run_sections(bench: str, works: Mapping[str, Callable[[], object]]) -> None:
+    """One after the other; one that fails costs the others nothing.
+
+    Raises:
+        SystemExit: Some failed, by name. What is not there to be measured is no failure.
+    """
+    failed = []
+    for name, work in works.items():
+        began = time.monotonic()
+        try:
+            work()
+        except Missing as error:
+            report(bench, name, [], {"not measured": str(error)})
+        except Exception as error:  # noqa: BLE001 - the other sections have their rows all the same
+            traceback.print_exc()
+            report(bench, name, [], {"not measured": f"failed with {type(error).__name__}"})
+            failed.append(name)
+        print(f"\n{name}: {time.monotonic() - began:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"{bench}: failed: {', '.join(failed)}")
 
 
 def machine() -> str:
@@ -103,10 +174,14 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    model = names[0] if names else platform.machine()
+    about = {
+        name.strip(): value.strip()
+        for name, _, value in (line.partition(":") for line in reversed(lines))
+    }
+    model = about.get("model name", platform.machine())
+    family = f" of family {about['cpu family']}" if "cpu family" in about else ""
     python = platform.python_version()
-    return f"{os.cpu_count()} cores, {model}, {platform.system()}, Python {python}"
+    return f"{os.cpu_count()} cores, {model}{family}, {platform.system()}, Python {python}"
 
 
 def versions(*names: str) -> str:

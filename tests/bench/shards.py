@@ -1,7 +1,8 @@
 """Shards against peers and floors, in one run: paired ratios of CPU time, medians, versions.
 
-Peers live in .venv-bench (`make bench-shards` makes it). A row that misses its target says MISSED,
-one whose peer is absent says why; the exit code is 0 all the same. Results: runs/bench/shards.json.
+Peers live in .venv-bench/shards (`make bench-shards` makes it). A row that misses its target says
+MISSED, one whose peer is absent says why; the exit code is 0 all the same, and 1 where a section
+failed. Results: runs/bench/shards.json.
 
     python tests/bench/shards.py [SECTION ...] [--dir FOLDER] [--rounds 5] [--timed 128]
         [--slices 1200] [--compressed 300]
@@ -15,12 +16,13 @@ import argparse
 import sys
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before this folder: its shards.py
 
 from tests.bench import shards_convert, shards_read, shards_workers
-from tests.bench.results import Missing, machine, versions
+from tests.bench.results import Missing, run_sections, versions
 from tests.bench.shards_convert import Session
 from tests.bench.shards_data import Data
 from tests.bench.shards_rounds import Peer, report
@@ -61,16 +63,12 @@ def main() -> None:
             timed=chosen.timed,
         )
         _versions(session.peer)
-        for name in chosen.sections or SECTIONS:
-            try:
-                SECTIONS[name](session)
-            except Missing as error:
-                print(f"\n== {name}: {error}")
+        chosen.sections = chosen.sections or list(SECTIONS)
+        run_sections("shards", {n: partial(SECTIONS[n], session) for n in chosen.sections})
 
 
 def _versions(peer: Peer) -> None:
     facts: dict[str, object] = {
-        "machine": machine(),
         "ours": versions(*OURS),
     }
     try:

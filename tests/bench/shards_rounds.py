@@ -12,15 +12,16 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tests.bench import results
-from tests.bench.results import ROOT, Missing, Row
+from tests.bench.results import ROOT, Missing, Row, paired
 
-PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+PEERS = ROOT / ".venv-bench" / "shards"
+PEER_PYTHON = PEERS / "bin" / "python"
 
 Work = Callable[[], float | None]
 """One round; it returns its CPU seconds where it measured them itself."""
@@ -145,7 +146,7 @@ class Peer:
             Missing: There is no such environment, or the peer cannot do it.
         """
         if not PEER_PYTHON.exists():
-            raise Missing("no .venv-bench: make bench-shards makes it")
+            raise Missing("no .venv-bench/shards: make bench-shards makes it")
         if self._child is None:
             self._child = subprocess.Popen(
                 [PEER_PYTHON, str(Path(__file__).with_name("shards_peers.py"))],
@@ -174,28 +175,33 @@ class Peer:
         return lambda: float(self.ask(task, **request)["cpu"])
 
 
-def report(section: str, cells: Cells, targets: Sequence[Target], facts: dict[str, Any]) -> None:
-    """Print what a section found, and put it into the results file."""
-    lines = []
+def report(
+    section: str,
+    cells: Cells,
+    targets: Sequence[Target],
+    facts: dict[str, Any],
+    more: Sequence[Row] = (),
+) -> None:
+    """Ratios that were asked for, then what each cell took, into the results of `shards`."""
+    rows = [*(judge(target, cells) for target in targets), *more]
     for name, cell in cells.items():
-        if cell.missing:
-            lines.append(f"{name:52} -- {cell.missing}")
-        elif cell.cpu:
-            cpu, wall = statistics.median(cell.cpu), statistics.median(cell.wall)
-            spread = f"{min(cell.cpu):.3f}-{max(cell.cpu):.3f}"
-            rate = f"{1e3 / cpu:8.0f}/s, wall {wall:.3f} ms"
-            lines.append(f"{name:52} {cpu:9.3f} ms CPU ({spread}), {rate}")
-    results.report("shards", section, [judge(target, cells) for target in targets], facts, lines)
+        cpu = cell.cpu or cell.wall
+        kind = "CPU time" if cell.cpu else "wall"
+        rows.append(
+            Row(
+                label=f"{name}: {kind}",
+                value=statistics.median(cpu) if cpu else None,
+                unit="ms",
+                why=cell.missing,
+                spread=f"{min(cpu):.3g} to {max(cpu):.3g}" if cpu else "",
+            )
+        )
+    results.report("shards", section, rows, facts)
 
 
 def judge(target: Target, cells: Cells) -> Row:
     """Medians and the median of the paired ratios."""
     ours, theirs = (cells.get(n, Cell(missing="not run")) for n in (target.ours, target.theirs))
     mine, other = (c.wall if target.wall else c.cpu for c in (ours, theirs))
-    goal = {"label": target.label, "least": target.least, "most": target.most}
-    if not mine or not other:
-        return Row(**goal, value=None, why=ours.missing or theirs.missing)
-    pairs = zip(mine, other, strict=False)
-    ratio = statistics.median(a / b if target.most is not None else b / a for a, b in pairs)
-    both = (f"{statistics.median(times):.3f} ms" for times in (mine, other))
-    return Row(**goal, value=ratio, **dict(zip(("ours", "theirs"), both, strict=True)))
+    row = paired(target.label, mine, other, least=target.least, most=target.most)
+    return row if mine and other else replace(row, why=ours.missing or theirs.missing)

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from medpsp.train.loop import enter_stage, report_step, train_step
 from medpsp.train.optimizer import no_moments
 from medpsp.train.ranks import Agreement
 from medpsp.types import World
-from tests.bench.results import Row, machine, report, versions
+from tests.bench.results import Row, paired, report, versions
 
 CPU = torch.device("cpu")
 CLIP, LOG_EVERY, DECAY = 1.0, 20, 0.999
@@ -333,7 +333,7 @@ def compare(
                 made = loop(make(), config, batch_of(size, count), Path(folder))
             except ImportError as error:
                 print(f"  {name}: not installed ({error.name})")
-                continue
+                continue  # its rows say so
             rounds[name] = made if loop in WALKERS else in_steps(made)
         times: dict[str, list[float]] = {name: [] for name in rounds}
         for number in range(args.rounds + 1):
@@ -343,25 +343,30 @@ def compare(
     return {name: found[1:] for name, found in times.items()}
 
 
-def rows(times: dict[str, list[float]], wanted: float, how: str) -> list[Row]:
-    """What each loop adds to the bare one: in ms (``more``), or as a factor (``times``)."""
-    base, made = times["bare"], []
-    for name, found in times.items():
-        pairs = zip(found, base, strict=True)
-        value = statistics.median(a - b if how == "more" else a / b for a, b in pairs)
-        if name != "bare":
-            made.append(
-                Row(
-                    label=f"{name}: a step, {how} than bare"
-                    if how == "more"
-                    else f"{name}: a step, {how} bare",
-                    value=value,
-                    most=wanted if name == "ours" else None,
-                    unit="ms" if how == "more" else "",
-                    ours=f"{statistics.median(found):.3f} ms",
-                    theirs=f"{statistics.median(base):.3f} ms",
-                )
+def rows(times: dict[str, list[float]], loops: Iterable[str], wanted: float) -> list[Row]:
+    """What each loop adds to the bare one, in ms, and how ours stands to those of others."""
+    made = []
+    pairs = [(name, "bare") for name in loops if name != "bare"]
+    pairs += [("ours", name) for name in loops if name not in ("bare", "ours")]
+    for name, other in pairs:
+        mine, theirs = times.get(name, []), times.get(other, [])
+        most = None if name != "ours" else wanted if other == "bare" else 0.0
+        label = f"{name}: a step, more than {other}"
+        if not mine or not theirs:
+            made.append(Row(label=label, value=None, most=most, why="not installed"))
+            continue
+        more = sorted(a - b for a, b in zip(mine, theirs, strict=True))
+        made.append(
+            Row(
+                label=label,
+                value=statistics.median(more),
+                most=most,
+                unit="ms",
+                ours=f"{statistics.median(mine):.3f} ms",
+                theirs=f"{statistics.median(theirs):.3f} ms",
+                spread=f"{more[0]:.3f} to {more[-1]:.3f}",
             )
+        )
     return made
 
 
@@ -372,7 +377,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = ("torch", "lightning-fabric", "monai", "accelerate", "pytorch-lightning")
-    facts = {"machine": machine(), "versions": versions(*names)}
+    facts = {"versions": versions(*names)}
     facts["setting"] = f"1 thread, CPU time, medians of {args.rounds} rounds in turn"
     loops = {
         "bare": bare,
@@ -385,12 +390,13 @@ def main() -> None:
     for args.ema in (0.0, DECAY):
         title = f"loop, tiny network, 32 x 32, batch 4, average {'on' if args.ema else 'off'}"
         few = {name: loops[name] for name in (loops if not args.ema else ("bare", "ours"))}
-        report("train", title, rows(compare(Tiny, few, (32, 4), args), 0.2, "more"), facts)
+        report("train", title, rows(compare(Tiny, few, (32, 4), args), few, 0.2), facts)
     args.ema, args.steps = 0.0, 3
     resnet = {"bare": bare, "ours": ours}
     found = compare(lambda: build_model(config_of(256, 4, 0.0).model, 2), resnet, (256, 4), args)
     title = "loop, ResNet18, refine, 256 x 256, batch 4"
-    report("train", title, rows(found, 1.02, "times"), facts)
+    row = paired("ours / bare, CPU time of a step", found["ours"], found["bare"], most=1.02)
+    report("train", title, [row], facts)
 
 
 if __name__ == "__main__":
