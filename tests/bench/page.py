@@ -30,12 +30,11 @@ UNKNOWN = "not known yet"
 STAMP = ("when", "machine", "load")
 INTRO = """# Benchmarks
 
-Ours and theirs do the same work by turns on one machine. A figure with ≥ is *theirs over ours*, one
-with ≤ *ours over theirs*, and both are the median of the ratios round by round; *spread* is the
-smallest and the largest of them. *Wanted* was set before anything was measured, or is that we are
-not behind. `make bench` runs all benches but GPU and accuracy (about 50 minutes on two quiet cores)
-and writes this page from their results, which lie in `tests/bench/results`; only the reasons are
-written by hand.
+Ours and theirs do the same work by turns, on one machine. A ratio is the median of the ratios of
+single rounds, *spread* is the smallest and the largest of them, *ours* and *theirs* are medians.
+*Wanted* was set beforehand, or is that we are not behind. `make bench` runs all benches but GPU and
+accuracy (about 50 minutes on two quiet cores) and writes this page from their results, which lie in
+`tests/bench/results`; only the reasons are written by hand.
 """
 Chapter = tuple[str, str, str]
 CHAPTERS: dict[str, Chapter] = {
@@ -173,15 +172,19 @@ def _summary(found: Chapters) -> Iterator[str]:
 
 
 def _behind(found: Chapters, why: dict[str, str]) -> Iterator[str]:
-    """What was missed, and why."""
+    """What was missed, and why: a line for each reason of a chapter."""
     yield from ("## Where we lose", "")
-    yield from _head("figure", "found", "wanted", "why")
-    for sections in found.values():
+    yield from _head("chapter", "figures, and what was wanted", "why")
+    for key, sections in found.items():
+        lines: dict[str, list[str]] = {}
         for section in sections:
             for row in section.rows:
                 if row.verdict == "MISSED":
                     place = f"{section.name}: {row.label}"
-                    yield _line(place, row.shown, row.goal, reason(place, why))
+                    figure = f"{place}: **{row.shown}** ({row.goal})"
+                    lines.setdefault(reason(place, why), []).append(_plain(figure))
+        for text, figures in lines.items():
+            yield f"| {CHAPTERS[key][0]} | {'<br>'.join(figures)} | {_plain(text)} |"
     yield ""
 
 

@@ -62,8 +62,8 @@ class Row:
     def goal(self) -> str:
         """What is wanted; empty where nothing is."""
         if self.least is not None:
-            return f">= {self.least:.3g}"
-        return f"<= {self.most:.3g}" if self.most is not None else ""
+            return f">= {self.least:.4g}"
+        return f"<= {self.most:.4g}" if self.most is not None else ""
 
     @property
     def shown(self) -> str:
@@ -86,8 +86,8 @@ class Row:
 
 
 def _digits(value: float) -> str:
-    """Three digits, and whole numbers as they are."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    """Four digits, and whole numbers as they are."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def paired(
@@ -122,7 +122,7 @@ def report(
     rows: Sequence[Row],
     facts: Mapping[str, object],
     lines: Sequence[str] = (),
-    folder: Path = FOLDER,
+    folder: Path | None = None,
 ) -> None:
     """Print what a section found, and put it into the results file of its bench.
 
@@ -134,7 +134,7 @@ def report(
         print(f"  {name}: {value}")
     for text in (*lines, *(row.text for row in rows)):
         print("  " + text, flush=True)
-    path = folder / f"{bench}.json"
+    path = (folder or FOLDER) / f"{bench}.json"
     tree = json.loads(path.read_text()) if path.exists() else {}
     stamp = {"when": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "load": load}
     tree[section] = {
@@ -142,7 +142,7 @@ def report(
         "lines": list(lines),
         "rows": [row.kept for row in rows],
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tree, indent=1) + "\n")
 
 

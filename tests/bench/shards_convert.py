@@ -128,23 +128,18 @@ def _native(session: Session) -> None:
         "dcm2niix .nii.gz (-z i)": 4,
     }
     targets = [
-        Target(label=f"native: {name}", ours="ours default", theirs=name, least=least)
-        for name, least in goals.items()
+        Target(ours="ours default", theirs=name, least=least) for name, least in goals.items()
     ]
     raw = "dcm2niix .nii (-z n)"
     targets += [
-        Target(label=f"native fast: {raw}", ours="ours fast", theirs=raw, least=1),
+        Target(ours="ours fast", theirs=raw, least=1),
         Target(
-            label="native with labels: peer without",
             ours="ours default, labels",
             theirs=zarr,
             least=1,
         ),
     ]
-    targets += [
-        Target(label=f"native {p}: floor", ours=f"ours {p}", theirs=f"floor {p}", most=1.15)
-        for p in PROFILES
-    ]
+    targets += [Target(ours=f"ours {p}", theirs=f"floor {p}", most=1.15) for p in PROFILES]
     report("convert native", cells, targets, {**_facts(files), **_peak()})
 
 
@@ -190,9 +185,8 @@ def _compressed(session: Session) -> None:
             "pydicom as it comes + zarr defaults": peer.work("pydicom_zarr", files=names, out=out),
         }
         targets = [
-            Target(label=f"{syntax}: {fastest}", ours="ours default", theirs=fastest, least=least),
+            Target(ours="ours default", theirs=fastest, least=least),
             Target(
-                label=f"{syntax}: pydicom as it comes + zarr defaults",
                 ours="ours default",
                 theirs="pydicom as it comes + zarr defaults",
                 least=1,
@@ -202,7 +196,6 @@ def _compressed(session: Session) -> None:
             works["ours, bytes kept"] = ours(item, syntax, session.scratch / f"ours-{syntax}")
             targets.append(
                 Target(
-                    label=f"{syntax}: kept, pydicom + zarr",
                     ours="ours, bytes kept",
                     theirs=fastest,
                     least=1,

@@ -48,11 +48,9 @@ def headers(session: Session) -> None:
         cells = measure(works, len(files), session.rounds)
     theirs = "pydicom stop_before_pixels"
     targets = [
-        Target(label="headers: whole scan", ours=whole, theirs=theirs, least=10),
-        Target(
-            label="headers: scan_header alone", ours="ours scan_header", theirs=theirs, least=10
-        ),
-        Target(label="headers: read_headers", ours="ours read_headers", theirs=theirs, least=1),
+        Target(ours=whole, theirs=theirs, least=10),
+        Target(ours="ours scan_header", theirs=theirs, least=10),
+        Target(ours="ours read_headers", theirs=theirs, least=1),
     ]
     report("headers", cells, targets, {"files": len(files)})
 
@@ -228,7 +226,7 @@ def random_slices(session: Session) -> None:
 
 
 def _target(name: str, theirs: str, **goal: float) -> Target:
-    return Target(label=f"random {name}: {theirs}", ours=f"ours {name}", theirs=theirs, **goal)
+    return Target(ours=f"ours {name}", theirs=theirs, **goal)
 
 
 def _peer_stores(

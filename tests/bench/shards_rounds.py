@@ -35,18 +35,23 @@ class Target:
     """A row of the table: two cells of a section and what their ratio should be.
 
     Attributes:
-        ours, theirs: Names of cells.
+        ours, theirs: Names of cells; together the label.
         least: Theirs / ours should reach it.
         most: Or ours / theirs should not pass it, for floors.
         wall: The ratio of wall clock times instead.
     """
 
-    label: str
     ours: str
     theirs: str
     least: float | None = None
     most: float | None = None
     wall: bool = False
+
+    @property
+    def label(self) -> str:
+        """What is divided by what."""
+        first, second = (self.theirs, self.ours) if self.most is None else (self.ours, self.theirs)
+        return f"{first} / {second}{', wall' if self.wall else ''}"
 
 
 @dataclass

@@ -62,8 +62,7 @@ def loader(session: Session) -> None:
 
 def _target(name: str, wall: bool, least: float) -> Target:
     theirs = "zarr pairs, DataLoader, zstd"
-    label = f"loader {name}, {'wall' if wall else 'CPU'}: {theirs}"
-    return Target(label=label, ours=f"ours {name}", theirs=theirs, least=least, wall=wall)
+    return Target(ours=f"ours {name}", theirs=theirs, least=least, wall=wall)
 
 
 def _dataloader(root: Path, order: list[int]) -> Work:
@@ -110,7 +109,6 @@ def ray_workers(session: Session) -> None:
             seconds = _convert(session.scratch / "ray", archive, number)
             cells[name].wall.append(seconds / len(files) * 1e3)
     target = Target(
-        label="Ray: 1 worker / 2 workers, wall",
         ours="2 workers",
         theirs="1 worker",
         least=1.8,
