@@ -221,7 +221,7 @@ def compare(args: argparse.Namespace, backbone: str, device: torch.device) -> No
             ways[name].round(args.steps)
     facts = {"versions": versions("torch", "timm", "segmentation_models_pytorch", "deepspeed")}
     facts["machine"] = f"{gpu_name() or 'no GPU'}, {machine()}"
-    facts["setting"] = f"bf16, channels_last, medians of {args.rounds} rounds of {args.steps} steps"
+    facts["setting"] = f"bf16, channels_last; time of a step, {args.rounds} rounds of {args.steps}"
     section = f"{backbone} {args.size} x {args.size}, batch {args.batch}"
     report("gpu", section, list(rows_of(ways, why, args.batch)), facts, folder=args.results)
 
@@ -231,7 +231,7 @@ def rows_of(ways: dict[str, Way], why: dict[str, str], batch: int) -> Iterator[R
     for name, base in BASE.items():
         if name not in ways and name not in why:
             continue  # it was not asked for
-        label, least = f"{base} / {name}: time of a step", 1.0 if "smp" in base else None
+        label, least = f"{base} / {name}", 1.0 if "smp" in base else None
         if name in ways and base in ways:
             yield paired(label, ways[name].times, ways[base].times, least=least)
         else:

@@ -176,15 +176,16 @@ def _behind(found: Chapters, why: dict[str, str]) -> Iterator[str]:
     yield from ("## Where we lose", "")
     yield from _head("chapter", "figures, and what was wanted", "why")
     for key, sections in found.items():
-        lines: dict[str, list[str]] = {}
+        lines: dict[str, dict[str, list[str]]] = {}
         for section in sections:
             for row in section.rows:
                 if row.verdict == "MISSED":
-                    place = f"{section.name}: {row.label}"
-                    figure = f"{place}: **{row.shown}** ({row.goal})"
-                    lines.setdefault(reason(place, why), []).append(_plain(figure))
+                    figures = lines.setdefault(reason(f"{section.name}: {row.label}", why), {})
+                    figure = f"{row.label} **{row.shown}** ({row.goal})"
+                    figures.setdefault(section.name, []).append(_plain(figure))
         for text, figures in lines.items():
-            yield f"| {CHAPTERS[key][0]} | {'<br>'.join(figures)} | {_plain(text)} |"
+            cell = "<br>".join(f"{_plain(n)}: {'; '.join(rows)}" for n, rows in figures.items())
+            yield f"| {CHAPTERS[key][0]} | {cell} | {_plain(text)} |"
     yield ""
 
 
