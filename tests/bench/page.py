@@ -76,8 +76,8 @@ CHAPTERS: dict[str, Chapter] = {
         "Exported files",
         "make bench-export",
         "One image of 512 x 512 through torch, our ONNX files and OpenVINO's int8 by NNCF, each "
-        "in a process of its own; then what each file costs in Dice on real scans (with "
-        "`MEDPSP_DATA`). Networks of the first tables learnt a phantom for 200 steps.",
+        "in a process of its own: networks that learnt a phantom for 200 steps. Then what each "
+        "file costs in Dice on real scans, where MEDPSP_DATA names a folder of them.",
     ),
     "device": (
         "On the device",
