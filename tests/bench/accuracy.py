@@ -51,6 +51,7 @@ from shards.build import build_shards
 from shards.dataset import stage_rows, train_batches, whole_slices
 from shards.index import class_pixels, read_index
 from shards.reader import ShardReader
+from tests.bench.results import Row, machine, report, versions
 
 SEEDS = (1, 2, 7)
 """The first whose key leaves each set a validation and a test patient, and half for training."""
@@ -209,7 +210,7 @@ def train(job: dict[str, Any], config: Config) -> dict[str, Any]:
         optimizer.step()
         steps += 1
     scored = {split: score(model.eval(), config, split) for split in ("val", "test")}
-    return {**job, "steps": steps, **scored}
+    return {**job, "steps": steps, **scored, **about()}
 
 
 def first(found: Any) -> torch.Tensor:
@@ -306,8 +307,11 @@ def table(args: argparse.Namespace) -> None:
         place = line["set"], line["encoder"], line["budget"], line["network"]
         groups[place][line["rate"]][line["seed"]] = line
     for name in dict.fromkeys(place[0] for place in groups):
-        blind = [constant(prepared(name, args.folder, seed), split) for seed in SEEDS[: args.seeds]]
-        print(f"{name}, {split} patients; constant mask {said(blind)}")
+        blind = {
+            seed: {split: constant(prepared(name, args.folder, seed), split)}
+            for seed in SEEDS[: args.seeds]
+        }
+        rows = []
         for encoder, budget in dict.fromkeys(p[1:3] for p in groups if p[0] == name):
             chosen = {
                 place[3]: best_rate(rates)
@@ -316,13 +320,54 @@ def table(args: argparse.Namespace) -> None:
             }
             ours = next((runs for network, (_, runs) in chosen.items() if "ours" in network), {})
             for network, (rate, runs) in chosen.items():
-                scores = [runs[seed][split] for seed in sorted(runs)]
-                ahead = [ours[s][split] - runs[s][split] for s in sorted(runs) if s in ours]
                 steps = statistics.median(run["steps"] for run in runs.values())
-                print(
-                    f"  {encoder:22s} {budget:4d} s  {network:14s} {said(scores)}, first of ours "
-                    f"ahead by {said(ahead)} (rate {rate:g}, {steps:.0f} steps)"
-                )
+                what = f"{encoder}, {budget} s, {network} (rate {rate:g}, {steps:.0f} steps)"
+                if runs is not ours:
+                    rows.append(ahead_of(what, ours, runs, split))
+            rows.append(ahead_of(f"{encoder}, {budget} s, a constant mask", ours, blind, split))
+        report("accuracy", f"{name}, {split} patients", rows, measured(groups, name))
+
+
+def measured(groups: Any, name: str) -> dict[str, object]:
+    """When, where and with what a set was run; ours is the first of ours, at its best rate."""
+    lines = [
+        line
+        for place, rates in groups.items()
+        if place[0] == name
+        for runs in rates.values()
+        for line in runs.values()
+    ]
+    facts: dict[str, object] = {
+        key: "; ".join(sorted({line[key] for line in lines})) for key in about()
+    }
+    size = " x ".join(map(str, SETS[name]["size"]))
+    facts["load"] = "not kept; CPU seconds are counted"
+    facts["setting"] = f"crops of {size}, batches of {BATCH}, {len(SEEDS)} seeds"
+    return facts
+
+
+def about() -> dict[str, str]:
+    """Of a run: it stands in its line of the results."""
+    return {
+        "when": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "versions": versions("torch", "timm", "segmentation_models_pytorch"),
+    }
+
+
+def ahead_of(what: str, ours: Any, runs: dict[int, dict[str, Any]], split: str) -> Row:
+    """By how much ours is ahead, seed by seed: more than the spread over seeds is wanted."""
+    scores = [[found[s][split] for s in sorted(found)] for found in (ours, runs)]
+    ahead = [ours[s][split] - runs[s][split] for s in sorted(runs) if s in ours]
+    judged = len(ahead) > 1 and "ours" not in what
+    return Row(
+        label=what,
+        value=statistics.mean(ahead) if ahead else None,
+        least=statistics.stdev(ahead) if judged else None,
+        ours=said(scores[0]),
+        theirs=said(scores[1]),
+        spread=", ".join(f"{one:+.3f}" for one in ahead),
+    )
 
 
 def best_rate(
@@ -333,11 +378,11 @@ def best_rate(
 
 
 def said(values: list[float]) -> str:
-    """Mean, spread and number."""
+    """Mean and spread."""
     if not values:
         return "-"
     spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "?"
-    return f"{statistics.mean(values):+.3f} +- {spread} ({len(values)})"
+    return f"{statistics.mean(values):.3f} +- {spread}"
 
 
 def main() -> None:

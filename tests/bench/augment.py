@@ -15,8 +15,12 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", NO_ALBUMENTATIONS_UPDATE="1")
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import albumentations as A
 import cv2
@@ -25,6 +29,7 @@ import torch
 
 from medpsp.train.augment import AugmentOptions, augment, draw
 from medpsp.train.warptorch import apply_batch
+from tests.bench.results import Row, paired, report, versions
 
 SIDE, ROUNDS, SAMPLES, TARGET = 512, 15, 40, 3.5
 FORCED = AugmentOptions(always=True)
@@ -88,11 +93,11 @@ def timed(work: Work, first: int) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    print(
-        f"{SIDE} x {SIDE} float32 and uint8, 1 thread, {ROUNDS} rounds of {SAMPLES} samples; "
-        f"numpy {np.__version__}, OpenCV {cv2.__version__}, albumentations {A.__version__}, "
-        f"torch {torch.__version__}"
-    )
+    facts = {
+        "versions": versions("numpy", "opencv-python-headless", "albumentations", "torch"),
+        "setting": f"{SIDE} x {SIDE} float32 and uint8, 1 thread, {ROUNDS} rounds of {SAMPLES} "
+        "samples",
+    }
     for title, options in (("with their chances", AugmentOptions()), ("all forced", FORCED)):
         works: dict[str, Work] = {f"ours {n}": ours(n, options) for n in ("low", "mid", "high")}
         works["torch high, by 8"] = in_torch(options)
@@ -103,16 +108,12 @@ def main() -> None:
         for number in range(ROUNDS):
             for name, work in works.items():
                 times[name].append(timed(work, number * SAMPLES))
-        print(f"{title}:")
-        for name, found in times.items():
-            ratios = [b / a for a, b in zip(found, times["albumentations"], strict=True)]
-            print(
-                f"  {name:18} {statistics.median(found):6.2f} ms, {min(found):.2f} to "
-                f"{max(found):.2f}, albumentations / it {statistics.median(ratios):6.1f}"
-            )
+        rows, peer = [], times["albumentations"]
+        for name, found in list(times.items())[:-1]:
+            rows.append(paired(f"albumentations / {name}, time of a sample", found, peer, least=1))
         mean = statistics.mean(times["ours high"])
-        verdict = "met" if mean <= TARGET else "MISSED"
-        print(f"  mean of ours high {mean:.2f} ms, target {TARGET}: {verdict}")
+        rows.append(Row(label="mean of ours high", value=mean, most=TARGET, unit="ms"))
+        report("train", f"augmentation, {title}", rows, facts)
 
 
 if __name__ == "__main__":

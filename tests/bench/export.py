@@ -2,7 +2,7 @@
 
     python tests/bench/export.py [SECTION ...] [--dir FOLDER] [--rounds 15] [--steps 200]
 
-Sections, none means all but `real`:
+Sections, none means all, `real` only with MEDPSP_DATA:
     latency   torch eager, ONNX fp32, int8 and fp16, OpenVINO int8 by NNCF: CPU time and wall of a
               512 x 512 image, paired rounds; memory of a process with one file; Dice of the masks
     series    a DICOM series to a DICOM SEG, against MONAI and highdicom
@@ -11,19 +11,19 @@ Sections, none means all but `real`:
     real      Dice of all files on real scans (MEDPSP_DATA), and parity
 
 Peers live in .venv-bench/export (`make bench-export` makes it). A row that misses what is wanted
-says MISSED, one whose peer is absent says why; the exit code is 0 all the same. Networks are
-trained on a phantom; --dir keeps them. Results: runs/bench/export.json.
+says MISSED, one whose peer is absent says why; the exit code is 0 all the same, and 1 where a
+section failed. Networks are trained on a phantom; --dir keeps them.
+Results: runs/bench/export.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before this folder: its shards.py
@@ -32,8 +32,7 @@ from medpsp.config import BACKBONES
 from medpsp.deploy.dossier import cpu_facts, environment_facts
 from tests.bench import export_device, export_latency, export_real, export_series
 from tests.bench.export_nets import HEADS
-from tests.bench.export_rounds import report
-from tests.bench.shards_rounds import ROOT, Missing
+from tests.bench.results import ROOT, report, run_sections
 
 SECTIONS = {
     "latency": export_latency.latency,
@@ -42,7 +41,6 @@ SECTIONS = {
     "cold": export_device.cold,
     "real": export_real.real,
 }
-USUAL = ("latency", "series", "flat", "cold")
 PEERS = ("openvino", "nncf", "monai")
 VNNI = "VNNI is among them; the wanted ratios of int8 are from a CPU with AVX2 and without VNNI"
 NO_VNNI = "no VNNI; neither had the CPU that the wanted ratios of int8 are from (AVX2)"
@@ -55,13 +53,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         chosen.folder = folder.resolve()
         _versions()
-        for name in chosen.sections or USUAL:
-            began = time.monotonic()
-            try:
-                SECTIONS[name](chosen)
-            except Missing as error:
-                print(f"\n== {name}: {error}")
-            print(f"\n{name}: {time.monotonic() - began:.0f} s", flush=True)
+        usual = [name for name in SECTIONS if name != "real" or "MEDPSP_DATA" in os.environ]
+        names = chosen.sections or usual
+        run_sections("export", {name: partial(SECTIONS[name], chosen) for name in names})
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,12 +82,11 @@ def _versions() -> None:
     cpu = cpu_facts()
     vnni = any("vnni" in flag or flag == "amx_int8" for flag in cpu["flags"])
     facts = {
-        "machine": f"{os.cpu_count()} cores, {cpu['model']}, {platform.system()}",
         "flags": f"{' '.join(cpu['flags'])} ({VNNI if vnni else NO_VNNI})",
         "ours": ", ".join(f"{name} {number}" for name, number in environment_facts().items()),
         "peers": ", ".join(map(_peer, PEERS)),
     }
-    report("versions", [], facts)
+    report("export", "versions", [], facts)
 
 
 def _peer(name: str) -> str:

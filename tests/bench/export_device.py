@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.export_nets import SLICE, phantom_net, with_tiles
-from tests.bench.export_rounds import POLL_S, Ran, Row, environment, ran, report
+from tests.bench.export_rounds import POLL_S, Ran, environment, ran
 from tests.bench.export_series import dicom_series, predict
-from tests.bench.shards_rounds import ROOT, Missing
+from tests.bench.results import ROOT, Missing, Row, report
 
 SMALL = (128, 128)
 FLAT, BYTES_A_VOXEL, COLD_S = 0.05, 1.5, 2.0
@@ -49,7 +49,7 @@ def flat(args: Any) -> None:
         for formats, found in peaks.items()
         for count, one in found.items()
     ]
-    report("flat", _flat_rows(peaks, lengths), {"frames": "files of 128 x 128"}, lines)
+    report("export", "flat", _flat_rows(peaks, lengths), {"frames": "files of 128 x 128"}, lines)
 
 
 def _flat_rows(peaks: dict[str, dict[int, Ran]], lengths: list[int]) -> list[Row]:
@@ -103,7 +103,7 @@ def cold(args: Any) -> None:
         )
     absent = _absent(place)
     rows.append(Row(label="torch, ray, zarr and onnx in it", value=absent, most=0, unit="packages"))
-    report("cold", rows, facts, lines)
+    report("export", "cold", rows, facts, lines)
 
 
 def _by_size(item: tuple[str, int]) -> int:

@@ -15,8 +15,8 @@ from medpsp.config import BACKBONES
 from medpsp.deploy.gates import least_dice
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
 from tests.bench.export_nets import HEADS, Net, eager_file, large_slice, phantom_net, tiles
-from tests.bench.export_rounds import Engine, Row, engine_task, in_turn, ratio, report
-from tests.bench.shards_rounds import Missing
+from tests.bench.export_rounds import Engine, engine_task, in_turn, ratio
+from tests.bench.results import Missing, Row, report
 
 OVER_EAGER = {
     "resnet18": 2.3,
@@ -40,7 +40,7 @@ def latency(args: Any) -> None:
             try:
                 _of_net(phantom_net(args.folder, backbone, head, args.steps), args)
             except Missing as error:
-                print(f"\n== latency {backbone} {head}: {error}", flush=True)
+                report("export", f"latency {backbone} {head}", [], {"not measured": str(error)})
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,13 @@ def _of_net(net: Net, args: Any) -> None:
         ]
         facts = {"threads": threads, "one image": "512 x 512, int16 in, class ids out"}
         lines = [engine.text for engine in engines.values()]
-        report(f"latency {net.name}, {threads} thread{'s' * (threads > 1)}", rows, facts, lines)
+        report(
+            "export",
+            f"latency {net.name}, {threads} thread{'s' * (threads > 1)}",
+            rows,
+            facts,
+            lines,
+        )
 
 
 def _files(net: Net, peers: dict[str, Peer]) -> dict[str, tuple[str, Path]]:
@@ -105,6 +111,13 @@ def _rows(net: Net, peers: dict[str, Peer], engines: dict[str, Engine]) -> Itera
     backbone = net.config.model.backbone
     eager, fp32 = _faster(engines), engines["ONNX fp32"]
     int8, fp16 = engines["ONNX int8 (cpu)"], engines["ONNX fp16"]
+    for engine in engines.values():
+        yield Row(
+            label=f"{engine.name}: CPU time of an image",
+            value=statistics.median(engine.cpu) if engine.cpu else None,
+            unit="ms",
+            why="" if engine.cpu else engine.about,
+        )
     yield Row(label="eager / ONNX fp32, CPU time", value=ratio(eager, fp32))
     wanted = OVER_EAGER[backbone]
     yield Row(label="eager / int8, CPU time", value=ratio(eager, int8), least=wanted)
@@ -127,9 +140,8 @@ def _rows(net: Net, peers: dict[str, Peer], engines: dict[str, Engine]) -> Itera
                 yield Row(label=label, value=None, why=peer.why)
                 continue
             passes = peer.agrees is not None and peer.agrees >= least
-            bound = BEHIND_OPENVINO if passes else None
-            label += "" if passes else f" (its Dice is below {least:g})"
-            yield Row(label=label, value=ratio(int8, engines[name]), most=bound)
+            bound, why = (BEHIND_OPENVINO, "") if passes else (None, f"its Dice is < {least:g}")
+            yield Row(label=label, value=ratio(int8, engines[name]), most=bound, why=why)
 
 
 def _faster(engines: dict[str, Engine]) -> Engine:

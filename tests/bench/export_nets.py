@@ -23,7 +23,7 @@ from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.exportconfig import Gate
 from medpsp.identity import create_key
-from tests.bench.shards_rounds import ROOT, Missing
+from tests.bench.results import ROOT, Missing
 
 HEADS = ("classic", "refine")
 STRIDE = 16

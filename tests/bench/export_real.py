@@ -15,8 +15,7 @@ from medpsp.config import BACKBONES
 from medpsp.deploy.gates import MOST_DROP, Variant, least_dice
 from medpsp.deploy.verify import SHAPES
 from tests.bench.export_nets import Net, exported
-from tests.bench.export_rounds import Row, report
-from tests.bench.shards_rounds import Missing
+from tests.bench.results import Missing, Row, report
 
 SETS = ("sunnybrook", "sarcoma")
 VARIANTS: dict[str, Variant] = {"int8 QDQ U8S8": "cpu", "int8 QDQ S8S8": "trt", "fp16": "half"}
@@ -43,7 +42,8 @@ def real(args: Any) -> None:
                 try:
                     net = exported(base, folder, model, args.real_steps, list(VARIANTS.values()))
                 except Missing as error:
-                    print(f"\n== real {name} {backbone} OS{stride}: {error}", flush=True)
+                    section = f"real {name}, {backbone} OS{stride}"
+                    report("export", section, [], {"not measured": str(error)})
                     continue
                 _table(name, net, time.monotonic() - began)
 
@@ -53,9 +53,9 @@ def _table(name: str, net: Net, seconds: float) -> None:
     facts = {
         "training": f"{net.config.train.steps} steps, crops of {net.config.train.size}",
         "validation": f"{found['agreement'][0]['slices']} slices",
-        "seconds": f"{seconds:.0f}",
     }
-    report(f"real {name}, {net.name}", list(_rows(net, found)), facts, list(_lines(found)))
+    rows = [*_rows(net, found), Row(label="training and export", value=seconds, unit="s")]
+    report("export", f"real {name}, {net.name}", rows, facts, list(_lines(found)))
 
 
 def _rows(net: Net, found: dict[str, Any]) -> Iterator[Row]:
@@ -66,6 +66,8 @@ def _rows(net: Net, found: dict[str, Any]) -> Iterator[Row]:
     label = f"fp32 against torch, {len(SHAPES)} shapes: changed pixels, beyond ties"
     yield Row(label=label, value=sum(r["changed"] - r["near_ties"] for r in parity), most=0)
     yield Row(label="near ties among changed pixels", value=sum(r["near_ties"] for r in parity))
+    for label, before in found["agreement"][0]["labels_fp32"].items():
+        yield Row(label=f"fp32: Dice of {label}", value=before)
     for fact in found["agreement"]:
         variant = VARIANTS[fact["variant"]]
         least = least_dice(variant, net.config.model.backbone)

@@ -1,4 +1,4 @@
-"""Processes that answer rounds, whole commands with their time and memory, and rows of a table.
+"""Processes that answer rounds, and whole commands with their time and memory.
 
 CPU time is user + system. Memory is VmHWM, the most that a process ever had resident: that of a
 command is the sum over its processes, as if all had been at their largest at once.
@@ -12,78 +12,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.bench.shards_rounds import ROOT, Missing, below, clock
+from tests.bench.results import ROOT, Missing
+from tests.bench.shards_rounds import below, clock
 
 ENGINES = ROOT / "tests" / "bench" / "export_engines.py"
-RESULTS = ROOT / "runs" / "bench" / "export.json"
 POLL_S, SETTLE_S = 0.01, 0.05
 DISTURBED = 10
 """Preemptions in 100 ms of CPU time from which on another process had the cores: 23 were seen
 with two others at work. Threads that wait for each other then spin: torch's 2 threads took 1.8 to
 2.0 s of CPU for what takes 0.9 s where they sleep, and once 14 s."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One figure: it should reach ``least``, or not pass ``most``; ``why`` there is none.
-
-    A ``disturbed`` one is shown, but neither met nor missed.
-    """
-
-    label: str
-    value: float | None
-    least: float | None = None
-    most: float | None = None
-    unit: str = ""
-    why: str = ""
-    disturbed: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """Empty where nothing is wanted of the figure."""
-        if self.value is None:
-            return self.why or "not measured"
-        wanted = self.least is not None or self.most is not None
-        low = self.least is not None and not self.value >= self.least
-        high = self.most is not None and not self.value <= self.most
-        if wanted and self.disturbed:
-            return "DISTURBED: other processes had the cores, run it again"
-        return "MISSED" if low or high else "ok" if wanted else ""
-
-    @property
-    def text(self) -> str:
-        """As it is printed."""
-        goal = f">= {self.least:g}" if self.least is not None else ""
-        goal = f"<= {self.most:g}" if self.most is not None else goal
-        value = "-" if self.value is None else f"{self.value:.4g} {self.unit}".strip()
-        return f"{self.label:76} {value:>14}  {goal:9} {self.verdict}".rstrip()
-
-
-def report(
-    section: str, rows: Sequence[Row], facts: Mapping[str, object], lines: Sequence[str] = ()
-) -> None:
-    """Print what a section found, and put it into the results file."""
-    print(f"\n== {section}  (load {os.getloadavg()[0]:.1f})")
-    for name, value in facts.items():
-        print(f"  {name}: {value}")
-    for text in (*lines, *(row.text for row in rows)):
-        print("  " + text)
-    sys.stdout.flush()
-    tree = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    tree[section] = {
-        "when": time.strftime("%Y-%m-%d %H:%M"),
-        "load": os.getloadavg(),
-        "facts": dict(facts),
-        "lines": list(lines),
-        "rows": [{**asdict(row), "verdict": row.verdict} for row in rows],
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(tree, indent=1))
 
 
 @dataclass

@@ -10,6 +10,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from launch.phantom import Phantom, draw, write_series
 from medpsp.deploy.inputs import window_rows
 from medpsp.types import Window
 from tests.bench.export_nets import SLICE, Net, eager_file, meta_of, phantom_net, with_tiles
-from tests.bench.export_rounds import Ran, Row, ran, report
-from tests.bench.shards_rounds import ROOT, Missing
+from tests.bench.export_rounds import Ran, ran
+from tests.bench.results import ROOT, Missing, Row, paired, report
 
 SHARE_OF_MONAI, SAME_MASKS = 0.5, 0.99
 MONAI = ROOT / "tests" / "bench" / "export_monai.py"
@@ -42,7 +43,7 @@ def series(args: Any) -> None:
     lines = [_line(name, found[name], why.get(name, "")) for name in works]
     facts = {"series": f"{args.slices} files of 512 x 512", "commands of each": args.commands}
     facts["memory"] = "sum over processes of the most that each had resident"
-    report("series", _rows(found, why, args.folder), facts, lines)
+    report("export", "series", _rows(found, why, args.folder), facts, lines)
 
 
 def dicom_series(folder: Path, slices: int, size: tuple[int, int]) -> Path:
@@ -106,12 +107,11 @@ def _rows(found: dict[str, list[Ran]], why: dict[str, str], scratch: Path) -> li
         ours = found[name]
         said = why.get(name) or why.get("MONAI + highdicom", "")
         pairs = list(zip(ours, theirs, strict=False))
-        wall = statistics.median(a.wall / b.wall for a, b in pairs) if pairs else None
-        peak = max(a.peak for a in ours) / max(b.peak for b in theirs) if pairs else None
-        rows += [
-            Row(label=f"{name} / MONAI, wall", value=wall, most=1.0, why=said),
-            Row(label=f"{name} / MONAI, memory", value=peak, most=SHARE_OF_MONAI, why=said),
-        ]
+        walls = [a.wall for a, _ in pairs], [b.wall for _, b in pairs]
+        rows.append(replace(paired(f"{name} / MONAI, wall", *walls, "s", most=1.0), why=said))
+        peaks = [[max(one.peak for one in side)] if side else [] for side in (ours, theirs)]
+        row = paired(f"{name} / MONAI, memory", *peaks, "MiB", most=SHARE_OF_MONAI)
+        rows.append(replace(row, why=said, spread=""))
     both = scratch / "series.fp32" / "series-000.dcm", scratch / "series.monai.dcm"
     dice = same_masks(*both) if all(path.exists() for path in both) else None
     rows.append(Row(label="Dice of both fp32 SEGs", value=dice, least=SAME_MASKS))

@@ -25,8 +25,10 @@ from shards.build import build_shards
 from shards.dataset import train_batches
 from shards.index import read_index
 from shards.loader import end_workers
+from tests.bench.results import Row, report, versions
 
 SIDE, BATCH, ROUNDS = 512, 8, 3
+WANTED = 350.0
 
 
 def config_of(root: Path, profile: str) -> Config:
@@ -68,7 +70,9 @@ def main() -> None:
         create_key(root / "key", "key of the bench 7")
         phantom = Phantom(shape=(args.slices // 6, SIDE, SIDE), spacing=(5.0, 0.7, 0.7))
         write_archive(root, 6, phantom)
-        print(f"{args.slices} slices of {SIDE} x {SIDE}, batches of {BATCH}, pairs a second")
+        facts = {"versions": versions("torch", "numpy", "zarr")}
+        facts["setting"] = f"{args.slices} slices of {SIDE} x {SIDE}, batches of {BATCH}, wall time"
+        rows = []
         for profile in ("default", "fast"):
             config = config_of(root, profile)
             build_shards(config)
@@ -78,8 +82,11 @@ def main() -> None:
                     for n in (0, 1, 2)
                 }
                 end_workers()
-                shown = ", ".join(f"{n} workers {rate:.0f}" for n, rate in found.items())
-                print(f"  {profile}, augmentation {level}: {shown}", flush=True)
+                for workers, rate in found.items():
+                    least = WANTED if (level, workers) == ("high", 2) else None
+                    label = f"{profile}, augmentation {level}, {workers} workers"
+                    rows.append(Row(label=label, value=rate, least=least, unit="pairs/s"))
+        report("train", "loader", rows, facts)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """A training step on one GPU: ours by DDP's engine and by ZeRO-1, and smp.PSPNet, in turn.
 
     python tests/bench/gpu.py [--batch 16] [--size 512] [--steps 20] [--rounds 5]
-        [--backbones resnet18 ...] [--profile resnet18] [--eager]
+        [--backbones resnet18 ...] [--profile resnet18] [--eager] [--results FOLDER]
 
 bf16 autocast, channels_last, 1 grey channel, 4 classes, Dice + Focal, clipping at 1, AdamW; the
 batch comes from the CPU's memory at every step. Ours is everything that `fit` does in a step. The
 peer has a bare loop around it with the same loss, clipping and optimizer. Wall time between two
 points where the GPU is idle. MFU: 6 times the multiply-adds of a forward pass, over the data
 sheet's dense bf16. Memory: peak above what was there before, weights and optimizer included.
-Waits of the host for the GPU are counted by torch's own sync warnings.
+Waits of the host for the GPU are counted by torch's own sync warnings. Results: FOLDER/gpu.json; in
+tests/bench/results they are what `page.py` reads.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from medpsp.train.optimizer import no_moments
 from medpsp.train.ranks import process_group
 from medpsp.train.timing import PEAK_TFLOPS
 from medpsp.types import World
+from tests.bench.results import FOLDER, Row, machine, paired, report, versions
 from tests.bench.train import batch_of
 
 CLASSES, CLIP, GIB = 4, 1.0, 2**30
@@ -58,7 +59,7 @@ BASE = {
     "ours, ddp, compiled": "smp.PSPNet, compiled",
     "ours, ddp, graphs": "smp.PSPNet, compiled",
 }
-"""What a row is compared with."""
+"""What one is compared with."""
 Step = Callable[[int], None]
 """One step, by its number."""
 
@@ -117,7 +118,7 @@ def theirs(
     return model, step
 
 
-class Row:
+class Way:
     """One way to train, warmed up, with what it takes.
 
     Args:
@@ -141,18 +142,19 @@ class Row:
         plain = copy.deepcopy(self.model).eval()
         one = torch.zeros(1, 1, side, side, device=next(plain.parameters()).device)
         self.macs = count_macs(plain, one)
-        self.times: list[float] = []
+        self.times: list[float] = []  # ms
 
-    def _waits(self) -> str:
+    def _waits(self) -> int:
         if not torch.cuda.is_available():
-            return "0"
+            return 0
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             self.step(6)
             torch.cuda.set_sync_debug_mode("default")
-        places = {f"{Path(w.filename).name}:{w.lineno}" for w in found}
-        return f"{len(found)} ({' '.join(sorted(places)[:4])})"
+        for warning in found:
+            print(f"  wait: {Path(warning.filename).name}:{warning.lineno}")
+        return len(found)
 
     def round(self, steps: int) -> None:
         settle()
@@ -160,7 +162,7 @@ class Row:
         for number in range(steps):
             self.step(10 + number)
         settle()
-        self.times.append((time.perf_counter() - began) / steps)
+        self.times.append((time.perf_counter() - began) / steps * 1e3)
 
 
 def settle() -> None:
@@ -176,7 +178,7 @@ def peak() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def rows_of(args: argparse.Namespace, backbone: str, device: torch.device) -> dict[str, Any]:
+def ways_of(args: argparse.Namespace, backbone: str, device: torch.device) -> dict[str, Any]:
     paged = batch = batch_of(args.size, args.batch, CLASSES)
     if device.type == "cuda":
         batch = Batch(
@@ -187,56 +189,67 @@ def rows_of(args: argparse.Namespace, backbone: str, device: torch.device) -> di
             samples=batch.samples,
         )
     plain = config_of(args, backbone, "ddp", False)
-    rows = {
+    ways = {
         "ours, ddp": lambda: ours(plain, batch, device),
         "ours, ddp, not pinned": lambda: ours(plain, paged, device),
         "smp.PSPNet": lambda: theirs(backbone, False, batch, plain, device),
         "ours, zero1": lambda: ours(config_of(args, backbone, "zero1", False), batch, device),
     }
     if not args.eager:
-        rows["ours, ddp, compiled"] = lambda: ours(
+        ways["ours, ddp, compiled"] = lambda: ours(
             config_of(args, backbone, "ddp", True), batch, device
         )
         if backbone in args.graphs:
-            rows["ours, ddp, graphs"] = lambda: ours(
+            ways["ours, ddp, graphs"] = lambda: ours(
                 config_of(args, backbone, "ddp", "reduce-overhead"), batch, device
             )
-        rows["smp.PSPNet, compiled"] = lambda: theirs(backbone, True, batch, plain, device)
-    return rows
+        ways["smp.PSPNet, compiled"] = lambda: theirs(backbone, True, batch, plain, device)
+    return ways
 
 
 def compare(args: argparse.Namespace, backbone: str, device: torch.device) -> None:
-    print(f"{backbone}, {args.size} x {args.size}, batch {args.batch}", flush=True)
-    rows: dict[str, Row] = {}
-    for name, make in rows_of(args, backbone, device).items():
+    ways: dict[str, Way] = {}
+    why: dict[str, str] = {}
+    for name, make in ways_of(args, backbone, device).items():
         try:
-            rows[name] = Row(make, args.size)
+            ways[name] = Way(make, args.size)
         except Exception as error:  # noqa: BLE001 - a peer or an engine that does not run costs its own row only
             print(f"  {name}: {type(error).__name__} {str(error)[:300]}", flush=True)
+            why[name] = f"failed with {type(error).__name__}"
     for number in range(args.rounds):
-        for name in list(rows) if number % 2 else list(rows)[::-1]:
-            rows[name].round(args.steps)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    most = next((v for k, v in PEAK_TFLOPS.items() if k in gpu), float("nan"))
-    for name, row in rows.items():
-        seconds = statistics.median(row.times)
-        base = rows.get(
-            name.replace("ours, ddp", "smp.PSPNet")
-            .replace("graphs", "compiled")
-            .replace("ours, zero1", "ours, ddp")
-        )
-        ratio = (
-            statistics.median(b / a for a, b in zip(row.times, base.times, strict=True))
-            if base
-            else float("nan")
-        )
-        tflops = 6 * row.macs * args.batch / seconds / 1e12
-        print(
-            f"  {name:22s} {args.batch / seconds:7.0f} img/s, {1e3 * seconds:7.2f} ms a step, "
-            f"{row.macs / 1e9:6.2f} GMACs, MFU {tflops / most:5.1%}, {row.gib:5.2f} GiB, "
-            f"{row.waits} waits, start {row.started:4.0f} s, its base over it {ratio:.2f}",
-            flush=True,
-        )
+        for name in list(ways) if number % 2 else list(ways)[::-1]:
+            ways[name].round(args.steps)
+    facts = {"versions": versions("torch", "timm", "segmentation_models_pytorch", "deepspeed")}
+    facts["machine"] = f"{gpu_name() or 'no GPU'}, {machine()}"
+    facts["setting"] = f"bf16, channels_last; time of a step, {args.rounds} rounds of {args.steps}"
+    section = f"{backbone} {args.size} x {args.size}, batch {args.batch}"
+    report("gpu", section, list(rows_of(ways, why, args.batch)), facts, folder=args.results)
+
+
+def rows_of(ways: dict[str, Way], why: dict[str, str], batch: int) -> Iterator[Row]:
+    """Ratios that are wanted of each, then what each does in a second and holds."""
+    for name, base in BASE.items():
+        if name not in ways and name not in why:
+            continue  # it was not asked for
+        label, least = f"{base} / {name}", 1.0 if "smp" in base else None
+        if name in ways and base in ways:
+            yield paired(label, ways[name].times, ways[base].times, least=least)
+        else:
+            yield Row(label=label, value=None, least=least, why=why.get(name) or why.get(base, ""))
+    most = next((v for k, v in PEAK_TFLOPS.items() if k in gpu_name()), None)
+    for name, way in ways.items():
+        seconds = statistics.median(way.times) / 1e3
+        share = 6 * way.macs * batch / seconds / 1e10 / most if most else None
+        yield Row(label=f"{name}: images a second", value=batch / seconds)
+        yield Row(label=f"{name}: multiply-adds of an image", value=way.macs / 1e9, unit="G")
+        yield Row(label=f"{name}: MFU", value=share, unit="%")
+        yield Row(label=f"{name}: memory", value=way.gib, unit="GiB")
+        yield Row(label=f"{name}: waits for the GPU in a step", value=way.waits)
+        yield Row(label=f"{name}: start", value=way.started, unit="s")
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def profile(args: argparse.Namespace, device: torch.device) -> None:
@@ -273,10 +286,9 @@ def main() -> None:
     parser.add_argument("--graphs", nargs="*", default=list(BACKBONES))
     parser.add_argument("--profile", default="")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of gpu.json")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    print(f"torch {torch.__version__}, timm {version('timm')}, {name}")
     with process_group(World(), 2, alone=True) as device:
         for backbone in args.backbones:
             compare(args, backbone, device)

@@ -1,19 +1,23 @@
 """Pyramid pooling: ours by matrix products against torch's adaptive pooling, in turn.
 
 Floor: every input value is read once; at 4 bytes and about 10 GB/s of one core that is
-0.4 ms a million values. Prints the medians and the median of the paired ratios.
+0.4 ms a million values.
 """
 
 from __future__ import annotations
 
-import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
 
 from medpsp.model.psp import PyramidPooling
+from tests.bench.results import Row, paired, report, versions
 
 BINS, ROUNDS = (1, 3, 5, 7), 30
 SHAPES = ((4, 512, 16, 16), (1, 512, 64, 64), (1, 960, 32, 32))
@@ -33,18 +37,20 @@ def main() -> None:
     def native(x: torch.Tensor) -> object:
         return [F.adaptive_avg_pool2d(x, b) for b in BINS]
 
-    print(f"torch {torch.__version__}, 1 thread, bins {BINS}, {ROUNDS} pairs")
+    rows = []
     for shape in SHAPES:
         x = torch.randn(shape)
         timed(ours, x), timed(native, x)
         pairs = [(timed(ours, x), timed(native, x)) for _ in range(ROUNDS)]
-        mine, theirs = (statistics.median(p[i] for p in pairs) for i in (0, 1))
-        ratio = statistics.median(b / a for a, b in pairs)
+        mine, theirs = ([pair[i] for pair in pairs] for i in (0, 1))
+        size = " x ".join(map(str, shape))
+        rows.append(paired(f"torch / ours, {size}", mine, theirs, least=1))
         floor = x.numel() / 1e6 * 0.4
-        print(
-            f"  {shape!s:20} ours {mine:.2f} ms, torch {theirs:.2f} ms, "
-            f"torch / ours {ratio:.2f}, floor {floor:.2f} ms"
-        )
+        rows.append(Row(label=f"floor, {size}", value=floor, unit="ms"))
+    facts = {"versions": versions("torch")}
+    facts["setting"] = f"1 thread, no gradient, bins {BINS}, {ROUNDS} pairs; wall"
+    facts["floor"] = "every value is read once: 4 bytes at about 10 GB/s of one core; calculated"
+    report("train", "pooling", rows, facts)
 
 
 if __name__ == "__main__":

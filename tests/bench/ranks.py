@@ -15,12 +15,13 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.results import Row, paired, report, versions
 
 ROWS = {
     "1 process x 2 threads": (1, "ddp"),
@@ -29,6 +30,10 @@ ROWS = {
     "2 ranks, ZeRO-2": (2, "zero2"),
     "2 ranks, ZeRO-3": (2, "zero3"),
 }
+PAIRS = (
+    ("2 ranks, DDP", "1 process x 2 threads", 1.15),
+    *((f"2 ranks, ZeRO-{number}", "2 ranks, DDP", None) for number in (1, 2, 3)),
+)
 SIDE, BATCH = 128, 8
 
 
@@ -104,25 +109,22 @@ def main() -> None:
     parser.add_argument("--head", default="refine")
     args = parser.parse_args()
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
-    with tempfile.TemporaryDirectory():
-        for _ in range(args.rounds):
-            for name, (size, engine) in ROWS.items():
-                found[name].append(measure(size, engine, args))
-    alone, ddp = (
-        [r["step"] for r in found[name]] for name in ("1 process x 2 threads", "2 ranks, DDP")
+    for _ in range(args.rounds):
+        for name, (size, engine) in ROWS.items():
+            found[name].append(measure(size, engine, args))
+    steps = {name: [r["step"] * 1e3 for r in rounds] for name, rounds in found.items()}
+    rows = []
+    for name, other, most in PAIRS:
+        row = paired(f"{name} / {other}, wall of a step", steps[name], steps[other], most=1)
+        rows.append(replace(row, most=most))
+    facts = {"versions": versions("torch", "deepspeed")}
+    facts["setting"] = (
+        f"ResNet18, {args.head}, {SIDE} x {SIDE}, global batch {BATCH}, {args.rounds} rounds"
     )
-    print(f"ResNet18, {args.head}, {SIDE} x {SIDE}, global batch {BATCH}, {args.rounds} rounds")
     for name, rounds in found.items():
-        steps = [r["step"] for r in rounds]
-        ratios = [
-            statistics.median(a / b for a, b in zip(steps, o, strict=True)) for o in (alone, ddp)
-        ]
-        one, ddp_ratio = ratios
-        peak = max(r["gib"] for r in rounds)
-        print(
-            f"  {name:22s} {statistics.median(steps) * 1e3:7.0f} ms a step, "
-            f"{one:5.2f} of one process, {ddp_ratio:5.2f} of DDP, {peak:.2f} GiB a rank"
-        )
+        gib = max(r["gib"] for r in rounds)
+        rows.append(Row(label=f"{name}: memory of a rank", value=gib, unit="GiB"))
+    report("train", "ranks", rows, facts)
 
 
 if __name__ == "__main__":

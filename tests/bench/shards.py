@@ -1,7 +1,8 @@
 """Shards against peers and floors, in one run: paired ratios of CPU time, medians, versions.
 
-Peers live in .venv-bench (`make bench-shards` makes it). A row that misses its target says MISSED,
-one whose peer is absent says why; the exit code is 0 all the same. Results: runs/bench/shards.json.
+Peers live in .venv-bench/shards (`make bench-shards` makes it). A row that misses its target says
+MISSED, one whose peer is absent says why; the exit code is 0 all the same, and 1 where a section
+failed. Results: runs/bench/shards.json.
 
     python tests/bench/shards.py [SECTION ...] [--dir FOLDER] [--rounds 5] [--timed 128]
         [--slices 1200] [--compressed 300]
@@ -12,20 +13,19 @@ Sections: convert, headers, random, loader, ray, sizes; none means all.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from contextlib import ExitStack
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # before this folder: its shards.py
 
 from tests.bench import shards_convert, shards_read, shards_workers
+from tests.bench.results import Missing, run_sections, versions
 from tests.bench.shards_convert import Session
 from tests.bench.shards_data import Data
-from tests.bench.shards_rounds import Missing, Peer, report
+from tests.bench.shards_rounds import Peer, report
 
 SECTIONS = {
     "convert": shards_convert.convert,
@@ -63,17 +63,13 @@ def main() -> None:
             timed=chosen.timed,
         )
         _versions(session.peer)
-        for name in chosen.sections or SECTIONS:
-            try:
-                SECTIONS[name](session)
-            except Missing as error:
-                print(f"\n== {name}: {error}")
+        chosen.sections = chosen.sections or list(SECTIONS)
+        run_sections("shards", {n: partial(SECTIONS[n], session) for n in chosen.sections})
 
 
 def _versions(peer: Peer) -> None:
     facts: dict[str, object] = {
-        "machine": f"{os.cpu_count()} cores, {_model()}, Python {platform.python_version()}",
-        "ours": ", ".join(f"{name} {version(name)}" for name in OURS),
+        "ours": versions(*OURS),
     }
     try:
         found = peer.ask("versions", names=list(PEERS))["versions"]
@@ -81,12 +77,6 @@ def _versions(peer: Peer) -> None:
     except Missing as error:
         facts["peers"] = str(error)
     report("versions", {}, [], facts)
-
-
-def _model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,20 +17,13 @@ from shards.bucket import create_bucket
 from shards.codec import image_codec
 from shards.layout import PlannedSeries, bucket_of, plan_shards
 from shards.write import write_shard
+from tests.bench.results import Missing, Row
 from tests.bench.shards_data import SIDE, Data, labels_of, planned, settings, stored
-from tests.bench.shards_rounds import (
-    PEER_PYTHON,
-    Cells,
-    Missing,
-    Peer,
-    Target,
-    Work,
-    below,
-    measure,
-    report,
-)
+from tests.bench.shards_rounds import PEERS, Cells, Peer, Target, Work, below, measure, report
 
 PROFILES = ("default", "fast", "dense")
+PARTS = {"image": "*/image/c/**/*", "label": "*/label/c/**/*", "commit": "commits/*"}
+"""Of a store, where they lie."""
 PLUGINS = {"jpegls": "pyjpegls", "jpeglossless": "gdcm", "rle": "pylibjpeg"}
 """Of pydicom's plugins the fastest, where it would take another by itself."""
 _stamps = count()
@@ -131,22 +124,22 @@ def _native(session: Session) -> None:
         zarr: 4.5,
         "MONAI PydicomReader, read only": 4.5,
         "SimpleITK, read only": 2,
-        "SimpleITK, folder to files and read": None,
+        "SimpleITK, folder to files and read": 2,
         "dcm2niix .nii.gz (-z i)": 4,
     }
     targets = [
-        Target(label=f"native: {name}", ours="ours default", theirs=name, least=least)
-        for name, least in goals.items()
+        Target(ours="ours default", theirs=name, least=least) for name, least in goals.items()
     ]
     raw = "dcm2niix .nii (-z n)"
     targets += [
-        Target(label=f"native fast: {raw}", ours="ours fast", theirs=raw, least=1),
-        Target(label="native with labels: peer without", ours="ours default, labels", theirs=zarr),
+        Target(ours="ours fast", theirs=raw, least=1),
+        Target(
+            ours="ours default, labels",
+            theirs=zarr,
+            least=1,
+        ),
     ]
-    targets += [
-        Target(label=f"native {p}: floor", ours=f"ours {p}", theirs=f"floor {p}", most=1.15)
-        for p in PROFILES
-    ]
+    targets += [Target(ours=f"ours {p}", theirs=f"floor {p}", most=1.15) for p in PROFILES]
     report("convert native", cells, targets, {**_facts(files), **_peak()})
 
 
@@ -170,7 +163,7 @@ def _peak() -> dict[str, int]:
     peaks = [0]
     for pid in below(os.getpid()):
         status = Path(f"/proc/{pid}/status").read_text()
-        if PEER_PYTHON.parent.parent.name not in Path(f"/proc/{pid}/cmdline").read_text():
+        if str(PEERS) not in Path(f"/proc/{pid}/cmdline").read_text():
             peaks += [int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM")]
     return {"peak MiB of the child of a shard task": max(peaks) // 1024}
 
@@ -181,7 +174,7 @@ def _compressed(session: Session) -> None:
         try:
             files = session.series(syntax)
         except Missing as error:
-            print(f"\n== convert {syntax}: {error}")
+            report(f"convert {syntax}", {}, [], {"not measured": str(error)})
             continue
         item, names = planned(files), [str(f) for f in files]
         peer, out = session.peer, str(session.scratch / "peer")
@@ -192,18 +185,20 @@ def _compressed(session: Session) -> None:
             "pydicom as it comes + zarr defaults": peer.work("pydicom_zarr", files=names, out=out),
         }
         targets = [
-            Target(label=f"{syntax}: {fastest}", ours="ours default", theirs=fastest, least=least),
+            Target(ours="ours default", theirs=fastest, least=least),
             Target(
-                label=f"{syntax}: pydicom as it comes + zarr defaults",
                 ours="ours default",
                 theirs="pydicom as it comes + zarr defaults",
+                least=1,
             ),
         ]
         if syntax in KEPT:
             works["ours, bytes kept"] = ours(item, syntax, session.scratch / f"ours-{syntax}")
             targets.append(
                 Target(
-                    label=f"{syntax}: kept, pydicom + zarr", ours="ours, bytes kept", theirs=fastest
+                    ours="ours, bytes kept",
+                    theirs=fastest,
+                    least=1,
                 )
             )
         cells: Cells = measure(works, len(files), session.rounds)
@@ -220,12 +215,17 @@ def sizes(session: Session) -> None:
     roots = {profile: session.scratch / f"size-{profile}" for profile in profiles}
     works = {f"ours {profile}": ours(item, profile, root) for profile, root in roots.items()}
     cells = measure(works, len(files), session.rounds)
-    facts: dict[str, Any] = {"native pixels, bytes a slice": native}
+    facts: dict[str, Any] = {"native pixels": f"{native} bytes a slice"}
+    rows = []
     for profile, root in roots.items():
-        image, label, commit = (
-            round(sum(p.stat().st_size for p in root.glob(pattern) if p.is_file()) / len(files))
-            for pattern in ("*/image/c/**/*", "*/label/c/**/*", "commits/*")
-        )
-        ratio = round(native / image, 2) if image else None
-        facts[profile] = {"image": image, "ratio": ratio, "label": label, "commit": commit}
-    report("sizes", cells, [], facts)
+        size = {
+            part: sum(p.stat().st_size for p in root.glob(pattern) if p.is_file()) / len(files)
+            for part, pattern in PARTS.items()
+        }
+        ratio = native / size["image"] if size["image"] else None
+        rows.append(Row(label=f"{profile}: native pixels / image", value=ratio))
+        rows += [
+            Row(label=f"{profile}: {part}", value=round(count), unit="bytes a slice")
+            for part, count in size.items()
+        ]
+    report("sizes", cells, [], facts, rows)

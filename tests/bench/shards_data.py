@@ -27,7 +27,8 @@ from medpsp.dicom.series import group_series
 from medpsp.types import Place, ReadPolicy, Series
 from shards.layout import PlannedSeries
 from shards.settings import WriteSettings
-from tests.bench.shards_rounds import Missing, Peer
+from tests.bench.results import Missing
+from tests.bench.shards_rounds import Peer
 
 SIDE, PER_SERIES = 512, 200
 NOISE, BLUR = 14.0, 0.8

@@ -1,4 +1,4 @@
-"""The peers, run by the Python of .venv-bench: a line of JSON asks, a line of JSON answers.
+"""The peers, run by the Python of .venv-bench/shards: a line of JSON asks, a line of JSON answers.
 
 Each function does its work and returns its CPU seconds, children included, imports not.
 """

@@ -12,14 +12,16 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
-RESULTS = ROOT / "runs" / "bench" / "shards.json"
+from tests.bench import results
+from tests.bench.results import ROOT, Missing, Row, paired
+
+PEERS = ROOT / ".venv-bench" / "shards"
+PEER_PYTHON = PEERS / "bin" / "python"
 
 Work = Callable[[], float | None]
 """One round; it returns its CPU seconds where it measured them itself."""
@@ -28,27 +30,28 @@ Work = Callable[[], float | None]
 FAILURES = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError)
 
 
-class Missing(Exception):
-    """Something to measure is not there: the row says so."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A row of the table: two cells of a section and what their ratio should be.
 
     Attributes:
-        ours, theirs: Names of cells.
+        ours, theirs: Names of cells; together the label.
         least: Theirs / ours should reach it.
         most: Or ours / theirs should not pass it, for floors.
         wall: The ratio of wall clock times instead.
     """
 
-    label: str
     ours: str
     theirs: str
     least: float | None = None
     most: float | None = None
     wall: bool = False
+
+    @property
+    def label(self) -> str:
+        """What is divided by what."""
+        first, second = (self.theirs, self.ours) if self.most is None else (self.ours, self.theirs)
+        return f"{first} / {second}{', wall' if self.wall else ''}"
 
 
 @dataclass
@@ -148,7 +151,7 @@ class Peer:
             Missing: There is no such environment, or the peer cannot do it.
         """
         if not PEER_PYTHON.exists():
-            raise Missing("no .venv-bench: make bench-shards makes it")
+            raise Missing("no .venv-bench/shards: make bench-shards makes it")
         if self._child is None:
             self._child = subprocess.Popen(
                 [PEER_PYTHON, str(Path(__file__).with_name("shards_peers.py"))],
@@ -177,60 +180,33 @@ class Peer:
         return lambda: float(self.ask(task, **request)["cpu"])
 
 
-def report(section: str, cells: Cells, targets: Sequence[Target], facts: dict[str, Any]) -> None:
-    """Print the table of a section and put it into the results file."""
-    print(f"\n== {section}  (load {os.getloadavg()[0]:.1f})")
-    for name, value in facts.items():
-        print(f"  {name}: {value}")
+def report(
+    section: str,
+    cells: Cells,
+    targets: Sequence[Target],
+    facts: dict[str, Any],
+    more: Sequence[Row] = (),
+) -> None:
+    """Ratios that were asked for, then what each cell took, into the results of `shards`."""
+    rows = [*(judge(target, cells) for target in targets), *more]
     for name, cell in cells.items():
-        if cell.missing:
-            print(f"  {name:52} -- {cell.missing}")
-        elif cell.cpu:
-            cpu, wall = statistics.median(cell.cpu), statistics.median(cell.wall)
-            print(
-                f"  {name:52} {cpu:9.3f} ms CPU ({min(cell.cpu):.3f}-{max(cell.cpu):.3f}), "
-                f"{1e3 / cpu:8.0f}/s, wall {wall:.3f} ms"
+        cpu = cell.cpu or cell.wall
+        kind = "CPU time" if cell.cpu else "wall"
+        rows.append(
+            Row(
+                label=f"{name}: {kind}",
+                value=statistics.median(cpu) if cpu else None,
+                unit="ms",
+                why=cell.missing,
+                spread=f"{min(cpu):.3g} to {max(cpu):.3g}" if cpu else "",
             )
-    rows = [judge(target, cells) for target in targets]
-    if rows:
-        print(f"  {'row':52} {'ours':>9} {'theirs':>9} {'ratio':>7}  target")
-    for row in rows:
-        print("  " + row["text"])
-    _save(section, cells, rows, facts)
+        )
+    results.report("shards", section, rows, facts)
 
 
-def judge(target: Target, cells: Cells) -> dict[str, Any]:
-    """One row: medians, the median of the paired ratios, and whether that is enough."""
+def judge(target: Target, cells: Cells) -> Row:
+    """Medians and the median of the paired ratios."""
     ours, theirs = (cells.get(n, Cell(missing="not run")) for n in (target.ours, target.theirs))
-    goal = "shown"
-    if target.least is not None:
-        goal = f">= {target.least:g}"
-    elif target.most is not None:
-        goal = f"<= {target.most:g}"
-    row: dict[str, Any] = {**asdict(target), "goal": goal, "verdict": "not measured"}
     mine, other = (c.wall if target.wall else c.cpu for c in (ours, theirs))
-    if not mine or not other:
-        why = ours.missing or theirs.missing
-        return {**row, "text": f"{target.label:52} {'-':>9} {'-':>9} {'-':>7}  {goal}: {why}"}
-    pairs = zip(mine, other, strict=False)
-    ratio = statistics.median(a / b if target.most is not None else b / a for a, b in pairs)
-    good = (target.least is None or ratio >= target.least) and (
-        target.most is None or ratio <= target.most
-    )
-    verdict = "" if goal == "shown" else "ok" if good else "MISSED"
-    a, b = statistics.median(mine), statistics.median(other)
-    text = f"{target.label:52} {a:9.3f} {b:9.3f} {ratio:7.2f}  {goal} {verdict}"
-    return {**row, "ratio": ratio, "ours_ms": a, "theirs_ms": b, "verdict": verdict, "text": text}
-
-
-def _save(section: str, cells: Cells, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    tree = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    tree[section] = {
-        "when": time.strftime("%Y-%m-%d %H:%M"),
-        "load": os.getloadavg(),
-        "facts": facts,
-        "cells": {name: asdict(cell) for name, cell in cells.items()},
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(tree, indent=1))
+    row = paired(target.label, mine, other, least=target.least, most=target.most)
+    return row if mine and other else replace(row, why=ours.missing or theirs.missing)

@@ -6,7 +6,6 @@ python tests/bench/shards_scale.py [runs/bench/shards.json] [docs/scale.md]
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +64,9 @@ def tables(tree: dict[str, Any], assumed: Assumed) -> str:
     ):
         found = median(tree, section, name)
         if found is not None:
-            part = tree[section]
-            label = f"{section}: {name}"
-            lines.append(f"| {label} | {found:.3f} | {part['when']}, load {part['load'][0]:.1f} |")
+            facts = tree[section]["facts"]
+            seen = f"{facts['when']}, load {facts['load']}"
+            lines.append(f"| {section}: {name} | {found:.3f} | {seen} |")
     profiles = {p: costs(tree, p) for p in ("default", "fast", "dense")}
     lines += ["", "Calculated, bytes and files:", ""]
     lines += ["| slices | source TB | default TB | fast TB | dense TB | files in the shards |"]
@@ -125,24 +124,31 @@ def costs(tree: dict[str, Any], profile: str) -> Costs:
         scan = median(tree, "headers", name)
         if scan is not None:
             break
-    sizes = tree["sizes"]["facts"][profile]
+    image, *rest = (
+        figure(tree, "sizes", f"{profile}: {part}") for part in ("image", "label", "commit")
+    )
     native = median(tree, "convert native", f"ours {profile}")
-    if scan is None or native is None:
+    if scan is None or native is None or image is None or None in rest:
         raise SystemExit("the sections headers, convert and sizes have to be run first")
     return Costs(
         scan=scan / 1e3,
         scan_name=name,
         convert=native / 1e3,
         source=float(tree["convert native"]["facts"]["bytes a file"]),
-        image=float(sizes["image"]),
-        rest=float(sizes["label"] + sizes["commit"]),
+        image=image,
+        rest=sum(size or 0.0 for size in rest),
     )
 
 
 def median(tree: dict[str, Any], section: str, name: str) -> float | None:
     """CPU ms a slice; None where it was not measured."""
-    values = tree.get(section, {}).get("cells", {}).get(name, {}).get("cpu", [])
-    return statistics.median(values) if values else None
+    return figure(tree, section, f"{name}: CPU time")
+
+
+def figure(tree: dict[str, Any], section: str, label: str) -> float | None:
+    """Of a row; None where there is none."""
+    rows = tree.get(section, {}).get("rows", [])
+    return next((row["value"] for row in rows if row["label"] == label), None)
 
 
 if __name__ == "__main__":

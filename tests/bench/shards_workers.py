@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import statistics
 import time
 from itertools import chain
 from pathlib import Path
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 
 from medpsp.config import Config
 from medpsp.dataconfig import DataConfig
+from tests.bench.results import Missing
 from tests.bench.shards_convert import Session
 from tests.bench.shards_read import BUCKET, Store, linked_all, slices
-from tests.bench.shards_rounds import Cell, Missing, Target, Work, entry, measure, report
+from tests.bench.shards_rounds import Cell, Target, Work, entry, measure, report
 
 BATCH, WORKERS = 16, 2
 
@@ -52,7 +52,7 @@ def loader(session: Session) -> None:
         works[f"ours {name}"] = _ours(store.root, order)
     cells = measure(works, len(order), session.rounds)
     targets = [
-        _target(name, wall, least if wall else None)
+        _target(name, wall, least if wall else 1)
         for name, least in (("zstd", 2.6), ("lz4", 4.0))
         for wall in (True, False)
     ]
@@ -60,10 +60,9 @@ def loader(session: Session) -> None:
     report("loader", cells, targets, facts)
 
 
-def _target(name: str, wall: bool, least: float | None) -> Target:
+def _target(name: str, wall: bool, least: float) -> Target:
     theirs = "zarr pairs, DataLoader, zstd"
-    label = f"loader {name}, {'wall' if wall else 'CPU'}: {theirs}"
-    return Target(label=label, ours=f"ours {name}", theirs=theirs, least=least, wall=wall)
+    return Target(ours=f"ours {name}", theirs=theirs, least=least, wall=wall)
 
 
 def _dataloader(root: Path, order: list[int]) -> Work:
@@ -110,14 +109,12 @@ def ray_workers(session: Session) -> None:
             seconds = _convert(session.scratch / "ray", archive, number)
             cells[name].wall.append(seconds / len(files) * 1e3)
     target = Target(
-        label="Ray: 1 worker / 2 workers, wall",
         ours="2 workers",
         theirs="1 worker",
         least=1.8,
         wall=True,
     )
-    walls = {f"{n}, ms a slice": round(statistics.median(c.wall), 3) for n, c in cells.items()}
-    facts = {"slices": len(files), "load at the start of each run": loads, **walls}
+    facts = {"slices": len(files), "load at the start of each run": loads}
     report("ray", cells, [target], facts)
 
 

@@ -8,7 +8,6 @@ Arguments: rounds, then parts of row names.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 import warnings
@@ -20,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from medpsp.config import ModelConfig
 from medpsp.model.cost import count_macs
 from medpsp.model.psp import build_model
+from tests.bench.results import Row, paired, report, versions
 
 PEERS = Path(__file__).resolve().parents[2] / ".venv-bench" / "smp"
 BATCH, SIZE, CLASSES, ROUNDS = 4, 256, 4, 9
@@ -70,7 +72,8 @@ def step(model: nn.Module, forward: Forward, x: Tensor, target: Tensor) -> float
     return time.process_time() - began
 
 
-def row(head: str, backbone: str, limit: float, rounds: int) -> None:
+def row(head: str, backbone: str, limit: float, rounds: int) -> tuple[Row, Row]:
+    """The ratio of times of an image, and how much each multiplies."""
     torch.manual_seed(0)
     x, target = torch.rand(BATCH, 1, SIZE, SIZE), torch.randint(CLASSES, (BATCH, SIZE, SIZE))
     pair = ours(head, backbone), theirs(head, backbone)
@@ -83,14 +86,14 @@ def row(head: str, backbone: str, limit: float, rounds: int) -> None:
         first = number % 2  # whoever comes second finds other things in the cache
         found = {i: step(*pair[i], x, target) for i in (first, 1 - first)}
         times.append((found[0], found[1]))
-    mine, other = (statistics.median(t[i] for t in times) / BATCH * 1e3 for i in (0, 1))
-    ratios = sorted(a / b for a, b in times)
-    ratio = statistics.median(ratios)
-    missed = "" if ratio <= limit else "  MISSED"
-    print(
-        f"  {head:8}{backbone:22} ours {mine:6.1f} ms, smp {other:6.1f} ms an image; "
-        f"GMACs {macs[0]:.2f}, {macs[1]:.2f}; ours / smp {ratio:.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}), wanted <= {limit:.2f}{missed}"
+    mine, other = ([t[i] / BATCH * 1e3 for t in times] for i in (0, 1))
+    peer = "smp.PSPNet" if head == "shallow" else "smp.Unet"
+    name = f"{head} {backbone} / {peer}"
+    return paired(f"{name}, time of an image", mine, other, most=limit), Row(
+        label=f"{name}, multiply-adds",
+        value=macs[0] / macs[1],
+        ours=f"{macs[0]:.2f} G",
+        theirs=f"{macs[1]:.2f} G",
     )
 
 
@@ -99,18 +102,22 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        found = version("segmentation_models_pytorch")
+        version("segmentation_models_pytorch")
     except ImportError:
-        print(f"segmentation_models_pytorch is not in {PEERS}: nothing to compare with")
+        report("train", "step", [], {"not measured": "segmentation_models_pytorch is not there"})
         return
     rounds = int(sys.argv[1]) if sys.argv[1:] else ROUNDS
-    print(
-        f"torch {torch.__version__}, timm {version('timm')}, smp {found}, 1 thread, batch {BATCH}, "
-        f"{SIZE} x {SIZE}, 1 channel, {CLASSES} classes, float32, {rounds} pairs"
-    )
-    for head, backbone, limit in ROWS:
-        if not sys.argv[2:] or any(part in f"{head} {backbone}" for part in sys.argv[2:]):
-            row(head, backbone, limit, rounds)
+    facts = {
+        "versions": versions("torch", "timm", "segmentation_models_pytorch"),
+        "setting": f"1 thread, batch {BATCH}, {SIZE} x {SIZE}, 1 channel, {CLASSES} classes, "
+        f"float32, {rounds} pairs",
+    }
+    found = [
+        row(head, backbone, limit, rounds)
+        for head, backbone, limit in ROWS
+        if not sys.argv[2:] or any(part in f"{head} {backbone}" for part in sys.argv[2:])
+    ]
+    report("train", "step", [*(time for time, _ in found), *(macs for _, macs in found)], facts)
 
 
 if __name__ == "__main__":

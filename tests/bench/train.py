@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from medpsp.train.loop import enter_stage, report_step, train_step
 from medpsp.train.optimizer import no_moments
 from medpsp.train.ranks import Agreement
 from medpsp.types import World
+from tests.bench.results import Row, paired, report, versions
 
 CPU = torch.device("cpu")
 CLIP, LOG_EVERY, DECAY = 1.0, 20, 0.999
@@ -320,7 +321,8 @@ WALKERS = (lightning, monai)
 
 def compare(
     make: Callable[[], nn.Module], loops: dict[str, Any], setting: tuple[int, int], args: Any
-) -> None:
+) -> dict[str, list[float]]:
+    """ms of a step, one figure a round, for each loop that is installed."""
     size, count = setting
     config = config_of(size, count, args.ema)
     with tempfile.TemporaryDirectory() as folder:
@@ -331,21 +333,41 @@ def compare(
                 made = loop(make(), config, batch_of(size, count), Path(folder))
             except ImportError as error:
                 print(f"  {name}: not installed ({error.name})")
-                continue
+                continue  # its rows say so
             rounds[name] = made if loop in WALKERS else in_steps(made)
         times: dict[str, list[float]] = {name: [] for name in rounds}
         for number in range(args.rounds + 1):
             order = list(rounds) if number % 2 else list(rounds)[::-1]
             for name in order:
                 times[name].append(rounds[name](args.steps) / args.steps * 1e3)
-        base = times["bare"][1:]
-        for name, found in times.items():
-            extra = [a - b for a, b in zip(found[1:], base, strict=True)]
-            ratio = [a / b for a, b in zip(found[1:], base, strict=True)]
-            print(
-                f"  {name:12s} {statistics.median(found[1:]):8.3f} ms a step, "
-                f"{statistics.median(extra):+7.3f} ms, {statistics.median(ratio):6.3f} times bare"
+    return {name: found[1:] for name, found in times.items()}
+
+
+def rows(times: dict[str, list[float]], loops: Iterable[str], wanted: float) -> list[Row]:
+    """What each loop adds to the bare one, in ms, and how ours stands to those of others."""
+    made = []
+    pairs = [(name, "bare") for name in loops if name != "bare"]
+    pairs += [("ours", name) for name in loops if name not in ("bare", "ours")]
+    for name, other in pairs:
+        mine, theirs = times.get(name, []), times.get(other, [])
+        most = None if name != "ours" else wanted if other == "bare" else 0.0
+        label = f"{name}: a step, more than {other}"
+        if not mine or not theirs:
+            made.append(Row(label=label, value=None, most=most, why="not installed"))
+            continue
+        more = sorted(a - b for a, b in zip(mine, theirs, strict=True))
+        made.append(
+            Row(
+                label=label,
+                value=statistics.median(more),
+                most=most,
+                unit="ms",
+                ours=f"{statistics.median(mine):.3f} ms",
+                theirs=f"{statistics.median(theirs):.3f} ms",
+                spread=f"{more[0]:.3f} to {more[-1]:.3f}",
             )
+        )
+    return made
 
 
 def main() -> None:
@@ -354,7 +376,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, 1 thread, CPU time, medians of {args.rounds} rounds in turn")
+    names = ("torch", "lightning-fabric", "monai", "accelerate", "pytorch-lightning")
+    facts = {"versions": versions(*names)}
+    facts["setting"] = f"1 thread, CPU time, medians of {args.rounds} rounds in turn"
     loops = {
         "bare": bare,
         "ours": ours,
@@ -364,13 +388,15 @@ def main() -> None:
         "Lightning": lightning,
     }
     for args.ema in (0.0, DECAY):
-        print(f"tiny network, 32 x 32, batch 4, average {'on' if args.ema else 'off'}")
+        title = f"loop, tiny network, 32 x 32, batch 4, average {'on' if args.ema else 'off'}"
         few = {name: loops[name] for name in (loops if not args.ema else ("bare", "ours"))}
-        compare(Tiny, few, (32, 4), args)
+        report("train", title, rows(compare(Tiny, few, (32, 4), args), few, 0.2), facts)
     args.ema, args.steps = 0.0, 3
-    print("ResNet18, refine, 256 x 256, batch 4")
     resnet = {"bare": bare, "ours": ours}
-    compare(lambda: build_model(config_of(256, 4, 0.0).model, 2), resnet, (256, 4), args)
+    found = compare(lambda: build_model(config_of(256, 4, 0.0).model, 2), resnet, (256, 4), args)
+    title = "loop, ResNet18, refine, 256 x 256, batch 4"
+    row = paired("ours / bare, CPU time of a step", found["ours"], found["bare"], most=1.02)
+    report("train", title, [row], facts)
 
 
 if __name__ == "__main__":
