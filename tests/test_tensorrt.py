@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -258,9 +259,19 @@ def test_profiles(tmp_path: Path) -> None:
     fixed = profile_of((256, 320), dla=1)
     assert fixed.tried() == [(1, 256, 320)]
     assert fixed.least == fixed.most == (256, 320)
-    for wrong in ({"least": (300, 300)}, {"most": (8, 8)}, {"dla": 0, "most": (512, 512)}):
-        with pytest.raises(ConfigError, match="expected smallest"):
+    for wrong, told in (
+        ({"least": (300, 300)}, "--least 300x300: expected at most the tile of the model, 256x320"),
+        ({"least": (300, 300)}, "the nearest is --least 256x300 "),
+        ({"least": (0, 8)}, "the nearest is --least 1x8 "),
+        ({"most": (8, 400)}, "--most 8x400: expected at least the tile of the model, 256x320"),
+        ({"most": (8, 400)}, "the nearest is --most 256x400 "),
+        ({"dla": 0, "most": (512, 512)}, "--most 512x512, 1 images: a DLA takes one image of one"),
+        ({"batch": 0}, "--batch 0: expected 1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)):
             profile_of((256, 320), **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="4 images: a DLA takes"):
+        Profile(least=(8, 8), best=(8, 8), most=(8, 8), batch=4, dla=0)
 
 
 @pytest.mark.parametrize(
