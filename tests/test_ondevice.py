@@ -766,6 +766,20 @@ def test_no_surface_where_nothing_was_found_is_no_failure(
     predict_source(predictor.model.path, inbox / "air.nii.gz", tmp_path / "told", 1, "mesh")
 
 
+def test_a_mesh_of_a_nifti_is_written_and_the_seg_that_it_cannot_have_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    nib.save(nib.Nifti1Image(draw(CT, 0)[0].T, np.eye(4)), tmp_path / "v.nii.gz")
+    predict_source(model, tmp_path / "v.nii.gz", tmp_path / "out", 1, "seg,mesh")
+    kinds = {path.suffix for path in (tmp_path / "out").iterdir()}
+    assert kinds == {".stl", ".glb"}
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == [
+        "SEG_NOT_WRITTEN: series-000: a SEG needs DICOM input, a NIfTI is none",
+        "remarks: 1 SEG_NOT_WRITTEN",
+    ]
+
+
 def test_an_entry_that_changes_while_it_is_read_is_left_for_later(
     predictor: Predictor, inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
