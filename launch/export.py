@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ from launch.rundir import VARIANTS, RunDir
 from launch.trained import labelled_rows, load_trained, weights_digest
 from medpsp import __version__
 from medpsp.config import Config
+from medpsp.deploy.folders import nothing_left
 from medpsp.deploy.inputs import GraphInput
 from medpsp.errors import ExportError
 from medpsp.types import ReadPolicy
@@ -46,11 +46,17 @@ def export_job(config: Config) -> None:
             "data.split.val"
         )
     run = RunDir(config.out, export_name=".export.partial")  # nothing has its name before the gates
-    shutil.rmtree(run.export, ignore_errors=True)
+    with nothing_left(run.export):
+        _export(config, run, rows)
+        _take_the_place(run, target)
+
+
+def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> None:
     model, step = load_trained(config)
     from launch.dossier import write_dossier
     from launch.exportfacts import Found, dossier_facts
     from medpsp.deploy.export import export_onnx
+    from medpsp.deploy.gates import judge
     from medpsp.deploy.graph import DeployGraph
     from medpsp.deploy.verify import Example, check_parity
     from shards.dataset import stage_rows
@@ -69,8 +75,7 @@ def export_job(config: Config) -> None:
     _write_variants(config, run, rows, (given, metadata, found))
     _compare(config, run, rows, given, found)
     write_dossier(run.export, dossier_facts(config, run, metadata, rows, found))
-    _judge(config, found)
-    _take_the_place(run, target)
+    judge(found.gates, config.export.allow)
 
 
 def _take_the_place(run: RunDir, target: RunDir) -> None:
@@ -259,19 +264,6 @@ def _compare(
         found.times[threads] = latency(quick, found.feeds, threads)
     if "cpu" in wanted.variants:
         found.gates.append(latency_gate(list(found.times.values())))
-
-
-def _judge(config: Config, found: Found) -> None:
-    failed = [gate for gate in found.gates if not gate.passed]
-    for gate in failed:
-        if gate.name in config.export.allow:
-            log.warning("export: %s: %s; allowed by export.allow", gate.name, gate.says)
-    if left := [gate for gate in failed if gate.name not in config.export.allow]:
-        says = "; ".join(f"{gate.name}: {gate.says}" for gate in left)
-        raise ExportError(
-            f"export: {says}; train longer, or allow it with export.allow.{left[0].name}='why', "
-            "which the dossier then shows"
-        )
 
 
 def validation(rows: Sequence[SliceRow]) -> list[SliceRow]:

@@ -65,6 +65,9 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
     if times := predictor.model.times:
         ms = np.percentile(np.array(times) * 1e3, [50, 95])
         typer.echo(f"network: {ms[0]:.0f} ms a slice (p50), {ms[1]:.0f} ms (p95)")
+    for row in rows:
+        if row.code.endswith("_NOT_WRITTEN"):  # asked for, and missing beside what is there
+            typer.echo(f"{row.code}: {row.detail}")
     if rows:
         typer.echo(told_rows(rows))
 

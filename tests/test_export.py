@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from medpsp.config import ModelConfig
 from medpsp.deploy.export import IR_VERSION, export_onnx
-from medpsp.deploy.gates import Slice, dice_gates, latency, latency_gate, least_dice, scores
+from medpsp.deploy.folders import nothing_left
+from medpsp.deploy.gates import (
+    Scores,
+    Slice,
+    dice_gates,
+    judge,
+    latency,
+    latency_gate,
+    least_dice,
+    scores,
+)
 from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.quantize import quantize
@@ -318,6 +328,39 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert "Dice 0.8000, expected 0.95" in agree.says
     _, drop = dice_gates("cpu", 0.5, found["fp32"], found["cpu"])
     assert (drop.passed, "0.2000 lower" in drop.says) == (False, True)
+
+
+def test_a_refusal_names_gate_finding_bound_and_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing = Scores(against_fp32=(1.0, np.nan), against_labels=(1.0, 0.0), changed=0.0)
+    gates = dice_gates("cpu", 0.99, nothing, replace(nothing, against_labels=(1.0, 0.2)))
+    slow = latency_gate([{"cpu": np.array([3.0]), "fp32": np.array([2.0])}])
+
+    def attempt() -> None:
+        with nothing_left(tmp_path / "half"):
+            (tmp_path / "half").mkdir()
+            (tmp_path / "half" / "model.onnx").touch()
+            judge([*gates, slow], {"latency": "a shared machine"})
+
+    with pytest.raises(ExportError) as refused:
+        attempt()
+    assert str(refused.value) == (
+        "export: cpu_dice: no mask has any foreground, neither of fp32, expected Dice 0.99 between "
+        "them; cpu_drop: Dice of class 1 against the labels is 0.2000 lower than that of fp32, at "
+        "most 0.005 is expected; train longer, or let it fail with export.allow.cpu_dice='why' "
+        "export.allow.cpu_drop='why', which the dossier then shows"
+    )
+    assert "latency: int8 takes 1.50 of the time" in caplog.text
+    assert not (tmp_path / "half").exists()
+    with pytest.raises(
+        ExportError, match=r"expected; let it fail with export\.allow\.latency='why'"
+    ):
+        judge([slow], {})  # training would not help
+    with nothing_left(tmp_path / "half"):
+        (tmp_path / "half").mkdir()
+        judge(gates, {"cpu_dice": "a trial", "cpu_drop": "a trial"})
+    assert (tmp_path / "half").exists()
 
 
 def test_bounds_are_those_of_the_backbone() -> None:

@@ -30,16 +30,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
+from pynetdicom.dul import DULServiceProvider
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     CTImageStorage,
     MRImageStorage,
     SegmentationStorage,
     Verification,
 )
+from pynetdicom.transport import AssociationSocket
 
 from launch.ondevice import predict_source
 from launch.phantom import Phantom, draw, to_mr, write_series
-from medpsp.deploy import watch
+from medpsp.deploy import dicomnet, watch
 from medpsp.deploy.answers import Format
 from medpsp.deploy.dicomnet import Peer
 from medpsp.deploy.inputs import GraphInput
@@ -265,7 +267,7 @@ def test_a_series_that_is_sent_comes_back_as_a_seg(
         seg = got.get(timeout=SECONDS)
         assert send(receiver.address, others) == [0] * 4
         second = got.get(timeout=SECONDS)
-        heard.until("assoc-000002: 1 SEG sent")
+        heard.until("assoc-000002/series-000.dcm: SEG sent")
     image = pydicom.dcmread(files[0])
     assert seg.Modality == "SEG"
     assert seg.file_meta.TransferSyntaxUID == syntax
@@ -276,7 +278,8 @@ def test_a_series_that_is_sent_comes_back_as_a_seg(
     assert mask_of(second, others).any()
     kept = pydicom.dcmread(out / "assoc-000001" / "series-000.dcm")
     assert kept.SOPInstanceUID == seg.SOPInstanceUID
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "assoc-000001", "assoc-000002"]
+    assert jobs(out) == ["assoc-000001", "assoc-000002", "unsent"]
+    assert jobs(out / "unsent") == []
     said = "\n".join(heard.lines)
     assert "assoc-000001: 4 objects, 1 series, 4 slices" in said
     assert f"sent to {peer}" in said
@@ -362,22 +365,40 @@ def test_nothing_that_peers_send_reaches_the_terminal(
     assert "777" not in found.out + found.err + "".join(heard.lines)
 
 
-def test_answers_that_nobody_takes_stay(predictor: Predictor, tmp_path: Path, heard: Heard):
+FIRST, SECOND = "assoc-000001/series-000.dcm", "assoc-000002/series-000.dcm"
+
+
+def test_answers_that_nobody_takes_stay_and_the_next_start_sends_them_in_order(
+    predictor: Predictor, tmp_path: Path, heard: Heard
+):
+    out = tmp_path / "out"
     files, _ = series(tmp_path / "in")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     nobody = Peer(aet="PACS", host="127.0.0.1", port=port)
-    with receiving(predictor, tmp_path / "out", answer=nobody, pauses=(0, 0, 0)) as receiver:
-        send(receiver.address, files)
-        assert heard.until("SEG not sent") == (
-            f"assoc-000001: 1 SEG not sent to PACS@127.0.0.1:{port}: no connection; they stay"
-        )
-    assert (tmp_path / "out" / "assoc-000001" / "series-000.dcm").is_file()
+    with receiving(predictor, out, answer=nobody, pauses=(SECONDS,)) as receiver:
+        for name in (FIRST, SECOND):
+            send(receiver.address, files)
+            assert heard.until("SEG_NOT_SENT") == (
+                f"{name}: SEG_NOT_SENT: no connection (PACS@127.0.0.1:{port}); it stays, and is "
+                "sent later"
+            )
+    assert heard.until("next start").startswith("receive: 2 SEG are not sent to PACS@127.0.0.1")
+    uids = [pydicom.dcmread(out / name).SOPInstanceUID for name in (FIRST, SECOND)]
+    (out / "unsent" / "assoc-000003.series-000.dcm").touch()  # killed before it had its name
+    heard.lines.clear()
+    with receiving(predictor, out) as receiver:
+        pass
+    assert heard.lines == ["receive: 2 SEG of before are not sent without --answer"]
+    with answers(ExplicitVRLittleEndian) as (peer, got), receiving(predictor, out, answer=peer):
+        assert [got.get(timeout=SECONDS).SOPInstanceUID for _ in uids] == uids
+        heard.until(f"{SECOND}: SEG sent")
+    assert jobs(out / "unsent") == []
 
 
 def test_an_answer_is_tried_again(predictor: Predictor, tmp_path: Path, heard: Heard):
     files, _ = series(tmp_path / "in")
-    statuses, seen = [0xA700, 0xC000, 0xB000], []
+    statuses, seen = [0xA700, 0xC000, 0xC000, 0xB000], []
 
     def store(event: evt.Event) -> int:
         seen.append(event.request.AffectedSOPInstanceUID)
@@ -390,12 +411,172 @@ def test_an_answer_is_tried_again(predictor: Predictor, tmp_path: Path, heard: H
     )
     assert server
     peer = Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1])
-    with receiving(predictor, tmp_path / "out", answer=peer, pauses=(0, 0, 0)) as receiver:
+    with receiving(predictor, tmp_path / "out", answer=peer, pauses=(0, 0.01)) as receiver:
         send(receiver.address, files)
-        heard.until("1 SEG sent")
+        heard.until("SEG sent")
     entity.shutdown()
-    assert len(seen) == 3
+    assert len(seen) == 4
     assert len(set(seen)) == 1
+    told = [line for line in heard.lines if "SEG_NOT_SENT" in line]  # each reason once
+    assert [line.split("SEG_NOT_SENT: ")[1][:13] for line in told] == [
+        "status 0xa700",
+        "status 0xc000",
+    ]
+
+
+def test_a_seg_that_is_refused_holds_up_no_other(
+    predictor: Predictor, tmp_path: Path, heard: Heard
+):
+    files, _ = series(tmp_path / "in")
+    seen: list[str] = []
+
+    def store(event: evt.Event) -> int:
+        seen.append(event.request.AffectedSOPInstanceUID)
+        return 0x0000 if len(seen) > 1 else 0xA900
+
+    entity = AE(ae_title="ARCHIVE")
+    entity.add_supported_context(SegmentationStorage)
+    server = entity.start_server(
+        ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
+    )
+    assert server
+    peer = Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1])
+    with receiving(predictor, tmp_path / "out", answer=peer, pauses=(SECONDS,)) as receiver:
+        send(receiver.address, files)
+        heard.until(f"{FIRST}: SEG_NOT_SENT: status 0xa900")
+        send(receiver.address, files)
+        heard.until(f"{SECOND}: SEG sent")
+    entity.shutdown()
+    assert jobs(tmp_path / "out" / "unsent") == ["assoc-000001.series-000.dcm"]
+
+
+@contextmanager
+def hanging(accepts: bool) -> Iterator[tuple[Peer, threading.Event]]:
+    """A peer that takes a line and says nothing, or takes an association and no SEG."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def store(event: evt.Event) -> int:
+        reached.set()
+        go_on.wait(SECONDS)
+        return 0xC000
+
+    if accepts:
+        entity = AE(ae_title="ARCHIVE")
+        entity.add_supported_context(SegmentationStorage)
+        server = entity.start_server(
+            ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
+        )
+        assert server
+        try:
+            yield Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1]), reached
+        finally:
+            go_on.set()
+            entity.shutdown()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+
+        def take() -> None:
+            line, _ = mute.accept()
+            with line:
+                reached.set()
+                go_on.wait(SECONDS)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        yield Peer(aet="ARCHIVE", host="127.0.0.1", port=mute.getsockname()[1]), reached
+        go_on.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+def test_a_peer_that_hangs_holds_up_neither_receiving_nor_the_end(
+    predictor: Predictor, tmp_path: Path, heard: Heard, accepts: bool, monkeypatch: Any
+):
+    """With the peer's time set to more than the test has, whatever waits for it fails here."""
+    monkeypatch.setattr(dicomnet, "CONNECT_S", 2 * SECONDS)
+    monkeypatch.setattr(dicomnet, "ANSWER_S", 2 * SECONDS)
+    out = tmp_path / "out"
+    files, _ = series(tmp_path / "in")
+    with hanging(accepts) as (peer, reached):
+        with receiving(predictor, out, answer=peer) as receiver:
+            send(receiver.address, files)
+            assert reached.wait(SECONDS)
+            send(receiver.address, files)
+            heard.until("assoc-000002: 4 objects, 1 series")
+            assert not [line for line in heard.lines if "SEG_NOT_SENT" in line]  # it still hangs
+            entity = receiver._sender._entity
+        assert not [t for t in threading.enumerate() if t.name == "sender"]
+        eventually(lambda: not lines_of(entity))  # they would keep the process
+    assert heard.until("next start").startswith("receive: 2 SEG are not sent")
+    assert [line for line in heard.lines if line.startswith(f"{SECOND}: SEG_NOT_SENT")]
+    assert len(jobs(out / "unsent")) == 2
+
+
+def lines_of(entity: Any) -> list[threading.Thread]:
+    threads = [t for t in threading.enumerate() if isinstance(t, DULServiceProvider)]
+    return [thread for thread in threads if thread.assoc.ae is entity]
+
+
+def test_a_peer_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The SEG is larger than the buffers of both ends: its write alone would wait for ever."""
+    monkeypatch.setattr(dicomnet, "ANSWER_S", 0.5)
+    image = pydicom.dcmread(series(tmp_path / "in")[0][0])
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = SegmentationStorage
+    image.PixelData = bytes(2**25)
+    image.save_as(tmp_path / "seg.dcm")
+    stuck, recv = threading.Event(), AssociationSocket.recv
+
+    def slow(line: Any, number: int) -> Any:
+        if line.assoc.is_acceptor and line.assoc.is_established:
+            stuck.wait(SECONDS)
+        return recv(line, number)
+
+    monkeypatch.setattr(AssociationSocket, "recv", slow)
+    entity = AE(ae_title="ARCHIVE")
+    entity.add_supported_context(SegmentationStorage)
+    server = entity.start_server(("127.0.0.1", 0), block=False)
+    assert server
+    peer = Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1])
+    reply = dicomnet.send(tmp_path / "seg.dcm", peer, dicomnet.sending_entity("MEDPSP"))
+    assert reply == dicomnet.Reply("no answer, or SEG is not taken")
+    assert not stuck.is_set()
+    stuck.set()
+    entity.shutdown()
+
+
+def test_a_killed_receiver_and_one_that_is_stopped_keep_what_is_not_sent(
+    model: Path, tmp_path: Path
+):
+    out = tmp_path / "out"
+    files, _ = series(tmp_path / "in")
+    words = ("receive", model, out, "--port", 0, "--threads", 1, "--answer")
+    with hanging(False) as (peer, reached):
+        process = command(*words, peer)
+        assert process.stdout
+        host, port = process.stdout.readline().split()[-1].rsplit(":", 1)
+        send((host, int(port)), files)
+        assert reached.wait(SECONDS)
+        process.kill()
+        process.communicate(timeout=SECONDS)
+        assert jobs(out) == ["assoc-000001", "unsent"]
+    with hanging(True) as (peer, reached):
+        process = command(*words, peer)
+        assert reached.wait(SECONDS)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=dicomnet.ANSWER_S / 2)  # nobody waits for the peer
+    assert process.returncode == 0, said
+    assert f"{FIRST}: SEG_NOT_SENT: " in said
+    assert "receive: 1 SEG are not sent" in said
+    with answers(ExplicitVRLittleEndian) as (peer, got):
+        process = command(*words, peer)
+        assert (
+            got.get(timeout=SECONDS).SOPInstanceUID == pydicom.dcmread(out / FIRST).SOPInstanceUID
+        )
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
+    assert f"{FIRST}: SEG sent to {peer}" in said
+    assert jobs(out / "unsent") == []
 
 
 def test_a_full_disk_is_told_to_the_sender(
@@ -583,6 +764,20 @@ def test_no_surface_where_nothing_was_found_is_no_failure(
     assert not list((tmp_path / "out" / job).iterdir())
     assert "1 series, 7 slices" in heard.lines[0]
     predict_source(predictor.model.path, inbox / "air.nii.gz", tmp_path / "told", 1, "mesh")
+
+
+def test_a_mesh_of_a_nifti_is_written_and_the_seg_that_it_cannot_have_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    nib.save(nib.Nifti1Image(draw(CT, 0)[0].T, np.eye(4)), tmp_path / "v.nii.gz")
+    predict_source(model, tmp_path / "v.nii.gz", tmp_path / "out", 1, "seg,mesh")
+    kinds = {path.suffix for path in (tmp_path / "out").iterdir()}
+    assert kinds == {".stl", ".glb"}
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == [
+        "SEG_NOT_WRITTEN: series-000: a SEG needs DICOM input, a NIfTI is none",
+        "remarks: 1 SEG_NOT_WRITTEN",
+    ]
 
 
 def test_an_entry_that_changes_while_it_is_read_is_left_for_later(

@@ -762,7 +762,8 @@ def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     affine = nib.load(tmp_path / "a/series-000.nii.gz").affine
     nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), affine), tmp_path / "v.nii.gz")
     (volume,), rows = predictor.source(tmp_path / "v.nii.gz", tmp_path / "d")
-    assert rows == []
+    told = ("kept", "SEG_NOT_WRITTEN", "series-000: a SEG needs DICOM input, a NIfTI is none")
+    assert [(row.status, row.code, row.detail) for row in rows] == [told]
     assert volume.pixels == whole.pixels
     again = nib.load(tmp_path / "d/series-000.nii.gz")
     np.testing.assert_array_equal(np.asarray(again.dataobj), mask)

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_copy_takes_what_tensorrt_takes_and_computes_the_same(tmp_path: Path) ->
     assert not found.unlisted
     assert not found.too_new
     shapes = {"1 x 16 x 24", "1 x 8 x 8", "2 x 13 x 17"}
-    cases = tensorrtparity.cases(tmp_path / "kit" / "parity.npz")
+    cases = tensorrtparity.cases(tensorrtparity.stored(tmp_path / "kit" / "parity.npz"))
     assert {" x ".join(map(str, of["mask"].shape)) for _, of in cases} == shapes
     session = ort.InferenceSession(model.path, providers=["CPUExecutionProvider"])
     for inputs, expected in cases:  # the file as exported gives what was stored
@@ -170,7 +171,8 @@ def test_biases_of_int8_become_float_and_nothing_changes(tmp_path: Path) -> None
     readme = (tmp_path / "kit" / "README.txt").read_text()
     assert "1 int32 biases became float32" in readme
     assert "NOT RUN" in readme
-    assert tensorrtparity.limits(tmp_path / "kit" / "parity.npz")["least_sqnr_db"] == 20
+    arrays = tensorrtparity.stored(tmp_path / "kit" / "parity.npz")
+    assert tensorrtparity.limits(arrays)["least_sqnr_db"] == 20
 
 
 def test_refuses_what_tensorrt_cannot_read(tmp_path: Path) -> None:
@@ -258,9 +260,19 @@ def test_profiles(tmp_path: Path) -> None:
     fixed = profile_of((256, 320), dla=1)
     assert fixed.tried() == [(1, 256, 320)]
     assert fixed.least == fixed.most == (256, 320)
-    for wrong in ({"least": (300, 300)}, {"most": (8, 8)}, {"dla": 0, "most": (512, 512)}):
-        with pytest.raises(ConfigError, match="expected smallest"):
+    for wrong, told in (
+        ({"least": (300, 300)}, "--least 300x300: expected at most the tile of the model, 256x320"),
+        ({"least": (300, 300)}, "the nearest is --least 256x300 "),
+        ({"least": (0, 8)}, "the nearest is --least 1x8 "),
+        ({"most": (8, 400)}, "--most 8x400: expected at least the tile of the model, 256x320"),
+        ({"most": (8, 400)}, "the nearest is --most 256x400 "),
+        ({"dla": 0, "most": (512, 512)}, "--most 512x512, 1 images: a DLA takes one image of one"),
+        ({"batch": 0}, "--batch 0: expected 1 or more"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)):
             profile_of((256, 320), **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="4 images: a DLA takes"):
+        Profile(least=(8, 8), best=(8, 8), most=(8, 8), batch=4, dla=0)
 
 
 @pytest.mark.parametrize(
@@ -310,9 +322,12 @@ def test_options_of_onnx_runtime(kit: Path) -> None:
     assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (True, False)
 
 
-def run_script(kit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    kit: Path, *arguments: str, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, kit / "parity.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    env = {**os.environ, "PYTHONPATH": str(path or "")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=env)
 
 
 def test_script_ends_with_0_here_and_with_1_on_another_network(kit: Path) -> None:
@@ -335,6 +350,75 @@ def test_script_takes_no_slower_provider_for_tensorrt(kit: Path) -> None:
     done = run_script(kit, "--onnx", "tensorrt")
     assert done.returncode == 1
     assert "this onnxruntime has no TensorrtExecutionProvider" in done.stderr
+
+
+STUB = """
+class Engine:
+    num_io_tensors, names = {number}, {names}
+    get_tensor_name = lambda self, place: self.names[place]
+    create_execution_context = lambda self: {context}
+class Runtime:
+    def __init__(self, logger): {start}
+    deserialize_cuda_engine = lambda self, data: None if data == b"wrong" else Engine()
+class Logger:
+    WARNING = 1
+    def __init__(self, level): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("lacking", "given", "told"),
+    [
+        ("parity.npz", (), "parity.npz: No such file or directory; copy the whole folder of"),
+        ("tensorrt.plan", (), "tensorrt.plan: No such file or directory; run build.sh, which"),
+        ("tensorrt", (), "tensorrt cannot be imported (No module named 'tensorrt'); it comes with"),
+        ("cuda", ("",), "cuda.cudart cannot be imported (none here); pip install cuda-python"),
+        ("engine", ("",), "tensorrt.plan: not of this TensorRT and GPU; run build.sh here"),
+        ("start", ("",), "TensorRT does not start; is a GPU free on this machine?"),
+        ("context", ("",), "tensorrt.plan: no context, see the lines above"),
+        ("names", ("",), "tensorrt.plan: takes and gives input, output, expected image, mask, log"),
+        ("damage", (), "parity.npz: damaged, or not of this folder; copy the whole"),
+        ("other", (), "parity.npz: damaged, or not of this folder; copy the whole"),
+        ("onnx", ("--onnx", "cpu"), "tensorrt.onnx: No such file or directory; copy the whole"),
+        ("broken", ("--onnx", "cpu"), "tensorrt.onnx: [ONNXRuntimeError]"),
+    ],
+)
+def test_script_says_in_a_line_what_it_lacks(
+    kit: Path, tmp_path: Path, lacking: str, given: tuple[str, ...], told: str
+) -> None:
+    """Of TensorRT there is a stand-in, whose answers are those that its documentation names."""
+    (kit / "tensorrt.plan").write_bytes(b"wrong" if lacking == "engine" else b"engine")
+    for name, path in (("parity.npz",) * 2, ("tensorrt.plan",) * 2, ("onnx", "tensorrt.onnx")):
+        if lacking == name:
+            (kit / path).unlink()
+    if lacking == "damage":
+        data = (kit / "parity.npz").read_bytes()
+        (kit / "parity.npz").write_bytes(data[: len(data) // 2])
+    if lacking == "other":
+        np.savez(kit / "parity.npz", cases=1, least_sqnr_db=1, most_changed=1)
+    if lacking == "broken":
+        (kit / "tensorrt.onnx").write_bytes(b"no")
+    stand = tmp_path / "stand"
+    stand.mkdir()
+    if given == ("",):
+        (stand / "tensorrt.py").write_text(
+            STUB.format(
+                number=2,
+                names=["input", "output"],
+                context="None" if lacking == "context" else "self",
+                start="raise TypeError" if lacking == "start" else "pass",
+            )
+        )
+        if lacking == "cuda":
+            (stand / "cuda.py").write_text("raise ImportError('none here')")
+        else:
+            (stand / "cuda" / "bindings").mkdir(parents=True)
+            (stand / "cuda" / "bindings" / "runtime.py").touch()
+    done = run_script(kit, *filter(None, given), path=stand)
+    assert done.returncode == 1
+    assert done.stderr.startswith(told)
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path) not in done.stderr
 
 
 def test_differences_in_numbers() -> None:

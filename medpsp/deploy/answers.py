@@ -131,23 +131,22 @@ class Answers:
         name = self._target.name
         if "png" in self._formats:
             self._sheet.save(self._work / f"{name}.png")
-        if self._volume is not None:
-            for kind, write in (("seg", self._write_seg), ("mesh", self._write_meshes)):
-                if kind not in self._formats:
-                    continue
-                try:
-                    write(self._volume)
-                except DicomError as error:  # what else is asked for can be given
-                    self.refused.append(error)
+        for kind, write in (("seg", self._write_seg), ("mesh", self._write_meshes)):
+            if kind not in self._formats:
+                continue
+            try:
+                write()
+            except DicomError as error:  # what else is asked for can be given
+                self.refused.append(error)
         if self.refused and not any(path.is_file() for path in self._work.rglob("*")):
             raise self.refused[0]
         for path in sorted(self._work.iterdir()):
             path.rename(self._out / path.name)
 
-    def _write_seg(self, volume: PackedMask) -> None:
-        series, model = self._target.dicom, self._model
-        if series is None:  # a NIfTI has no identity that a SEG could take
-            return
+    def _write_seg(self) -> None:
+        series, model, volume = self._target.dicom, self._model, self._volume
+        if series is None or volume is None:  # a NIfTI has no identity that a SEG could take
+            raise DicomError("SEG_NOT_WRITTEN", "a SEG needs DICOM input, a NIfTI is none")
         facts = ModelFacts(
             name=model.path.stem,
             version=str(model.meta.get("tool", "medpsp")),
@@ -159,9 +158,9 @@ class Answers:
         masks = volume.unpacked(self._places)
         write_seg(self._work / f"{self._target.name}.dcm", masks, answered, facts)
 
-    def _write_meshes(self, volume: PackedMask) -> None:
-        name, affine = self._target.name, self._target.affine
-        if affine is None:
+    def _write_meshes(self) -> None:
+        name, affine, volume = self._target.name, self._target.affine, self._volume
+        if affine is None or volume is None:
             raise DicomError("MESH_NOT_WRITTEN", "images without geometry")
         write_meshes(self._work / name, volume, np.array(affine), self._model.classes)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import re
-import time
+import socket
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from medpsp.dicom.codestream import CODECS
 from medpsp.dicom.decode import NATIVE
@@ -20,11 +22,10 @@ from medpsp.errors import ConfigError
 
 if TYPE_CHECKING:
     from pynetdicom.ae import ApplicationEntity
+    from pynetdicom.events import Event
 
-PAUSES = (1.0, 5.0, 15.0)
-"""Seconds before the second try to send an answer, the third, and the last."""
 CONNECT_S, ANSWER_S = 10.0, 120.0
-"""Seconds until a peer that does not answer is given up."""
+"""Seconds until a peer is given up that does not accept, and one that does not answer a SEG."""
 _RETIRED = {
     "1.2.840.10008.5.1.4.1.1.3": "UltrasoundMultiFrameImageStorageRetired",
     "1.2.840.10008.5.1.4.1.1.5": "NuclearMedicineImageStorageRetired",
@@ -66,56 +67,91 @@ class Peer:
         return cls(aet=found[1], host=found[2] or found[3], port=int(found[4]))
 
 
-def send(
-    files: Sequence[Path], peer: Peer, aet: str, pauses: Sequence[float] = PAUSES
-) -> tuple[list[Path], str]:
-    """Send SEG files by C-STORE.
+class Reply(NamedTuple):
+    """What became of a file that was to be sent.
 
-    Args:
-        files: DICOM SEG.
-        peer: Takes them.
-        aet: Our title.
-        pauses: Seconds before each further try.
-
-    Returns:
-        Those that were not taken, and why.
+    Attributes:
+        why: It was not taken; empty where it was.
+        reached: Whether an association was made: where not, others need not be tried now.
     """
-    left, why = _send_once(files, peer, aet)
-    for pause in pauses:
-        if not left:
-            break
-        time.sleep(pause)
-        left, why = _send_once(left, peer, aet)
-    return left, why
+
+    why: str
+    reached: bool = True
 
 
-def _send_once(files: Sequence[Path], peer: Peer, aet: str) -> tuple[list[Path], str]:
+def sending_entity(aet: str) -> ApplicationEntity:
+    """Offers SEG. A peer that does not answer, or stops reading, is given up after a while."""
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, SegmentationStorage
-    from pynetdicom.status import code_to_category
 
     entity = entity_of(aet)
     entity.add_requested_context(
         SegmentationStorage, [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
     )
-    entity.connection_timeout, entity.dimse_timeout = CONNECT_S, ANSWER_S
+    entity.connection_timeout, entity.acse_timeout = CONNECT_S, CONNECT_S
+    entity.dimse_timeout = ANSWER_S
+    return entity
+
+
+def send(path: Path, peer: Peer, entity: ApplicationEntity) -> Reply:
+    """Send one SEG by C-STORE, in an association of its own: what it breaks is its own alone.
+
+    Args:
+        path: DICOM SEG.
+        peer: Takes it.
+        entity: Of `sending_entity`.
+    """
+    from pydicom.errors import InvalidDicomError
+    from pynetdicom import evt
+    from pynetdicom.status import code_to_category
+
+    handlers: list[tuple[object, Callable[[Event], object]]] = [(evt.EVT_CONN_OPEN, _limit)]
     try:
-        assoc = entity.associate(peer.host, peer.port, ae_title=peer.aet)
-    except OSError:  # no such host
-        return list(files), "no such host"
+        assoc = entity.associate(
+            peer.host,
+            peer.port,
+            ae_title=peer.aet,
+            evt_handlers=handlers,  # type: ignore[arg-type]
+        )
+    except OSError:
+        return Reply("no such host", reached=False)
     if not assoc.is_established:
-        return list(files), "the association is rejected" if assoc.is_rejected else "no connection"
-    left, why = [], ""
-    for path in files:
-        try:
-            status = assoc.send_c_store(path).get("Status")
-        except (ValueError, RuntimeError):  # no context for SEG; no connection any more
-            status = None
-        if status is None or code_to_category(status) not in ("Success", "Warning"):
-            left.append(path)
-            why = "no answer, or SEG is not taken" if status is None else f"status {status:#06x}"
-    if assoc.is_established:
-        assoc.release()
-    return left, why
+        told = "the association is rejected" if assoc.is_rejected else "no connection"
+        return Reply(told, reached=False)
+    try:
+        status = assoc.send_c_store(path).get("Status")
+    except (ValueError, RuntimeError):  # no context for SEG; no connection any more
+        status = None
+    except (OSError, AttributeError, InvalidDicomError):
+        return Reply("the file cannot be read")
+    finally:
+        if assoc.is_established:
+            assoc.release()
+    if status is None:
+        return Reply("no answer, or SEG is not taken")
+    taken = code_to_category(status) in ("Success", "Warning")
+    return Reply("" if taken else f"status {status:#06x}")
+
+
+def _limit(event: Event) -> None:
+    """A peer that stops reading must not hold a write for ever; pynetdicom would let it."""
+    line = event.assoc.dul.socket
+    if line and line.socket:
+        line.socket.settimeout(ANSWER_S)
+
+
+def hang_up(entity: ApplicationEntity) -> None:
+    """Cut the lines of an entity, one that is still being connected included.
+
+    Threads of pynetdicom would keep the process until their timeouts end.
+    """
+    from pynetdicom.dul import DULServiceProvider
+
+    for thread in threading.enumerate():
+        if isinstance(thread, DULServiceProvider) and thread.assoc.ae is entity:
+            line = thread.socket.socket if thread.socket else None
+            if line:
+                with suppress(OSError):  # it is closed already
+                    line.shutdown(socket.SHUT_RDWR)
 
 
 def entity_of(aet: str) -> ApplicationEntity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,17 @@ def alone(out: Path) -> Iterator[None]:
         raise
     finally:
         os.close(handle)
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """A folder for half a work: what a killed one left goes first, and the folder with an error."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _require_empty(out: Path) -> None:

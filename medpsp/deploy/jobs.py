@@ -41,7 +41,11 @@ class Job:
 
 
 def run_job(
-    predictor: Predictor, source: Path, folder: Path, same: Callable[[], bool] = lambda: True
+    predictor: Predictor,
+    source: Path,
+    folder: Path,
+    same: Callable[[], bool] = lambda: True,
+    before: Callable[[Sequence[Path]], None] = lambda files: None,
 ) -> Job | None:
     """Segment one source into a folder that appears whole, or not at all.
 
@@ -50,6 +54,7 @@ def run_job(
         source: As for `Predictor.source`.
         folder: To make.
         same: Asked at the end: False where the source is not what it was.
+        before: Told the answers' names when they are on disk, just before they get them.
 
     Returns:
         None where ``same`` says no; nothing is kept then.
@@ -61,8 +66,9 @@ def run_job(
         if not same():
             return None
         _to_disk(part)
-        part.rename(folder)
         files = tuple(folder / path.relative_to(part) for made in found for path in made.files)
+        before(files)
+        part.rename(folder)
         return Job(line=_line(found, rows, time.perf_counter() - began), files=files)
     except MedpspError as error:
         job = Job(line=_without_path(" ".join(str(error).split())), failed=True)

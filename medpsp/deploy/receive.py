@@ -1,7 +1,7 @@
 """Images that arrive by C-STORE (PS3.4 B), answered with DICOM SEG; pynetdicom speaks the protocol.
 
 Objects of one association lie in a private folder until it is released. They are segmented then,
-one association after another, in the thread that calls `Receiver.serve`.
+one association after another, in the thread that calls `Receiver.serve`; `Sender` sends in its own.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from medpsp.deploy.dicomnet import PAUSES, Peer, entity_of, send, take_images
+from medpsp.deploy.dicomnet import Peer, entity_of, take_images
 from medpsp.deploy.jobs import SPOOL, owned, run_job
 from medpsp.deploy.predict import Predictor
+from medpsp.deploy.sender import PAUSES, Sender, unsent
 from medpsp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Receiver:
         self._whole: queue.SimpleQueue[_Spool] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._number = 0
+        self._sender: Sender | None = None
+        if listen.answer:
+            self._sender = Sender(out, listen.answer, listen.aet, listen.pauses)
         self._stack = ExitStack()
 
     def __enter__(self) -> Receiver:
@@ -97,6 +101,11 @@ class Receiver:
             names = [path.name.removeprefix("assoc-") for path in self.out.glob("assoc-*")]
             self._number = max((int(name) for name in names if name.isdecimal()), default=0)
             self._server = self._listening()
+            if self._sender:
+                self._sender.start()
+                stack.callback(self._sender.close)
+            elif left := unsent(self.out):
+                log.warning("receive: %d SEG of before are not sent without --answer", len(left))
             stack.callback(self._drop_all)
             stack.callback(self._ae.shutdown)
             self._stack = stack.pop_all()
@@ -218,8 +227,14 @@ class Receiver:
             return
         if spool.folder is None:
             return
+        sender = self._sender
         try:
-            job = run_job(self.predictor, spool.folder, self.out / spool.name)
+            job = run_job(
+                self.predictor,
+                spool.folder,
+                self.out / spool.name,
+                before=sender.note if sender else lambda files: None,
+            )
         finally:
             shutil.rmtree(spool.folder, ignore_errors=True)
         if job is None or job.failed:
@@ -227,18 +242,8 @@ class Receiver:
             log.error("%s: %d objects, failed: %s", spool.name, spool.stored, why)
             return
         log.info("%s: %d objects, %s", spool.name, spool.stored, job.line)
-        if self.listen.answer:
-            self._answer(spool.name, [path for path in job.files if path.suffix == ".dcm"])
-
-    def _answer(self, name: str, files: Sequence[Path]) -> None:
-        peer = self.listen.answer
-        if peer is None or not files:
-            return
-        left, why = send(files, peer, self.listen.aet, self.listen.pauses)
-        if sent := len(files) - len(left):
-            log.info("%s: %d SEG sent to %s", name, sent, peer)
-        if left:
-            log.error("%s: %d SEG not sent to %s: %s; they stay", name, len(left), peer, why)
+        if sender:
+            sender.wake()
 
 
 def _is_loopback(host: str) -> bool:

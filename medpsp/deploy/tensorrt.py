@@ -74,15 +74,26 @@ class Profile:
     dla: int | None = None
 
     def __post_init__(self) -> None:
-        ordered = all(
-            1 <= a <= b <= c for a, b, c in zip(self.least, self.best, self.most, strict=True)
-        )
-        fixed = self.least == self.best == self.most and self.batch == 1
-        if not ordered or self.batch < 1 or (self.dla is not None and not fixed):
+        tile = _told(self.best)
+        if self.dla is not None and not (self.least == self.best == self.most and self.batch == 1):
             raise ConfigError(
-                f"sizes {self.least} to {self.most}, {self.batch} images: expected smallest <= "
-                f"{self.best} <= largest, and with a DLA this size alone and 1 image"
+                f"--least {_told(self.least)}, --most {_told(self.most)}, {self.batch} images: a "
+                f"DLA takes one image of one size, the tile {tile}; leave these options out"
             )
+        if self.batch < 1:
+            raise ConfigError(f"--batch {self.batch}: expected 1 or more")
+        for option, given, bounds in (
+            ("--least", self.least, ((1, 1), self.best)),
+            ("--most", self.most, (self.best, None)),
+        ):
+            near = _nearest(given, *bounds)
+            if near != given:
+                side = "at most" if option == "--least" else "at least"
+                raise ConfigError(
+                    f"{option} {_told(given)}: expected {side} the tile of the model, {tile}; the "
+                    f"nearest is {option} {_told(near)} (any such size, a multiple of the stride "
+                    "or not)"
+                )
 
     def shapes(self, planes: int, windows: int) -> dict[str, str]:
         """``min``, ``opt``, ``max`` as trtexec and ONNX Runtime read them; 0 windows: no input."""
@@ -115,6 +126,16 @@ def profile_of(
         return Profile(least=least or tile, best=tile, most=most or tile, dla=dla)
     half, double = (max(1, tile[0] // 2), max(1, tile[1] // 2)), (2 * tile[0], 2 * tile[1])
     return Profile(least=least or half, best=tile, most=most or double, batch=batch)
+
+
+def _nearest(given: Size, low: Size, high: Size | None) -> Size:
+    tops = high or given
+    rows, columns = (max(a, min(x, c)) for x, a, c in zip(given, low, tops, strict=True))
+    return rows, columns
+
+
+def _told(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def write_kit(model: ModelFile, folder: Path, profile: Profile) -> OpCheck:

@@ -14,12 +14,21 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional  # noqa: UP035
+from zipfile import BadZipFile
+from zlib import error as DeflateError
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    raise SystemExit("numpy cannot be imported; pip install numpy") from None
 
 Arrays = Dict[str, Any]  # noqa: UP006
 Runner = Callable[[Arrays], Arrays]
 HERE = Path(__file__).resolve().parent
+AGAIN = "copy the whole folder of `medpsp tensorrt` once more"
+NAMES = ("image", "mask", "logits")
+"""What a case has, and what an engine takes and gives; some take a window."""
+PACKED = (BadZipFile, DeflateError)
 NUMPY_TYPES = {
     "FLOAT": np.float32,
     "HALF": np.float16,
@@ -64,23 +73,51 @@ def compare(expected: Arrays, found: Arrays) -> Difference:
     return Difference(shape, float(np.abs(error).max()), float(sqnr), changed)
 
 
-def cases(path: Path) -> List[Any]:  # noqa: UP006
-    """Inputs and expected outputs of parity.npz, by name."""
-    with np.load(path) as file:
-        stored = {name: file[name] for name in file.files}
+def stored(path: Path) -> Arrays:
+    """Arrays of parity.npz."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        wanted = [f"{name}_{n}" for n in range(int(arrays["cases"])) for name in NAMES]
+        if missing := {"least_sqnr_db", "most_changed", *wanted} - set(arrays):
+            raise KeyError(min(missing))
+    except (AttributeError, KeyError, OSError, ValueError, EOFError, *PACKED) as error:
+        why = getattr(error, "strerror", None) or "damaged, or not of this folder"
+        raise SystemExit(f"{path.name}: {why}; {AGAIN}") from None
+    return arrays
+
+
+def cases(arrays: Arrays) -> List[Any]:  # noqa: UP006
+    """Inputs and expected outputs, by name."""
     out = []
-    for number in range(int(stored["cases"])):
+    for number in range(int(arrays["cases"])):
         names = ("image", "window", "mask", "logits")
-        case = {n: stored[f"{n}_{number}"] for n in names if f"{n}_{number}" in stored}
+        case = {n: arrays[f"{n}_{number}"] for n in names if f"{n}_{number}" in arrays}
         inputs = {n: case[n] for n in ("image", "window") if n in case}
         out.append((inputs, {n: case[n] for n in ("mask", "logits")}))
     return out
 
 
-def limits(path: Path) -> Arrays:
+def limits(arrays: Arrays) -> Arrays:
     """Least SQNR in dB and most changed pixels, as they were written."""
-    with np.load(path) as file:
-        return {name: float(file[name]) for name in ("least_sqnr_db", "most_changed")}
+    return {name: float(arrays[name]) for name in ("least_sqnr_db", "most_changed")}
+
+
+def _module(name: str, lacking: str, before: str = "") -> Any:
+    """A module, or the one of older versions."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        if before:
+            return _module(before, lacking)
+        raise SystemExit(f"{name} cannot be imported ({error}); {lacking}") from None
+
+
+def _bytes_of(path: Path, advice: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SystemExit(f"{path.name}: {error.strerror}; {advice}") from None
 
 
 class Engine:
@@ -91,21 +128,32 @@ class Engine:
     """
 
     def __init__(self, path: Path) -> None:
-        trt: Any = import_module("tensorrt")
-        try:
-            self.cuda: Any = import_module("cuda.bindings.runtime")
-        except ImportError:  # cuda-python before 12.6
-            self.cuda = import_module("cuda.cudart")
+        data = _bytes_of(path, "run build.sh, which makes tensorrt.plan, or name it with --engine")
+        trt: Any = _module("tensorrt", "it comes with JetPack; or give --onnx tensorrt")
+        self.cuda: Any = _module("cuda.bindings.runtime", "pip install cuda-python", "cuda.cudart")
         logger = trt.Logger(trt.Logger.WARNING)
-        self.engine: Any = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+        try:
+            runtime: Any = trt.Runtime(logger)
+        except (TypeError, RuntimeError):  # what pybind11 makes of a null pointer
+            raise SystemExit("TensorRT does not start; is a GPU free on this machine?") from None
+        self.engine: Any = runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             raise SystemExit(f"{path.name}: not of this TensorRT and GPU; run build.sh here")
         self.context: Any = self.engine.create_execution_context()
+        if self.context is None:
+            raise SystemExit(f"{path.name}: no context, see the lines above; is GPU memory free?")
         self.names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        if not set(NAMES) <= set(self.names):
+            raise SystemExit(
+                f"{path.name}: takes and gives {', '.join(self.names)}, expected "
+                f"{', '.join(NAMES)}: an engine of another file; run build.sh here"
+            )
 
     def __call__(self, feeds: Arrays) -> Arrays:
         """Outputs by name."""
         for name, array in feeds.items():
+            if name not in self.names:
+                raise SystemExit(f"the engine takes no {name}: it is of another file; run build.sh")
             if not self.context.set_input_shape(name, array.shape):
                 raise SystemExit(f"{name} {array.shape}: outside the shapes of the engine")
         host = {name: self._host(name, feeds.get(name)) for name in self.names}
@@ -130,10 +178,14 @@ class Engine:
         return outputs
 
     def _host(self, name: str, given: Any) -> Any:
-        kind = NUMPY_TYPES[self.engine.get_tensor_dtype(name).name]
-        if given is not None:
-            return np.ascontiguousarray(given, kind)
-        return np.empty(tuple(self.context.get_tensor_shape(name)), kind)
+        called = self.engine.get_tensor_dtype(name).name
+        shape = tuple(self.context.get_tensor_shape(name)) if given is None else given.shape
+        if called not in NUMPY_TYPES or min(shape, default=0) < 0:
+            raise SystemExit(
+                f"{name}: {called} {shape} in the engine: it is of another file; run build.sh here"
+            )
+        kind = NUMPY_TYPES[called]
+        return np.empty(shape, kind) if given is None else np.ascontiguousarray(given, kind)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         error, *result = getattr(self.cuda, name)(*arguments)
@@ -144,13 +196,17 @@ class Engine:
 
 def onnx_runner(path: Path, provider: str) -> Runner:
     """Runs the ONNX file by ONNX Runtime: ``tensorrt`` with the options beside it, or ``cpu``."""
-    import onnxruntime as ort
-
+    ort: Any = _module("onnxruntime", "pip install onnxruntime; with TensorRT: onnxruntime-gpu")
     providers: Any = ["CPUExecutionProvider"]
     if provider == "tensorrt":
-        text = path.with_name("onnxruntime_tensorrt.json").read_text(encoding="utf-8")
+        text = _bytes_of(path.with_name("onnxruntime_tensorrt.json"), AGAIN)
         providers = [(name, options) for name, options in json.loads(text)["providers"]]
-    session = ort.InferenceSession(str(path), providers=providers)
+    _bytes_of(path, AGAIN)  # a missing file in our words
+    try:
+        session = ort.InferenceSession(str(path), providers=providers)
+    except Exception as error:  # noqa: BLE001 - its errors share no base
+        told = str(error).partition("\n")[0].replace(str(path), path.name)
+        raise SystemExit(f"{path.name}: {told}; {AGAIN}") from None
     first = providers[0][0] if provider == "tensorrt" else providers[0]
     if first not in session.get_providers():  # it would go on with a slower one
         raise SystemExit(f"this onnxruntime has no {first}; it has {session.get_providers()}")
@@ -171,7 +227,8 @@ def main(arguments: Optional[List[str]] = None) -> int:  # noqa: UP006,UP045
     parser.add_argument("--sqnr", type=float, help="least SQNR of the logits in dB")
     parser.add_argument("--changed", type=float, help="most pixels with another class, a share")
     args = parser.parse_args(arguments)
-    written = limits(HERE / "parity.npz")
+    arrays = stored(HERE / "parity.npz")
+    written = limits(arrays)
     least = written["least_sqnr_db"] if args.sqnr is None else args.sqnr
     most = written["most_changed"] if args.changed is None else args.changed
     run: Runner = (
@@ -179,7 +236,7 @@ def main(arguments: Optional[List[str]] = None) -> int:  # noqa: UP006,UP045
     )
     failed = 0
     sys.stdout.write("N x H x W         SQNR dB   largest   changed\n")
-    for inputs, expected in cases(HERE / "parity.npz"):
+    for inputs, expected in cases(arrays):
         row = compare(expected, run(inputs))
         good = row.sqnr_db >= least and row.changed <= most
         failed += not good

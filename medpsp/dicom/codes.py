@@ -165,8 +165,10 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Use a model that was trained on such images."),
     "NIFTI_UNREADABLE": ("quarantined", "The NIfTI file is not one readable grey volume.",
         "Save it again."),
-    "SEG_NOT_WRITTEN": ("kept", "The headers of the images make no DICOM SEG; other files have it.",
+    "SEG_NOT_WRITTEN": ("kept", "No SEG: headers lack what it needs, or the input is a NIfTI.",
         "Send the original images for a SEG."),
+    "SEG_NOT_SENT": ("kept", "The archive that answers go to did not take the SEG; it stays here.",
+        "See that the archive answers: it is tried again, and at the next start."),
     "MESH_NOT_WRITTEN": ("kept", "No mesh: images without geometry, or a GLB above 4 GiB.",
         "Send the original series; the STL of a large surface is there."),
     # geometry
