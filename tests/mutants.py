@@ -111,6 +111,8 @@ def fields(tree: ast.AST) -> Iterator[Field]:
             match child:
                 case ast.Expr(value=ast.Constant()) | ast.JoinedStr() | ast.keyword(arg="strict"):
                     continue
+                case ast.Subscript(value=ast.Name("Literal")):
+                    continue
                 case ast.AST() if name not in ("annotation", "returns"):
                     yield tree, name, place if isinstance(value, list) else None
                     if not isinstance(child, ast.Raise):
@@ -127,8 +129,8 @@ def named(before: list[str], after: list[str]) -> str:
     first = next(n for n, line in enumerate(before) if line != after[n])
     old, new = before[first], after[first]
     inside = "module"
-    for line in reversed(before[:first]):
-        if old.startswith(" ") and (found := DEFINITION.match(line)):
+    for line in reversed(before[: first + 1]):
+        if old.startswith((" ", "def ")) and (found := DEFINITION.match(line)):
             inside = found[1]
             break
     start = max(common(old, new) - AROUND, 0)
