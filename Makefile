@@ -25,6 +25,12 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# A quarter of an hour: whether the tests of pure modules notice each small change in them.
+# MODULES="shards/order.py" tries that one alone.
+.PHONY: mutants
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py $(MODULES)
+
 bench: $(READY)
 	@for file in $(filter-out tests/bench/shards% tests/bench/export% tests/bench/accuracy.py,$(wildcard tests/bench/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 

@@ -147,7 +147,8 @@ def mutants(source: str) -> dict[str, str]:
     for holder, name, place in list(fields(tree)):
         value = getattr(holder, name)
         node = value if place is None else value[place]
-        condition = name in ("test", "ifs") or (name == "values" and isinstance(holder, ast.BoolOp))
+        asked = name in ("test", "ifs") or (name == "values" and isinstance(holder, ast.BoolOp))
+        condition = asked and not isinstance(node, ast.Tuple)  # `x or ()` is none
         may_go = name in ("keywords", "decorator_list", "lower", "upper")
         always = [ast.Constant(True), ast.Constant(False)] if condition else []
         for new in [*instead(node), *always, *([None] if may_go else [])]:
@@ -197,30 +198,34 @@ def passes(path: str, text: str, tests: list[str], seconds: int) -> bool:
 def check(path: str, listed: dict[str, Any]) -> bool:
     """Try the mutants of a module, say what is left, and whether that is as listed."""
     source = Path(path).read_text()
-    known = {name: left["why"] for left in listed.get("left", ()) for name in left["mutants"]}
+    known = {name for left in listed.get("left", ()) for name in left["mutants"]}
     start = time.monotonic()
     if not passes(path, ast.unparse(ast.parse(source)), listed["tests"], 600):
         print(f"{path}: {' '.join(listed['tests'])} fail without a change")
         return False
     seconds = 10 + int(5 * (time.monotonic() - start))
+    left, unexplained = set(), 0
     texts = mutants(source)
-    left = [name for name, text in texts.items() if passes(path, text, listed["tests"], seconds)]
-    open_, gone = [n for n in left if n not in known], [n for n in known if n not in left]
+    for name, text in texts.items():
+        if passes(path, text, listed["tests"], seconds):
+            left.add(name)
+            if name not in known:
+                unexplained += 1
+                print(f"{path}: left: {name}", flush=True)
+    gone = sorted(known - left)
+    for name in gone:
+        print(f"{path}: explained in {LISTED} and not left: {name}")
     print(
         f"{path}: {len(texts)} mutants, {len(texts) - len(left)} killed, {len(left)} left, "
-        f"{len(open_)} of them not explained",
+        f"{unexplained} of them not explained",
         flush=True,
     )
-    for name in open_:
-        print(f"  left: {name}")
-    for name in gone:
-        print(f"  explained in {LISTED} and not left: {name}")
-    return not open_ and not gone
+    return not unexplained and not gone
 
 
 def main(paths: list[str]) -> int:
     listed = tomllib.loads(LISTED.read_text())
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path[0] = str(Path.cwd())
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not outlive a fork
     settings.register_profile(  # a failure is enough, the smallest takes time
         "mutants",
@@ -233,7 +238,10 @@ def main(paths: list[str]) -> int:
     for name in listed.pop("import", ()):
         importlib.import_module(name)
     gc.freeze()  # what is collected in no child is copied to none
-    return min(check(path, listed[path]) for path in paths or listed) is False
+    if unknown := set(paths) - set(listed):
+        print(f"{LISTED} names no {', '.join(sorted(unknown))}; it names {', '.join(listed)}")
+        return 2
+    return 0 if all([check(path, listed[path]) for path in paths or listed]) else 1
 
 
 if __name__ == "__main__":
