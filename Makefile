@@ -25,6 +25,12 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# A quarter of an hour: whether the tests of pure modules notice each small change in them.
+# MODULES="shards/order.py" tries that one alone.
+.PHONY: mutants
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py $(MODULES)
+
 # One after the other, then docs/benchmarks.md from what all found: about 30 minutes on two quiet
 # cores (shards 5, train 9, export 18), 50 with MEDPSP_DATA, the folder of real scans. What fails
 # costs its own rows, and the exit code. Accuracy (hours) and GPU are as they were measured last.

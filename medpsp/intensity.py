@@ -108,7 +108,7 @@ def voi_lut(
         raise DicomError(
             "VOI_INVALID", f"LUTData of {len(table)} entries of {bits} bits, expected {entries}"
         )
-    unit: FloatArray = np.clip(table[:entries] / (2**bits - 1), 0, 1).astype(np.float32)
+    unit: FloatArray = np.minimum(table / (2**bits - 1), 1).astype(np.float32)
     place = np.fmax(np.rint(values.astype(np.float64)) - first, 0)
     shown: FloatArray = unit[np.fmin(place, entries - 1).astype(np.intp)]
     return shown
@@ -234,7 +234,7 @@ def series_window(
             `needs_series_values` is True.
         channels: 1 grey or 3 RGB.
     """
-    if channels == 3:
+    if channels != 1:
         return EIGHT_BIT
     if fixed is not None:
         return fixed

@@ -38,9 +38,10 @@ def in_steps(
         steps = stage.steps
         if stage.epochs is not None:
             steps = max(1, round(stage.epochs * slices(stage.fraction) / train.batch_size))
-            name, known, epochs = begun[index] if index < len(begun) else ("", 0, None)
-            if (name, epochs) == (stage.name, stage.epochs):
-                steps = known
+            if index < len(begun):
+                name, known, epochs = begun[index]
+                if (name, epochs) == (stage.name, stage.epochs):
+                    steps = known
         stages.append(stage.model_copy(update={"steps": steps}))
     return train.model_copy(update={"stages": tuple(stages)})
 

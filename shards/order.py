@@ -18,7 +18,7 @@ Permutation = Callable[[int], NDArray[np.integer]]
 """Epoch to the order of its samples."""
 
 _EPOCHS_KEPT = 2
-"""A batch may lie across the seam of two epochs; 10^7 samples take 40 MB each."""
+"""Between two batches of one epoch, shards of the next are looked up; 10^7 samples take 40 MB."""
 
 
 def epoch_permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -54,8 +54,7 @@ def remembered(permutation: Permutation) -> Permutation:
 
     @lru_cache(maxsize=_EPOCHS_KEPT)
     def kept(epoch: int) -> NDArray[np.integer]:
-        found = permutation(epoch)
-        return found.astype(np.int32) if len(found) < 2**31 else found
+        return permutation(epoch).astype(np.int32)  # each sample is a row in memory: far below 2^31
 
     return kept
 

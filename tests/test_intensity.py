@@ -16,7 +16,6 @@ from medpsp.channels import channels_first
 from medpsp.errors import DicomError
 from medpsp.intensity import (
     CLASS_COLOURS,
-    CT_WINDOW,
     EIGHT_BIT,
     ValueCounts,
     needs_series_values,
@@ -44,6 +43,17 @@ def test_window_by_hand() -> None:
     unit = to_unit(hu, SOFT)
     assert unit.dtype == np.float32
     assert unit.tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "SIGMOID"])
+def test_windows_of_other_functions_are_those_of_a_viewer(function: VoiFunction) -> None:
+    """A quarter of LINEAR with centre 50 and width 101 lies at 24.5; turned over it is 0.75."""
+    window = Window(center=50, width=101, function=function)
+    values = np.array([-900, 24.5, 49.5, 900])
+    assert to_unit(values, window).tolist() == voi(values, window).tolist()
+    assert to_unit(values, window, inverted=True).tolist() == (1 - voi(values, window)).tolist()
+    if function == "LINEAR":
+        assert to_unit(values, window, inverted=True).tolist() == [1, 0.75, 0.5, 0]
 
 
 def test_inverted_window_by_hand() -> None:
@@ -106,6 +116,13 @@ def test_linear_by_the_examples_of_the_standard(
     found = voi(np.array([black - 9, black, half, white, white + 9]), window)
     assert found.dtype == np.float32
     assert found.tolist() == [0, 0, 0 if math.isnan(half) else 0.5, 1, 1]
+
+
+def test_a_width_of_one_is_a_step_at_half_a_level_below_the_centre() -> None:
+    """PS3.3 C.11.2.1.2.1: x <= c - 0.5 is black, and nothing is divided by w - 1."""
+    with np.errstate(all="raise"):
+        found = voi(np.array([6.4, 6.5, 6.6]), Window(center=7, width=1, function="LINEAR"))
+    assert found.tolist() == [0, 0, 1]
 
 
 def test_the_three_functions_at_one_place() -> None:
@@ -239,10 +256,11 @@ def test_lut_agrees_with_pydicom(xs: list[int], first: int, entries: int, data: 
 
 def test_valid_pairs_of_several_windows() -> None:
     nan, inf = math.nan, math.inf
-    centers = [40, nan, 50, None, 60, 70, 600, 80]
-    widths = [400, 100, 0, 10, -1, inf, 1600]  # one fewer
+    centers = [40, 1, nan, 50, None, 55, 60, 70, 600, 80]
+    widths = [400, 0.5, 100, 0, 10, None, -1, inf, 1600]  # one fewer
     assert valid_windows(centers, widths) == (
         Window(center=40, width=400),
+        Window(center=1, width=0.5),
         Window(center=600, width=1600),
     )
     assert valid_windows([40], []) == valid_windows([], [400]) == valid_windows([None], [1]) == ()
@@ -270,6 +288,11 @@ def test_padding_counts_for_nothing() -> None:
     assert percentile_window(counted(values, np.zeros(values.shape, bool))) == Window(
         center=0.5, width=1
     )
+
+
+def test_the_centre_of_a_window_may_lie_between_two_values() -> None:
+    window = percentile_window(counted(np.array([1, 2])))
+    assert (window.center, window.width) == pytest.approx((1.5, 0.99))  # 1.005 to 1.995
 
 
 @pytest.mark.parametrize(
@@ -309,9 +332,29 @@ def test_counts_of_floats_are_within_half_a_percent() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ([1001, 1002, math.nan, math.inf], [1001, 1002]),  # whole: as they are
+        ([1001, 0.5], [0.5, 1000]),  # else in steps of bfloat16: of 4 here, ...
+        ([1001, 131_071], [1001, 131_071]),
+        ([1001, 131_072], [1000, 131_072]),  # ... as for whole numbers from 2^17 on, of 1024 there
+        ([1001, 131_073], [1000, 131_072]),
+        ([0.5, 3.4e38], [0.5]),  # it would be infinite
+    ],
+)
+def test_steps_in_which_floats_are_counted(values: list[float], kept: list[float]) -> None:
+    assert counted(np.array(values, np.float32)).pairs == [(value, 1) for value in kept]
+
+
+def test_floats_go_to_the_nearer_step_and_up_from_half_way() -> None:
+    values = np.array([0x3F807FFF, 0x3F808000], np.uint32).view(np.float32)  # about 1 + 1 / 256
+    assert counted(values).pairs == [(1, 1), (1 + 1 / 128, 1)]
+
+
+@pytest.mark.parametrize(
     ("modality", "fixed", "window", "needs"),
     [
-        ("CT", None, CT_WINDOW, False),
+        ("CT", None, SOFT, False),
         ("IMAGE8", None, EIGHT_BIT, False),
         ("MR", None, Window(center=101, width=198), True),
         ("OT", None, Window(center=101, width=198), True),
@@ -338,6 +381,12 @@ def test_overlay_tints_classes_only() -> None:
     assert painted[0, 3].tolist() == [170, 217, 244]
 
 
+def test_overlay_leaves_more_than_half_of_the_image_and_no_value_wraps_around() -> None:
+    image = np.array([[0, -0.1, 1.2]], dtype=np.float32)
+    painted = overlay(image, np.array([[1, 0, 0]], dtype=np.uint8))
+    assert painted.tolist() == [[[103, 71, 0], [0] * 3, [255] * 3]]  # 45 % of (230, 159, 0)
+
+
 def test_overlay_of_a_colour_image() -> None:
     image = np.zeros((1, 2, 3), dtype=np.float32)
     image[0] = [(0.2, 0.4, 1), (0.5, 0.25, 0)]
@@ -360,3 +409,10 @@ def test_colours_begin_anew_after_the_last() -> None:
     classes = np.array([[1, 7, 8, 254]], dtype=np.uint8)  # 254 = 36 * 7 + 2
     painted = overlay(np.zeros((1, 4), dtype=np.float32), classes, opacity=1)
     assert painted[0].tolist() == CLASS_COLOURS[[1, 7, 1, 2]].tolist()
+
+
+def test_colours_as_okabe_and_ito_give_them() -> None:
+    """Their black, orange, sky blue, green, yellow, purple and blue, and a red of our own."""
+    hexes = [bytes(colour).hex() for colour in CLASS_COLOURS.astype(np.uint8).tolist()]
+    assert hexes == "000000 e69f00 56b4e9 dc3250 009e73 f0e442 cc79a7 0072b2".split()
+    assert CLASS_COLOURS.dtype == np.float32

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medpsp.config import LossConfig
-from medpsp.model.loss import class_weights, focal_factor, segmentation_loss
+from medpsp.model.loss import _compiled_sums, class_weights, focal_factor, segmentation_loss
 
 # probability of class 1 and truth; p_t is 0.9, 0.8, 0.6, 0.5
 P1 = torch.tensor([[0.9, 0.2], [0.6, 0.5]])
@@ -119,7 +119,12 @@ def test_sure_pixels_keep_the_gradient_finite(gamma: float) -> None:
 def test_focal_factor() -> None:
     log_pt = torch.tensor([0.9, 0.5, 0.1]).log()
     assert focal_factor(log_pt, 2).tolist() == pytest.approx([0.01, 0.25, 0.81])
-    assert focal_factor(log_pt, 0).tolist() == [1, 1, 1]
+    log_pt = torch.tensor([0.0, -0.5, -40.0], requires_grad=True)  # the first is quite sure
+    even = focal_factor(log_pt, 0)
+    assert even.tolist() == [1, 1, 1]
+    even.sum().backward()
+    assert log_pt.grad is not None
+    assert log_pt.grad.tolist() == [0, 0, 0]
 
 
 def test_sums_of_another_rank_make_it_the_loss_of_the_whole_batch() -> None:
@@ -212,3 +217,14 @@ def test_float64_is_kept() -> None:
 def test_half_precision_counts_in_float32() -> None:
     half = segmentation_loss(logits_of(P1).bfloat16(), TRUTH, LossConfig(), ONES, same)
     assert half.total.dtype == torch.float32
+
+
+def test_compiled_sums_are_made_once_and_give_the_same_loss() -> None:
+    """The code that torch.compile makes takes half a minute, so here it leaves Python's to run."""
+    _compiled_sums.cache_clear()
+    arguments = logits_of(P1), TRUTH, LossConfig(), ONES, same
+    with torch.compiler.set_stance("force_eager"):
+        found = [segmentation_loss(*arguments, compiled=True) for _ in range(2)]
+    plain = segmentation_loss(*arguments)
+    assert [float(loss.total) for loss in found] == [float(plain.total)] * 2
+    assert (_compiled_sums.cache_info().misses, _compiled_sums.cache_info().hits) == (1, 1)

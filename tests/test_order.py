@@ -16,6 +16,7 @@ from shards.order import (
     ordered,
     remembered,
     shard_permutation,
+    shares,
 )
 
 
@@ -108,6 +109,21 @@ def test_with_all_shards_together_every_order_can_come():
     assert len(found) == 6
 
 
+def test_shards_that_are_together_are_mixed():
+    """Of two shards of ten samples, all of one before all of the other is one chance in 92,378."""
+    order = shard_permutation(np.repeat([4, 8], 10), 3, 0, 2).tolist()
+    assert {n // 10 for n in order[:10]} == {n // 10 for n in order[10:]} == {0, 1}
+
+
+def test_what_is_together_keeps_the_order_that_was_drawn():
+    """Sorting by group is stable: else the order would be that of the machine's sort."""
+    rng = np.random.Generator(np.random.Philox(key=[3, 0]))
+    first, second = rng.permutation(2).argsort()  # of the two shards, odd samples and even ones
+    drawn = rng.permutation(5000)
+    expected = [*drawn[drawn % 2 == first], *drawn[drawn % 2 == second]]
+    assert shard_permutation(np.arange(5000) % 2, 3, 0, 1).tolist() == expected
+
+
 @given(
     shards=st.lists(st.integers(0, 12), min_size=1, max_size=60),
     together=st.integers(1, 14),
@@ -160,3 +176,42 @@ def test_a_step_draws_no_permutation_anew():
     for step in range(30):  # 12 samples: 5 steps are two epochs
         ordered(12, batch_positions(step, 5, 0, 1), permutation)
     assert drawn == list(range(13))
+
+
+def test_two_epochs_are_kept_in_four_bytes_a_sample():
+    """The look ahead comes between two batches: two epochs in turn, each drawn once."""
+    drawn = []
+
+    @remembered
+    def permutation(epoch: int) -> np.ndarray:
+        drawn.append(epoch)
+        return epoch_permutation(3, 0, epoch)
+
+    assert [permutation(epoch).dtype for epoch in (0, 1, 0, 1, 2)] == [np.int32] * 5
+    assert drawn == [0, 1, 2]
+    permutation(0)  # was let go
+    assert drawn == [0, 1, 2, 0]
+
+
+# divided between two streams
+
+
+def test_every_other_position_is_of_the_first_stream():
+    """Positions 3 .. 7 of half and half: 1 of the first stream lies before them, 2 of the other."""
+    turns = [True, False, True, False, True]
+    assert shares(range(3, 8), 0.5) == (range(1, 4), range(2, 4), turns)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
+def test_shares_count_up_without_gaps(share: float):
+    """Blocks of any size walk both streams from their start, none twice, none left out."""
+    first, second, start = [], [], 0
+    for size in (1, 4, 7, 4, 100):
+        a, b, turns = shares(range(start, start + size), share)
+        assert (len(a), len(b), len(turns)) == (sum(turns), size - sum(turns), size)
+        first += a
+        second += b
+        start += size
+    assert first == list(range(len(first)))
+    assert second == list(range(len(second)))
+    assert len(first) == int(start * share)

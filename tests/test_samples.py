@@ -21,7 +21,6 @@ from medpsp.types import Window, World
 from shards.crops import check_classes, jittered, network_channels
 from shards.dataset import Inputs, train_batches, whole_slices
 from shards.index import SliceRow, read_index
-from shards.order import shares
 from shards.reader import ShardReader
 from shards.samples import Sample
 
@@ -95,21 +94,6 @@ def test_three_channels_and_context_repeat_grey(made: Config, rows: tuple[SliceR
     assert torch.equal(image[0], image[1])
     assert torch.equal(image[3], image[5])
     assert not torch.equal(image[0], image[3])
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
-def test_shares_count_up_without_gaps(share: float) -> None:
-    """Blocks of any size walk both streams from their start, none twice, none left out."""
-    first, second, start = [], [], 0
-    for size in (1, 4, 7, 4, 100):
-        a, b, turns = shares(range(start, start + size), share)
-        assert (len(a), len(b), len(turns)) == (sum(turns), size - sum(turns), size)
-        first += a
-        second += b
-        start += size
-    assert first == list(range(len(first)))
-    assert second == list(range(len(second)))
-    assert len(first) == int(start * share)
 
 
 def test_foreground_is_drawn_as_often_as_asked(made: Config, rows: tuple[SliceRow, ...]) -> None:

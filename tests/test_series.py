@@ -183,6 +183,7 @@ def test_tilted_gantry_gives_a_sheared_grid(tmp_path: Path) -> None:
     assert world(series, 0, 0, 1) == pytest.approx([-12, -4.1801, -695], abs=1e-4)
     assert world(series, 2, 1, 4) == pytest.approx([-6, -4 + 4 * 1.8199, -680], abs=1e-3)
     assert series.z_mm == pytest.approx((-700, -695, -690, -685, -680), abs=1e-4)
+    assert series.flags == ("GANTRY_TILT",)
     assert (np.stack([read_pixels(ref) for ref in series.slices]) == source).all()
 
 
@@ -381,10 +382,11 @@ def test_flipped_slice_and_odd_matrix_cost_only_themselves() -> None:
     assert depths(refs) == [[0], [5], [10, 15, 20], [25], [30, 35]]
 
 
+@pytest.mark.parametrize("modality", ["CT", "MR"])
 @pytest.mark.parametrize("missing", ["position", "orientation", "pixel_spacing"])
-def test_slice_without_place_is_a_picture(missing: str) -> None:
-    lost = replace(slices_at(0)[0], sop_uid="x", file_id="x", **{missing: None})
-    series, refused = group([*slices_at(0, 5), lost])
+def test_slice_without_place_is_a_picture(missing: str, modality: str) -> None:
+    first, *rest = slices_at(0, 0, 5, modality=modality)
+    series, refused = group([replace(first, **{missing: None}), *rest])
     assert not refused
     assert [(len(s.slices), s.affine is None, s.flags) for s in series] == [
         (1, True, ("GEOM_MISSING",)),
@@ -400,24 +402,25 @@ def test_spacing_at_the_detector_places_nothing() -> None:
 
 def test_cine_is_a_series_of_its_frames_and_single_pictures_are_one_series() -> None:
     clip = frames_at(*[None] * 12, modality="US")
-    other = [replace(r, path="/d", file_id="d", sop_uid="d") for r in clip[:3]]
-    other = [replace(r, frames=3) for r in other]
+    other = [replace(r, path="/d", file_id="d", sop_uid="d") for r in clip[:2]]
+    other = [replace(r, frames=2) for r in other]
     single = numbered(slices_at(None, None, modality="US"), sop="s")
     series, refused = group([*reversed(clip), *single, *other])
     assert not refused
     assert sorted([(r.file_id, r.frame) for r in s.slices] for s in series) == [
-        [("d", 0), ("d", 1), ("d", 2)],
+        [("d", 0), ("d", 1)],
         [("f0", number) for number in range(12)],
         [("sf0", 0), ("sf1", 0)],
     ]
     assert {(s.affine, s.flags) for s in series} == {(None, ())}
 
 
-def test_frames_of_one_place_that_nothing_tells_apart_are_a_cine() -> None:
-    (series,), refused = group(frames_at(5, 5, 5, modality="MR"))
+@pytest.mark.parametrize("count", [2, 3])
+def test_frames_of_one_place_that_nothing_tells_apart_are_a_cine(count: int) -> None:
+    (series,), refused = group(frames_at(*[5] * count, modality="MR"))
     assert not refused
-    assert [r.frame for r in series.slices] == [0, 1, 2]
-    assert series.affine is None
+    assert [r.frame for r in series.slices] == list(range(count))
+    assert (series.affine, series.flags) == (None, ())  # a place is there
 
 
 def test_frames_of_one_object_are_ordered_by_position() -> None:
@@ -430,6 +433,7 @@ def test_slope_of_one_in_a_series_of_floats_is_no_gap() -> None:
     refs = slices_at(0, 5, 10, dtype="float32")
     refs[1] = replace(refs[1], dtype="int16")
     assert [r.dtype for r in only(refs).slices] == ["float32"] * 3
+    assert [r.dtype for r in only(slices_at(0, 5)).slices] == ["int16"] * 2
 
 
 def test_many_slices_take_no_more_than_seconds() -> None:
@@ -502,6 +506,51 @@ def test_what_differs_is_another_series(fields: dict[str, Any]) -> None:
     series, refused = group([*slices_at(0, 5), *other])
     assert not refused
     assert sorted(len(item.slices) for item in series) == [2, 3]
+
+
+def test_spacings_within_a_thousandth_are_one_grid_with_that_of_the_first() -> None:
+    def second(spacing: float) -> list[SliceRef]:
+        first, other = slices_at(0, 5)
+        return [first, replace(other, pixel_spacing=(2.0, spacing))]
+
+    assert world(only(second(3.0024)), 1, 1, 0) == [3, 2, 0]
+    assert depths(second(3.0036)) == [[0], [5]]
+
+
+def test_axes_are_those_of_the_middle_direction() -> None:
+    turned = slices_at(0, 5, 10)
+    for number, angle in enumerate((0.0008, 0.0, 0.0003)):
+        directions = (math.cos(angle), math.sin(angle), 0.0, -math.sin(angle), math.cos(angle), 0.0)
+        turned[number] = replace(turned[number], orientation=directions)
+    assert world(only(turned), 1, 0, 0)[:2] == [3, 0.0009]
+
+
+def test_series_are_sorted_by_their_first_place_then_by_name() -> None:
+    refs = [*slices_at(0, 5, 10), *numbered(slices_at(0, 4, 8, rows=7), sop="x")]
+    refs += numbered(slices_at(-1, 4, 9, rows=8), sop="y")
+    assert depths(refs) == [[-1, 4, 9], [0, 5, 10], [0, 4, 8]]
+
+
+def test_every_piece_of_a_stack_says_how_it_was_cut() -> None:
+    """Twice the distance after f2, no whole number of distances after f5, the double after f8."""
+    series, refused = group(slices_at(0, 5, 10, 20, 25, 30, 37, 42, 47, 57, 62))
+    assert not refused
+    assert [("".join(r.file_id for r in s.slices), s.flags) for s in series] == [
+        ("f0f1f2", ("MISSING_SLICES",)),
+        ("f3f4f5", ("MISSING_SLICES", "UNEVEN_SPACING")),
+        ("f6f7f8", ("MISSING_SLICES", "UNEVEN_SPACING")),
+        ("f9f10", ("MISSING_SLICES",)),
+    ]
+    uneven, single = ("UNEVEN_SPACING",), ("SINGLE_SLICE", "UNEVEN_SPACING")
+    three, _ = group(slices_at(0, 5, 10, 15.1, 20))  # once a whole distance, and not that
+    assert [s.flags for s in three] == [uneven, single, single]
+
+
+def test_a_bad_frame_costs_no_other_frame_of_its_object() -> None:
+    first, *rest = frames_at(0, 5, 10)
+    series, refused = group([replace(first, position=(0.0, 0.0, math.nan)), *rest])
+    assert [item.z_mm for item in series] == [(5, 10)]
+    assert [(ref.frame, error.code) for ref, error in refused] == [(0, "GEOM_NONFINITE")]
 
 
 def test_jitter_of_the_direction_does_not_split_a_series() -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from medpsp.config import StageConfig, TrainConfig
-from medpsp.stages import in_stage, lr_at, stage_at, total_steps, trained_parts
+from medpsp.stages import in_stage, in_steps, lr_at, stage_at, total_steps, trained_parts
 
 STAGES = (
     StageConfig(name="warm", steps=10, lr=1e-3, fraction=0.2),
@@ -59,6 +59,49 @@ def test_rate_never_jumps_or_rises() -> None:
     assert max(falls) <= steepest
     assert rates[9] - rates[10] == pytest.approx(1.468e-5, rel=1e-3)  # 3e-4 * (1 - cos 18 deg)
     assert rates[-1] == pytest.approx(5e-6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("shape", "left"),  # of the way, at the start, a quarter and half of the stage
+    [
+        ("cosine", [1, 0.5 + math.sqrt(0.5) / 2, 0.5]),
+        ("poly", [1, 0.75**0.9, 0.5**0.9]),
+        ("constant", [1, 1, 1]),
+    ],
+)
+def test_shapes_from_a_rate_to_the_one_asked_for(shape: str, left: list[float]) -> None:
+    stage = StageConfig.model_validate(
+        {"name": "x", "steps": 4, "lr": 1e-3, "lr_end": 2e-4, "shape": shape}
+    )
+    for stages in ((stage,), (stage, STAGES[0])):  # the last one, and one before another rate
+        train = TrainConfig(stages=stages, warmup_steps=0)
+        rates = [2e-4 + 8e-4 * share for share in left]
+        assert [lr_at(train, step) for step in (0, 1, 2)] == pytest.approx(rates, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("begun", "steps"),
+    [
+        ([], [31, 47, 7, 1]),  # 2 * 250 / 16 = 31.25, 3 * 250 / 16 = 46.9; 0.06 is a step still
+        ([("a", 99, 2), ("b", 98, 3)], [99, 98, 7, 1]),  # those of a smaller archive
+        ([("a", 99, 4), ("x", 98, 3)], [31, 47, 7, 1]),  # of other epochs, of another stage
+        ([("a", 99, 2), ("b", 98, 3), ("c", 97, None), ("d", 96, 0.001)], [99, 98, 7, 96]),
+    ],
+)
+def test_steps_of_stages_in_epochs(
+    begun: list[tuple[str, int, float | None]], steps: list[int]
+) -> None:
+    stages = (
+        StageConfig(name="a", epochs=2, lr=1, fraction=0.25),
+        StageConfig(name="b", epochs=3, lr=1, fraction=0.25),
+        StageConfig(name="c", steps=7, lr=1),
+        StageConfig(name="d", epochs=0.001, lr=1),
+    )
+    found = in_steps(
+        TrainConfig(stages=stages, batch_size=16), lambda share: round(1000 * share), begun
+    )
+    assert [stage.steps for stage in found.stages] == steps
+    assert [stage.epochs for stage in found.stages] == [2, 3, None, 0.001]
 
 
 def test_trained_parts() -> None:

@@ -137,8 +137,7 @@ def _planes(refs: list[SliceRef]) -> Iterator[Stack]:
         grids[number].append(ref)
     for grid in grids.values():
         turns = {r.orientation or () for r in grid}
-        middle = np.median(list(turns), axis=0).tolist() if len(turns) > 1 else turns.pop()
-        axes = axes_of(middle)
+        axes = axes_of(np.median(list(turns), axis=0).tolist())
         coords = np.array([r.position for r in grid], dtype=np.float64) @ axes.T
         yield Stack(grid, axes, coords).take(np.argsort(coords[:, 2], kind="stable").tolist())
 
@@ -147,12 +146,13 @@ def _volumes(stack: Stack, gaps: str, refused: Refused) -> list[Series]:
     """A stack as one series where its steps are equal, else as the policy has it."""
     coords = stack.coords
     runs = cut_runs(coords)
-    if len(runs) > 1 and gaps == "reject":
-        error = irregular(coords, joints(coords, runs))
-        refused += [(ref, error) for ref in stack.refs]
-        return []
-    if len(runs) > 1 and gaps == "fill":
-        runs = fill_gaps(coords, runs)
+    if len(runs) > 1:
+        if gaps == "reject":
+            error = irregular(coords, joints(coords, runs))
+            refused += [(ref, error) for ref in stack.refs]
+            return []
+        if gaps == "fill":
+            runs = fill_gaps(coords, runs)
     codes = ["MISSING_SLICES" if n > 1 else "UNEVEN_SPACING" for n in joints(coords, runs)]
     return [
         _volume(stack, run, {*stack.flags, *codes[max(0, i - 1) : i + 1]})  # cuts at either end

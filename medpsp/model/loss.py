@@ -84,7 +84,7 @@ def _sums(logits: Tensor, target: Tensor, weights: Tensor, gamma: float) -> Tens
     safe = torch.where(valid, target, 0).long()
     log_p = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     p = log_p.exp() * valid[:, None]
-    log_pt = log_p.gather(1, safe[:, None])[:, 0]  # p_t from the unweighted softmax
+    log_pt = log_p.gather(1, safe[:, None]).squeeze(1)  # p_t from the unweighted softmax
     pixel_weight = weights.to(log_p.dtype)[safe] * valid
     focal_sum = -(focal_factor(log_pt, gamma) * log_pt * pixel_weight).sum()
     return torch.cat(
@@ -108,8 +108,6 @@ def focal_factor(log_pt: Tensor, gamma: float) -> Tensor:
     The base stays above 0: below gamma 1 the slope there is infinite, and only the convention for
     the slope of clamp at its own bound would keep NaN from the weights.
     """
-    if gamma == 0:
-        return torch.ones_like(log_pt)
     return (-torch.expm1(log_pt)).clamp_min(1e-12).pow(gamma)
 
 
@@ -146,11 +144,9 @@ def _median_frequency(pixels: Tensor) -> Tensor:
 
 
 def _effective_number(pixels: Tensor) -> Tensor:
-    volume = pixels.nanmean()
-    if volume <= 1:
-        return torch.ones_like(pixels)  # b = 0: each class is one sample
-    log_b = torch.log1p(-1 / volume)  # b^n by logarithms: b is within 1e-9 of 1
-    return 1 / (-torch.expm1(pixels * log_b) * volume)
+    # b^n by logarithms: b is within 1e-9 of 1; where V is 1, b = 0 and its logarithm is -inf
+    log_b = torch.log1p(-1 / pixels.nanmean())
+    return -1 / torch.expm1(pixels * log_b)
 
 
 RAW_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
