@@ -19,6 +19,9 @@ RANKS_LOCK = ".ranks.lock"
 REASONS = "MEDPSP_RANK_REASONS"
 """Set for ranks that a command of ours started: the folder where a failing one leaves its line."""
 VARIANTS = {"cpu": "int8", "trt": "int8.trt", "half": "fp16"}
+"""In the names of exported files."""
+SAID = {"cpu": "int8 QDQ U8S8", "trt": "int8 QDQ S8S8", "half": "fp16"}
+"""What the metadata of each of them calls it."""
 _locked: set[Path] = set()
 _private: set[Path] = set()
 _places: list[Path] = []
