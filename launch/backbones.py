@@ -31,19 +31,15 @@ def setting(name: str, overrides: tuple[str, ...]) -> tuple[int, int, int, Model
     return *config.train.size, len(config.data.classes), config.model
 
 
-def show_backbones(
-    height: int, width: int, classes: int, config: ModelConfig | None = None
-) -> None:
+def show_backbones(height: int, width: int, classes: int, config: ModelConfig) -> None:
     """Print what each backbone costs at a size of image, beside the article's figures.
 
     Args:
         height: Rows of the image.
         width: Columns of the image.
         classes: Background included.
-        config: Head, widths and channels; the defaults if none. A backbone from elsewhere in timm
-            gets a row, too.
+        config: Head, widths and channels. A backbone from elsewhere in timm gets a row, too.
     """
-    config = config or ModelConfig()
     names = dict.fromkeys((*BACKBONES, config.backbone))
     console = Console()
     console.print(

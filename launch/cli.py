@@ -178,15 +178,13 @@ def demo(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="ONNX file of `medpsp export`.")],
+    model: ondevice.ModelArg,
     source: Annotated[
         Path, typer.Argument(help="DICOM: a folder, a file, a zip. Or a NIfTI, or plain images.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the answers; empty or new.")],
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all.")] = 0,
-    formats: Annotated[
-        str, typer.Option("--format", help="Some of seg, nifti, png, gif, mesh; with commas.")
-    ] = "seg,nifti,png",
+    threads: ondevice.Threads = 0,
+    formats: ondevice.Formats = "seg,nifti,png",
 ) -> None:
     """Segment DICOM with onnxruntime alone."""
     from launch.jobs import setup_logging

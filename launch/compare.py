@@ -9,6 +9,7 @@ from typing import Literal
 
 from rich.table import Table
 
+from launch.rundir import SAID
 from launch.runfacts import Lack, config_of, dossier_of, evaluation_of
 from launch.runtypes import Evaluation
 from medpsp.deploy.dossier import Facts
@@ -66,8 +67,7 @@ def _int8(dossier: Facts | Lack) -> tuple[int | None, float | None]:
         return None, None
     files = {file["variant"]: file["bytes"] for file in dossier.get("files", ())}
     means = {row["variant"]: row["mean"] for row in dossier.get("agreement", ())}
-    name = "int8 QDQ U8S8"
-    return files.get(name), means.get(name)
+    return files.get(SAID["cpu"]), means.get(SAID["cpu"])
 
 
 def _mean(scores: Evaluation | Lack, key: Mean) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare import COLUMNS, best_first, compare
-from launch.evalfigures import estimate
+from launch.evalfigures import METRICS, estimate
 from launch.plot import Line, plot
 from launch.runfacts import Lack, config_of, curves_of, evaluation_of
 from medpsp.configio import tree_without_paths
@@ -17,8 +17,6 @@ from shards.index import write_bytes_durably
 from shards.page import Html, coded, join, page, table, tag
 from shards.sections import section
 
-ESTIMATES = {"dice": "Dice, mean of cases", "dice_pooled": "Dice, pooled", "iou": "IoU, mean",
-             "hd95_mm": "HD95, mm", "nsd": "NSD"}  # fmt: skip
 CURVES = {"train/loss": "Loss", "val/dice_mean": "Validation Dice, mean of classes"}
 
 
@@ -73,13 +71,13 @@ def _scores(runs: dict[str, Path]) -> Iterator[Html]:
         for label, of in scores["classes"].items():
             values: dict[str, Any] = {**of}
             said = join([name, tag("small", about)])
-            rows.append((label, said, *(estimate(values[key]) for key in ESTIMATES)))
+            rows.append((label, said, *(estimate(values[key]) for key in METRICS)))
     if rows:
         order = {label: place for place, label in enumerate(dict.fromkeys(row[0] for row in rows))}
         rows.sort(key=lambda row: order[row[0]])
         text = "With 95 % intervals over patients; those of other patients are no comparison."
         yield tag("p", text, css="quiet")
-        head = ("class", "run", *ESTIMATES.values())
+        head = ("class", "run", *METRICS.values())
         yield table(head, rows, range(2, len(head)))
 
 

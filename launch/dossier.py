@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.evalfigures import estimate
+from launch.evalfigures import METRICS, estimate
 from medpsp.deploy.dossier import AgreementFact, Facts, plain
 from medpsp.deploy.sbom import bill_of_materials
 from shards.page import Html, page, pairs, picture, table, tag
@@ -38,10 +38,6 @@ MODEL = {
     "tool": "made by",
 }
 """Keys of the metadata that are shown, in this order, and their names."""
-
-METRICS = {"dice": "Dice", "dice_pooled": "Dice, pooled", "iou": "IoU", "hd95_mm": "HD95, mm",
-           "nsd": "NSD"}  # fmt: skip
-"""Of `evaluation.json`, see `launch.scores`."""
 
 
 def write_dossier(folder: Path, facts: Facts) -> None:

@@ -12,6 +12,7 @@ from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.stages import total_steps
 from shards.page import duration
+from shards.preflight import WORKER_MIB
 
 COUNTED = 50_000
 """Files that are looked at; of a larger archive only that it is larger is said."""
@@ -19,7 +20,6 @@ SCAN_S, CONVERT_S, LABELLED_S = 0.08e-3, 2.0e-3, 3.4e-3
 """CPU seconds of a 512 x 512 slice, as docs/scale.md has them; with masks the last one."""
 RATIO = 2.3
 """Bytes of native files over bytes of their shards, zstd; compressed files shrink hardly at all."""
-WORKER_MIB = 448
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ BARS = 46
 CASES = "cases"
 """Place of the pictures in the page of an evaluation."""
 
+METRICS = {"dice": "Dice, mean of cases", "dice_pooled": "Dice, pooled", "iou": "IoU, mean",
+           "hd95_mm": "HD95, mm", "nsd": "NSD"}  # fmt: skip
+"""Of `evaluation.json`, see `launch.scores`, and their names in tables."""
+
 FEW_PATIENTS = 10
 """Below, a percentile interval is known to be too narrow."""
 

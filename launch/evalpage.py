@@ -113,7 +113,7 @@ def _title(result: dict[str, Any]) -> Html:
     )  # fmt: skip
     links = (
         ("scores", "Scores"), *((f"by-{n}", f"By {by}") for n, by in enumerate(result["strata"])),
-        ("calibration", "Calibration"), ("confusion", "Confusion"), ("cases", "Cases"),
+        ("calibration", "Calibration"), ("confusion", "Confusion"), (CASES, "Cases"),
         ("how", "How it was measured"),
     )  # fmt: skip
     nav = tag("nav", *(tag("a", text, href=f"#{name}") for name, text in links))

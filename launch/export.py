@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.feeds import GraphSlice, graph_input, graph_slices, one_tile_each
-from launch.rundir import VARIANTS, RunDir
+from launch.rundir import SAID, VARIANTS, RunDir
 from launch.trained import labelled_rows, load_trained, weights_digest
 from medpsp import __version__
 from medpsp.config import Config
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("medpsp")
 EXAMPLES, PROBES = 8, 16
-"""Slices that parity is tried on; tiles that int8 layers are ranked and restored by."""
+"""Slices that parity is tried on; tiles on which int8 layers are restored, saturation seen."""
 
 
 def export_job(config: Config) -> None:
@@ -150,7 +150,6 @@ def _write_variants(
     rows: tuple[SliceRow, ...],
     made: tuple[GraphInput, dict[str, Any], Found],
 ) -> None:
-    from launch.exportfacts import SAID
     from medpsp.deploy.gates import least_dice, saturation_gate
     from medpsp.deploy.half import half
     from medpsp.deploy.quantize import Quantizer

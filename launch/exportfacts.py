@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from PIL import Image
 
-from launch.rundir import RunDir
+from launch.rundir import SAID, RunDir
 from medpsp.config import Config
 from medpsp.deploy.dossier import (
     AgreementFact,
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
     from medpsp.deploy.verify import Parity
     from shards.index import SliceRow
 
-SAID = {"cpu": "int8 QDQ U8S8", "trt": "int8 QDQ S8S8", "half": "fp16"}
-"""What the metadata of each file calls it."""
-SHOWN = 3
-"""Disagreements that are drawn, of each variant."""
 PEAK = """
 import sys
 import numpy as np
@@ -206,7 +202,7 @@ def _agreement(config: Config, found: Found, name: str) -> AgreementFact:
 
 def _overlays(config: Config, found: Found) -> Iterator[OverlayFact]:
     for name in config.export.variants:
-        for one in found.scores[name].worst[:SHOWN]:
+        for one in found.scores[name].worst:
             share = 100 * one.pixels / one.fp32.size
             title = f"{said_of(name)}: {one.pixels} pixels differ, {share:.2f} % of the slice"
             yield {"title": title, "png": _picture(one)}

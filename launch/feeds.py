@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.config import Config
+from medpsp.config import Config, ModelConfig
 from medpsp.deploy.inputs import GraphInput, as_planes, window_rows
+from medpsp.intensity import needs_series_values
 from medpsp.tiles import framed, tile_places
 from medpsp.types import FloatArray, Window
 
 if TYPE_CHECKING:
     from medpsp.types import PixelDtype
     from shards.index import SliceRow
-
-FIXED = ("CT", "IMAGE8")
-"""Modalities whose window does not depend on the series; see `intensity.series_window`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +52,10 @@ def graph_input(config: Config, rows: Iterable[SliceRow]) -> GraphInput:
         dtype = "float32"
     elif dtypes == {"uint8"}:
         dtype = "uint8"
-    seen = {row.window for row in rows}
-    windows = tuple(Window(center=w.center, width=w.width) for w in model.windows)
-    known = bool(config.data.window) or {row.modality for row in rows} <= set(FIXED)
-    if not windows and len(seen) == 1 and (known or dtype == "uint8"):
+    seen, fixed = {row.window for row in rows}, config.data.fixed_window
+    windows = _views(model)
+    varies = any(needs_series_values(row.modality, fixed) for row in rows)
+    if not windows and len(seen) == 1 and (not varies or dtype == "uint8"):
         windows = tuple(seen) if not config.data.header_window else ()
     if any(row.inverted for row in rows):
         windows = ()
@@ -70,6 +68,10 @@ def graph_input(config: Config, rows: Iterable[SliceRow]) -> GraphInput:
     )
 
 
+def _views(model: ModelConfig) -> tuple[Window, ...]:
+    return tuple(Window(center=w.center, width=w.width) for w in model.windows)
+
+
 def graph_slices(
     config: Config, rows: tuple[SliceRow, ...], chosen: Iterable[SliceRow], given: GraphInput
 ) -> Iterator[GraphSlice]:
@@ -78,7 +80,7 @@ def graph_slices(
     from shards.samples import Sampler
 
     reader, sampler = ShardReader(config.shards), Sampler(config.model, rows)
-    views = tuple(Window(center=w.center, width=w.width) for w in config.model.windows)
+    views = _views(config.model)
     for row in chosen:
         sample = sampler.sample(row)
         near = [reader.read(row.bucket, slot) for slot in sample.slots]

@@ -1,4 +1,4 @@
-"""What runs on a node. Here, and only here, the training loop meets the shards."""
+"""The jobs of a chain by name, and what is said of each that runs on a node."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ from launch.cluster import free_port, own_address
 from launch.meeting import wait_for_json, write_json
 from medpsp.errors import LaunchError
 
+OBJECT_STORE = 100 * 2**20
+"""Bytes of Ray in shared memory, as `shards.build` asks for them."""
 START_S = 120.0
 """Time for the head to come up; shared file systems show a new file late."""
 _POLL_S = 0.2
@@ -77,7 +79,7 @@ def _ray(token: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or str(len(os.sched_getaffinity(0)))
     folder = tempfile.mkdtemp(prefix="ray-")  # short: a socket's path has at most 107 bytes
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--block"]
-    limits = [f"--num-cpus={cores}", "--num-gpus=0", f"--object-store-memory={100 * 2**20}"]
+    limits = [f"--num-cpus={cores}", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE}"]
     node = subprocess.Popen(
         [*command, *limits, "--disable-usage-stats"],
         env=_environment(token) | {"RAY_TMPDIR": folder},

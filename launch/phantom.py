@@ -117,7 +117,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int, int]) -> NDArray[np.
 
 
 def write_series(
-    folder: Path, patient: str, values: NDArray[np.int16], phantom: Phantom, first_number: int = 1
+    folder: Path, patient: str, values: NDArray[np.int16], phantom: Phantom
 ) -> list[Path]:
     """Write one DICOM file a slice; names and InstanceNumber run against the anatomy.
 
@@ -126,7 +126,6 @@ def write_series(
         patient: PatientID; the PatientName is made from it.
         values: (N, H, W): HU for CT, arbitrary units for MR.
         phantom: Geometry and storage.
-        first_number: Number of the first file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     affine = phantom.affine_lps()
@@ -145,7 +144,7 @@ def write_series(
             ds.compress(phantom.syntax, generate_instance_uid=False)
         else:
             ds.file_meta.TransferSyntaxUID = phantom.syntax
-        path = folder / f"IM{first_number + len(values) - 1 - index:04d}"
+        path = folder / f"IM{len(values) - index:04d}"
         ds.save_as(path, enforce_file_format=True)
         paths.append(path)
     return paths

@@ -42,8 +42,6 @@ class JobSpec:
 
 
 CHAIN = ("shards", "check", "train", "evaluate", "export")
-STEPS = ("plan", "convert", "publish")
-"""Of shards, where they are jobs of their own."""
 
 
 def plan_jobs(config: Config) -> tuple[JobSpec, ...]:

@@ -86,14 +86,14 @@ def plot(
     return figure(title, svg, tag("ul", *legend, css="lines", id=words), numbers)
 
 
-def thinned(points: Points, bins: int = BINS) -> Points:
-    """At most two points for each part of the axis, its lowest and its highest."""
-    if len(points) <= 2 * bins:
+def thinned(points: Points) -> Points:
+    """At most two points for each of `BINS` parts of the axis, its lowest and its highest."""
+    if len(points) <= 2 * BINS:
         return points
     last = points[-1][0]
     parts: dict[int, Points] = {}
     for point in points:
-        parts.setdefault(point[0] * bins // (last + 1), []).append(point)
+        parts.setdefault(point[0] * BINS // (last + 1), []).append(point)
     chosen = (
         point
         for part in parts.values()

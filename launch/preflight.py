@@ -69,7 +69,7 @@ def faults(everyone: list[dict[str, Any]], need: int) -> list[str]:
     """What does not fit, worst first.
 
     Args:
-        everyone: Of each rank: node, time, free bytes, whether scontrol is there, GPUs.
+        everyone: Of each rank: node, time, free bytes, whether scontrol is there.
         need: Bytes that have to be free in the run folder.
     """
     lines = []
@@ -101,12 +101,9 @@ def room_needed(config: Config, run: RunDir) -> int:
 
 
 def _facts(root: Path) -> dict[str, Any]:
-    import torch
-
     return {
         "node": os.uname().nodename,
         "time": time.time(),
         "free": shutil.disk_usage(root).free,
         "scontrol": "MEDPSP_REQUEUE" in os.environ,  # of the script, outside any container
-        "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from launch.rundir import data_folder
+from launch.rundir import find_shipped, shipped
 from medpsp.dataconfig import Node
 from medpsp.errors import ConfigError
 
@@ -105,7 +104,7 @@ def _texts(value: object) -> Iterator[str]:
 
 def shipped_profiles() -> list[str]:
     """Names that `load_profile` knows."""
-    return sorted(path.stem for path in data_folder("slurm").glob("*.yaml"))
+    return shipped("slurm")
 
 
 def profile_place(name: str) -> str:
@@ -119,14 +118,7 @@ def load_profile(name: str) -> Profile:
     Raises:
         ConfigError: Neither, not YAML, or a key or value that is not legal.
     """
-    path = Path(name)
-    if not path.is_file():
-        if name not in shipped_profiles():
-            near = difflib.get_close_matches(name, shipped_profiles(), n=1)
-            known = ", ".join(shipped_profiles())
-            hint = f"did you mean '{near[0]}'?" if near else f"shipped: {known}"
-            raise ConfigError(f"cluster '{name}': no such file and no shipped profile; {hint}")
-        path = data_folder("slurm") / f"{name}.yaml"
+    path = find_shipped("cluster", name, "slurm")
     try:
         tree: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return Profile.model_validate(tree)

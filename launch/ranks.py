@@ -192,7 +192,7 @@ def log_file() -> Path | None:
     return None
 
 
-def leave_reason(line: str, echo: bool = False, code: int = 1) -> bool:
+def leave_reason(line: str, echo: bool, code: int) -> bool:
     """In a rank started here, leave the line for the parent; False elsewhere.
 
     Args:

@@ -19,6 +19,9 @@ RANKS_LOCK = ".ranks.lock"
 REASONS = "MEDPSP_RANK_REASONS"
 """Set for ranks that a command of ours started: the folder where a failing one leaves its line."""
 VARIANTS = {"cpu": "int8", "trt": "int8.trt", "half": "fp16"}
+"""In the names of exported files."""
+SAID = {"cpu": "int8 QDQ U8S8", "trt": "int8 QDQ S8S8", "half": "fp16"}
+"""What the metadata of each of them calls it."""
 _locked: set[Path] = set()
 _private: set[Path] = set()
 _places: list[Path] = []
@@ -183,9 +186,14 @@ def data_folder(name: str) -> Path:
     raise LaunchError(f"{name}: shipped files not found beside {top}; install medpsp again")
 
 
+def shipped(folder: str) -> list[str]:
+    """Names of the YAML files of a `data_folder`."""
+    return sorted(path.stem for path in data_folder(folder).glob("*.yaml"))
+
+
 def shipped_configs() -> list[str]:
     """Names that `find_config` knows."""
-    return sorted(path.stem for path in data_folder("configs").glob("*.yaml"))
+    return shipped("configs")
 
 
 def find_config(name: str) -> Path:
@@ -194,14 +202,28 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: Neither.
     """
-    path = Path(name)
-    if path.is_file():
+    return find_shipped("config", name, "configs")
+
+
+def find_shipped(what: str, name: str, folder: str) -> Path:
+    """A path to a YAML file, or one of a `data_folder` by its name.
+
+    Args:
+        what: It is, for the message.
+        name: Path or name.
+        folder: As for `data_folder`.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    if (path := Path(name)).is_file():
         return path
-    if name in shipped_configs():
-        return data_folder("configs") / f"{name}.yaml"
-    near = difflib.get_close_matches(name, shipped_configs(), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(shipped_configs())}"
-    raise ConfigError(f"config '{name}': no such file and no shipped name; {hint}")
+    known = shipped(folder)
+    if name in known:
+        return data_folder(folder) / f"{name}.yaml"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(known)}"
+    raise ConfigError(f"{what} '{name}': no such file and no shipped name; {hint}")
 
 
 def keep_private(*folders: Path | None) -> None:

@@ -165,12 +165,12 @@ def _setup(profile: Profile, run: RunDir) -> list[str]:
 
 def _teardown(profile: Profile) -> list[str]:
     clean = f'srun {_EACH_NODE} rm -rf "$TMPDIR"' if profile.scratch else ""
-    text = (
+    script = (
         TEARDOWN.replace("RETRIES", str(profile.retries))
         .replace("EACH", _EACH_NODE)
         .replace("PROBE", PROBE)
     )
-    return [line for line in text.replace("CLEAN", clean).splitlines() if line]
+    return [line for line in script.replace("CLEAN", clean).splitlines() if line]
 
 
 def describe_scripts(plan: tuple[JobSpec, ...], profile: Profile, run: RunDir) -> str:

@@ -129,7 +129,7 @@ def summarise(
     """
     draws = draw_patients(len({case.patient for case in cases}), settings.bootstrap, seed)
     classes = {name: _class_scores(cases, k, draws) for k, name in _foreground(names)}
-    legacy = {
+    alone = {  # values without their intervals, metric by metric
         key: {name: scores[source]["value"] for name, scores in classes.items()}
         for key, source in (
             ("dice", "dice_pooled"),
@@ -138,7 +138,7 @@ def summarise(
         )
     }
     return {
-        **legacy,
+        **alone,
         "cases": len(cases),
         "classes": classes,
         "calibration": _calibration(cases, draws),

@@ -216,8 +216,11 @@ class Partition:
     nodes: int
 
 
-def partitions(seconds: float = ASK_S) -> list[Partition]:
+def partitions(seconds: float) -> list[Partition]:
     """All that this user may see.
+
+    Args:
+        seconds: That SLURM has to answer.
 
     Raises:
         LaunchError: No SLURM answers in time.

@@ -20,7 +20,7 @@ from launch.profile import Profile, profile_place
 from launch.rundir import RunDir
 from launch.sbatch import check_folder, parameters
 from launch.slurmstate import cancel_jobs, cluster_name
-from medpsp.errors import ConfigError, LaunchError
+from medpsp.errors import EXIT_CONFIG, ConfigError, LaunchError
 
 log = logging.getLogger("medpsp")
 POLL_S = 0.2
@@ -54,7 +54,7 @@ def submit_plan(plan: tuple[JobSpec, ...], run: RunDir) -> None:
         _show(follow)
         code, reason = _outcome(job)
         if reason:
-            raise (ConfigError if code == 2 else LaunchError)(f"{spec.name}: {reason}")
+            raise (ConfigError if code == EXIT_CONFIG else LaunchError)(f"{spec.name}: {reason}")
 
 
 def submit_cluster(

@@ -21,11 +21,12 @@ from launch.chaincli import (
 )
 from medpsp.errors import LaunchError
 
-log = logging.getLogger("medpsp")
 if TYPE_CHECKING:
     from launch.profile import Profile
     from launch.rundir import RunDir
     from medpsp.config import Config
+
+log = logging.getLogger("medpsp")
 
 
 def sweep(

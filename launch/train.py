@@ -1,4 +1,4 @@
-"""The training job: here the loop meets the shards."""
+"""The training job. Here, and only here, the training loop meets the shards."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def weights_digest(model: PSPNet) -> str:
 
 
 def number(value: float) -> float | None:
-    """A float for JSON: NaN, where a class occurs nowhere, becomes null."""
+    """A float for JSON, to four digits: NaN, where a class occurs nowhere, becomes null."""
     return None if np.isnan(value) else round(float(value), 4)
 
 

@@ -66,7 +66,7 @@ def test_image_and_label_agree(level: str) -> None:
         drawn = replace(draw(level, np.random.default_rng(seed), image.shape, ALL), gain=1.0)
         drawn = replace(drawn, offset=0.0)
         found, label = apply_draw(image, (image > 3).astype(np.uint8), drawn)
-        # the outermost pixels mix with the fill
+        # the outermost pixels mix with 0
         known = cv2.erode((label != IGNORE).astype(np.uint8), np.ones((3, 3)), borderValue=0)
         sure = (known == 1) & (np.abs(found - 3) > 0.25)  # slopes are below 0.15 a pixel
         assert sure.mean() > 0.5
@@ -74,11 +74,11 @@ def test_image_and_label_agree(level: str) -> None:
 
 
 def test_a_shift_by_hand() -> None:
-    """Ten columns come from outside: fill and 255; brightness leaves the fill as it is."""
+    """Ten columns come from outside: 0 and 255; brightness leaves that 0 as it is."""
     image, label = sample()
     drawn = shifted((96, 80), 10, gain=1.1, offset=0.05)
-    found, mask = apply_draw(image, label, drawn, fill=-5.0)
-    assert (found[:, 70:] == -5).all()
+    found, mask = apply_draw(image, label, drawn)
+    assert (found[:, 70:] == 0).all()
     assert (mask[:, 70:] == IGNORE).all()
     np.testing.assert_allclose(found[:, :70], image[:, 10:] * 1.1 + 0.05, atol=1e-5)
     assert np.array_equal(mask[:, :70], label[:, 10:])
@@ -191,10 +191,10 @@ def test_channels_move_together(level: str, channels: int) -> None:
         assert found.flags.c_contiguous
         np.testing.assert_array_equal(same_mask, mask)
         np.testing.assert_allclose(found, expected[..., None] * factors, rtol=1e-4, atol=1e-4)
-    filled, mask = apply_draw(
-        np.ones((96, 80, channels), np.float32), label, shifted((96, 80), 20), fill=-7.0
-    )
-    assert (filled[:, 60:] == -7).all()
+    image = np.ones((96, 80, channels), np.float32)
+    filled, _ = apply_draw(image, label, shifted((96, 80), 20))
+    assert (filled[:, :60] == 1).all()
+    assert (filled[:, 60:] == 0).all()
 
 
 def test_opencv_takes_no_threads() -> None:

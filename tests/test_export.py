@@ -33,7 +33,7 @@ from medpsp.deploy.gates import (
 )
 from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput
-from medpsp.deploy.quantize import quantize
+from medpsp.deploy.quantize import Quantizer
 from medpsp.deploy.session import (
     LOGITS,
     Feeds,
@@ -133,7 +133,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = lively(NETS[request.param])
     fp32, int8 = folder / "model.onnx", folder / "model.int8.onnx"
     export_onnx(DeployGraph(model, GIVEN, confidence=True), fp32, 18, METADATA)
-    quantize(fp32, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
+    Quantizer(fp32, feeds(8), "cpu").write(int8, {**METADATA, "int8": "QDQ"})
     return Exported(model, fp32, int8)
 
 
@@ -437,7 +437,7 @@ def test_two_exports_are_the_same_bytes(exported: Exported, tmp_path: Path) -> N
     graph = DeployGraph(copy.deepcopy(exported.model).train(), GIVEN, confidence=True)
     export_onnx(graph, again, 18, METADATA)
     assert again.read_bytes() == exported.fp32.read_bytes()
-    quantize(again, int8, feeds(8), {**METADATA, "int8": "QDQ"}, "cpu")
+    Quantizer(again, feeds(8), "cpu").write(int8, {**METADATA, "int8": "QDQ"})
     assert int8.read_bytes() == exported.int8.read_bytes()
     assert [logger.level for logger in loggers] == [logging.INFO, levels[1]]
     loggers[0].setLevel(levels[0])

@@ -20,6 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
+from medpsp.config import TrainConfig
 from medpsp.errors import CheckpointError, ConfigError, NonFiniteLossError, TrainError
 from medpsp.model.psp import PSPNet, build_model
 from medpsp.tiles import Tiling
@@ -32,12 +33,15 @@ from medpsp.train.checkpoint import (
     rewrite_state,
     save_checkpoint,
 )
+from medpsp.train.ema import Average
 from medpsp.train.loop import Run, fit
+from medpsp.train.memory import memory_note
 from medpsp.train.metrics import dice_per_class
 from medpsp.train.optimizer import no_moments
 from medpsp.train.resume import identify, restore, schedule_of
 from medpsp.train.stop import StopRequest
 from medpsp.train.validate import evaluate, shown_channels, validate
+from medpsp.types import World
 from tests.squares import BATCH, CPU, SIZE, make_config, make_run, names, network, squares
 
 
@@ -428,3 +432,21 @@ def test_batches_that_end_too_early(tmp_path: Path) -> None:
     run = replace(make_run(config, tmp_path), batches=lambda stage, first: [squares(0)])
     with pytest.raises(TrainError, match="stage full: the batches ended before step 5"):
         fit(run, network(config))
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "told"),
+    [
+        ("ddp", 4, "16 MiB on a rank, activations"),
+        ("zero1", 4, "10 MiB on a rank, 6 MiB less than ddp"),
+        ("zero3", 4, "8 MiB on a rank, 8 MiB less than ddp"),  # 16 / 4, and 4 for the copy
+        ("zero3", 1, "20 MiB on a rank, 4 MiB more than ddp"),
+    ],
+)
+def test_what_an_engine_takes_counts_the_copy_that_is_scored(
+    engine: str, ranks: int, told: str
+) -> None:
+    train = TrainConfig.model_validate({"engine": engine})
+    net = nn.Linear(1024, 1024, bias=False)  # 4 MiB
+    assert told in memory_note(net, train, World(size=ranks))
+    assert (Average(net, train).scored(net.state_dict()) is not net) == (engine == "zero3")  # type: ignore[arg-type, comparison-overlap]

@@ -26,6 +26,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.new import machine
 from launch.new.choices import Evidence, Open, Places
 from launch.new.evidence import ends_of, gather
 from launch.new.facts import Kind
@@ -906,3 +907,11 @@ def test_open_questions_are_in_the_file_and_said(plain: Path, tmp_path: Path):
         assert f"OPEN. {one.text}" in text_of(made.text)
         assert f"open: {one.text}" in made.said
     assert isinstance(found.labels, Labels)
+
+
+def test_control_groups_bound_what_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any version and depth, as `doctor` reads them: not the top of version 2 alone."""
+    monkeypatch.setattr(machine, "memory_allowed", lambda: 2**30)
+    monkeypatch.setattr(machine, "cores_allowed", lambda: 1.5)
+    monkeypatch.setattr(machine, "_has_driver", lambda: False)
+    assert machine.this_machine() == Machine(cores=1, memory_gib=1.0)

@@ -7,6 +7,7 @@ the window 40/400, which shows h HU as x = (h + 160) / 400.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -765,6 +766,9 @@ def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     told = ("kept", "SEG_NOT_WRITTEN", "series-000: a SEG needs DICOM input, a NIfTI is none")
     assert [(row.status, row.code, row.detail) for row in rows] == [told]
     assert volume.pixels == whole.pixels
+    shutil.copy(tmp_path / "v.nii.gz", tmp_path / "V.NII.GZ")
+    (capital,), _ = predictor.source(tmp_path / "V.NII.GZ", tmp_path / "h")
+    assert capital.pixels == whole.pixels
     again = nib.load(tmp_path / "d/series-000.nii.gz")
     np.testing.assert_array_equal(np.asarray(again.dataobj), mask)
     np.testing.assert_allclose(again.affine, affine)

@@ -26,7 +26,6 @@ from medpsp.deploy.quantize import (
     fuse_silu,
     percentile_range,
     quantizable,
-    quantize,
 )
 from medpsp.deploy.restore import (
     Agreement,
@@ -132,7 +131,7 @@ def test_depthwise_layers_and_the_pool_are_left_out(net: Path) -> None:
 
 def test_cpu_takes_dense_convolutions_in_seven_bits(net: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "int8.onnx"
-    quantize(net, target, slices(4), METADATA, "cpu")
+    Quantizer(net, slices(4), "cpu").write(target, METADATA)
     proto = onnx.load(target)
     made, values = producers(proto), constants(proto)
     nodes = {node.name: node for node in proto.graph.node}
@@ -175,7 +174,7 @@ def test_products_of_matrices_give_floats_on_cpus(tmp_path: Path) -> None:
         proto.graph.initializer.append(numpy_helper.from_array(value, name))
     onnx.save(proto, tmp_path / "net.onnx")
     feeds = [{"image": rng.normal(0, 2, (9, 6)).astype(np.float32)} for _ in range(3)]
-    quantize(tmp_path / "net.onnx", tmp_path / "cpu.onnx", feeds, METADATA, "cpu")
+    Quantizer(tmp_path / "net.onnx", feeds, "cpu").write(tmp_path / "cpu.onnx", METADATA)
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "run.onnx")
     ort.InferenceSession(tmp_path / "cpu.onnx", options)
@@ -221,7 +220,7 @@ def test_silu_is_one_node_in_the_file_for_cpus(tmp_path: Path) -> None:
     feeds = [{"image": rng.normal(0, 2, (1, 1, 9, 7)).astype(np.float32)} for _ in range(3)]
     for kind, fused in (("cpu", ["silu"]), ("trt", [])):
         target = tmp_path / f"{kind}.onnx"
-        quantize(tmp_path / "net.onnx", target, feeds, METADATA, kind)
+        Quantizer(tmp_path / "net.onnx", feeds, kind).write(target, METADATA)
         made = onnx.load(target)
         assert [n.name for n in made.graph.node if n.op_type == "QuickGelu"] == fused
         assert {n.domain for n in made.graph.node} == {"", *["com.microsoft"] * len(fused)}
@@ -236,7 +235,7 @@ def test_trt_has_zero_points_of_zero_and_pairs_on_what_is_read_alone(
     net: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "trt.onnx"
-    quantize(net, target, slices(4), METADATA, "trt")
+    Quantizer(net, slices(4), "trt").write(target, METADATA)
     proto = onnx.load(target)
     made, values = producers(proto), constants(proto)
     check_symmetric(proto)
@@ -282,10 +281,10 @@ def test_ranges_are_those_of_all_feeds(net: Path, tmp_path: Path) -> None:
         yield from (constant(0), constant(100), constant(-100))
 
     target = tmp_path / "int8.onnx"
-    quantize(net, target, feeds, {}, "cpu")
+    Quantizer(net, feeds, "cpu").write(target, {})
     assert calls == [1]
     assert scale_of(target, "stem") == (pytest.approx(0.5 / 255), 0)
-    quantize(net, target, feeds, {}, "trt")
+    Quantizer(net, feeds, "trt").write(target, {})
     assert scale_of(target, "stem") == (pytest.approx(0.5 / 127, rel=0.01), 0)
 
 
@@ -294,7 +293,7 @@ def test_a_percentile_leaves_out_outliers(net: Path, tmp_path: Path) -> None:
     feeds[3]["image"][0, 0, 0, :4] = 300  # 4 of 4000 values are 1, the others 0.25
     scales = []
     for percentile in (100, 99.95, 99.5):
-        quantize(net, tmp_path / "int8.onnx", feeds, {}, "cpu", percentile)
+        Quantizer(net, feeds, "cpu", percentile).write(tmp_path / "int8.onnx", {})
         scales.append(scale_of(tmp_path / "int8.onnx", "stem")[0] * 255)
     assert scales[:2] == pytest.approx([1, 1])  # 0.025 % at each end is one value
     assert 0.25 <= scales[2] < 0.2505  # 0.25 % is ten; right to a bin
@@ -590,8 +589,8 @@ def test_another_process_writes_the_same_bytes(net: Path, tmp_path: Path) -> Non
 
 
 def write_all(net: Path, folder: Path) -> None:
-    quantize(net, folder / "cpu.onnx", slices(3), METADATA, "cpu", 99.9)
-    quantize(net, folder / "trt.onnx", slices(3), METADATA, "trt")
+    Quantizer(net, slices(3), "cpu", 99.9).write(folder / "cpu.onnx", METADATA)
+    Quantizer(net, slices(3), "trt").write(folder / "trt.onnx", METADATA)
     half(net, folder / "half.onnx", METADATA)
     for one, other in itertools.pairwise(sorted(folder.iterdir())):
         assert one.read_bytes() != other.read_bytes()

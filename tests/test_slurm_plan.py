@@ -507,7 +507,7 @@ def test_a_failed_submission_leaves_what_was_known(tmp_path: Path, monkeypatch: 
 
 def test_preflight_asks_for_the_room_that_the_checkpoints_of_the_run_take() -> None:
     gib = 2**30
-    one = {"node": "a", "time": 100.0, "free": 2 * gib, "scontrol": True, "gpus": 0}
+    one = {"node": "a", "time": 100.0, "free": 2 * gib, "scontrol": True}
     assert faults([one], need=2 * gib) == []
     (line,) = faults([one], need=3 * gib)
     assert line == ("preflight: node a: 2.0 GiB free in out, training may need 3.0; make room")

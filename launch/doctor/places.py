@@ -11,12 +11,11 @@ from pathlib import Path
 
 from launch.diagnose import MORE_SHM, OTHER_FOLDER, SHM, existing_folder, size_text
 from launch.doctor.rows import Row, note, ok, private, problem
+from launch.nodes import OBJECT_STORE
 from launch.preflight import BESIDE, MOST_SKEW_S
 
 BLOCK = 2**16
 """Bytes that are written to see whether a folder takes them."""
-OBJECT_STORE = 100 * 2**20
-"""Of Ray, in shared memory, as `shards.build` asks for it."""
 LIMIT = 107
 """Bytes of a socket's path (unix(7))."""
 SESSION = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"

@@ -12,6 +12,7 @@ from launch.new.facts import IMAGES
 from launch.new.maskpattern import Pattern
 from launch.new.regions import Classes
 from launch.new.trial import Tried
+from launch.new.words import many
 from medpsp.types import MaskKind, Series
 from shards.survey import MOST_LABELS, Survey
 
@@ -93,6 +94,14 @@ class Candidate(NamedTuple):
     series: tuple[Series, ...]
     files: int
     patterns: tuple[Pattern, ...] = ()
+
+
+def names_hidden(count: int) -> str:
+    """That names were found which may be somebody's."""
+    return (
+        f"{many(count, 'name')} of segments or regions not shown: of one patient alone, or with a "
+        "word of a person's name in it"
+    )
 
 
 def no_labels(fault: str = "", files: int = 0) -> Labels:

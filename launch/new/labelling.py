@@ -60,10 +60,7 @@ def _candidates(archive: Survey, source: Source, pool: SandboxPool) -> list[Cand
         match = match_labels(archive.series, source.survey.labels, kind, pool)
         found.append(Candidate(kind, match.series, match.read))
     found.append(masks_by_name(archive, source, _nifti_names(source)))
-    worth = [(_worth(one), one) for one in found]
-    return [
-        one for worth, one in sorted(worth, key=lambda pair: pair[0], reverse=True) if any(worth)
-    ]
+    return [one for one in sorted(found, key=_worth, reverse=True) if any(_worth(one))]
 
 
 def _told(candidate: Candidate) -> str:

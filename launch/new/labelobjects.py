@@ -14,12 +14,12 @@ from launch.new.labelfacts import (
     codes_of,
     laid,
     mostly,
+    names_hidden,
     no_labels,
     series_of,
 )
 from launch.new.regions import Seen, classes_of_names
 from launch.new.trial import chosen, class_sizes, try_masks
-from launch.new.words import many
 from medpsp.dicom.names import NameRule
 from medpsp.dicom.sandbox import Sandbox, SandboxPool, or_error
 from medpsp.errors import SourceError
@@ -58,7 +58,7 @@ def object_labels(source: Source, candidate: Candidate, pool: SandboxPool) -> La
         series=(*series, *others),
     )
     if not found.names:
-        return replace(labels, fault=_hidden(found.hidden))
+        return replace(labels, fault=names_hidden(found.hidden))
     rule = NameRule(classes=labels.classes, names=tuple(found.spelt.items()))
     some = chosen(series)
     tried = try_masks(some, rule, pool)
@@ -67,13 +67,6 @@ def object_labels(source: Source, candidate: Candidate, pool: SandboxPool) -> La
         return _ordered(labels, [s for s, t in zip(some, tried, strict=True) if t.overlap], pool)
     what = f"no {candidate.kind.upper()} could be laid on its images: {codes_of(tried)}"
     return replace(labels, fault=what)
-
-
-def _hidden(count: int) -> str:
-    return (
-        f"{many(count, 'name')} of segments or regions not shown: of one patient alone, or with a "
-        "word of a person's name in it"
-    )
 
 
 def _ordered(labels: Labels, overlapping: Sequence[Series], pool: SandboxPool) -> Labels:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
+
+from launch.cluster import cores_allowed, memory_allowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +14,8 @@ class Machine:
     """A machine.
 
     Attributes:
-        cores: That this process may use.
-        memory_gib: Of the machine, or of the control group of this process.
+        cores: Whole ones that affinity and control groups leave to this process.
+        memory_gib: Of the machine, or as much of it as control groups leave to this process.
         gpus: CUDA devices that torch sees.
         gpu_gib: Memory of the smallest of them.
         bf16: They all compute in it.
@@ -29,7 +30,9 @@ class Machine:
 
 def this_machine() -> Machine:
     """Look at the machine; torch is imported only where there is a driver."""
-    found = Machine(cores=len(os.sched_getaffinity(0)), memory_gib=_memory_gib())
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = min(whole, memory_allowed() or whole)
+    found = Machine(cores=max(1, int(cores_allowed())), memory_gib=memory / 2**30)
     if not _has_driver():
         return found
     try:
@@ -53,13 +56,3 @@ def _has_driver() -> bool:
     except OSError:
         return False
     return True
-
-
-def _memory_gib() -> float:
-    """Of the control group where it has a limit, else of the machine."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        limit = "max"
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(whole, int(limit) if limit.isdecimal() else whole) / 2**30

@@ -11,6 +11,7 @@ from launch.new.proposelabels import label_lines
 from launch.new.proposewindow import window_lines
 from launch.new.shares import FEW, chance_of_none, shares_of
 from launch.new.words import listed, many
+from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import code_of
 from shards.preflight import WORKER_MIB
 
@@ -177,7 +178,8 @@ def _means(found: Evidence) -> Iterator[Line]:
     places, machine = found.places, found.machine
     if places.key:
         yield Choice("data.key_file", str(places.key), "Made by `medpsp key new`, once; keep it.")
-    each = (1024 + WORKER_MIB) / 1024
+    usual = DataConfig.model_fields["decode_memory_mib"].default
+    each = (usual + WORKER_MIB) / 1024
     workers = max(1, min(machine.cores, int(machine.memory_gib / each), _WORKERS))
     yield Choice(
         "data.workers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launch.new.choices import Choice, Evidence, Line, Open
-from launch.new.labelfacts import BACKGROUND, TITLES, Labels, codes_of
+from launch.new.labelfacts import BACKGROUND, TITLES, Labels, codes_of, names_hidden
 from launch.new.words import listed, many
 
 
@@ -78,8 +78,7 @@ def _classes(labels: Labels) -> Iterator[Line]:
     if found.hidden:
         yield Open(
             "data",
-            f"{many(found.hidden, 'name')} of segments or regions not shown: of one patient alone, "
-            "or with a word of a person's name in it. Add what is a class to data.label_names.",
+            f"{names_hidden(found.hidden)}. Add what is a class to data.label_names.",
         )
 
 

@@ -142,7 +142,8 @@ def _steps(found: Evidence, batch: int) -> Choice:
         return Choice(
             "train.steps",
             steps,
-            f"{kept:.0f} slices to train on: at most about 300 passes over them, a rule of thumb.",
+            f"{kept:.0f} slices to train on: at most about {_MOST_PASSES} passes over them, a rule "
+            "of thumb.",
         )
     return Choice(
         "train.steps", usual, f"About {passes:.0f} passes over some {kept:.0f} training slices."
@@ -184,11 +185,11 @@ def _on_gpus(found: Evidence) -> Iterator[Choice]:
     yield Choice("train.ranks", machine.gpus, f"One for each of {many(machine.gpus, 'GPU')}.")
     if machine.bf16:
         yield Choice("train.precision", "bf16", "The GPUs compute in it.")
-    yield Choice("train.channels_last", True, "What the README advises for GPUs.")
+    yield Choice("train.channels_last", True, "The layout that convolutions on GPUs work in.")
     yield Choice(
         "train.compile",
         "reduce-overhead",
-        "What the README advises: a fast GPU waits for the CPU otherwise.",
+        "A fast GPU waits for the CPU otherwise; a minute or two at each stage.",
     )
     yield Choice(
         "train.augment_on",

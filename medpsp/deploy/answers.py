@@ -38,14 +38,12 @@ class Target:
         shape: (N, H, W) of its grid.
         affine: (4, 4) index (column, row, slice) to mm LPS; None without geometry.
         dicom: The slices, where they are DICOM.
-        frame_ms: How long a frame of a GIF is shown.
     """
 
     name: str
     shape: tuple[int, int, int]
     affine: tuple[tuple[float, ...], ...] | None = None
     dicom: Series | None = None
-    frame_ms: float = 100.0
 
 
 class Answers:
@@ -64,7 +62,7 @@ class Answers:
     """
 
     def __init__(
-        self, out: Path, target: Target, model: ModelFile, formats: tuple[Format, ...] = USUAL
+        self, out: Path, target: Target, model: ModelFile, formats: tuple[Format, ...]
     ) -> None:
         self._out, self._target, self._model = out, target, model
         self._formats = formats
@@ -90,7 +88,7 @@ class Answers:
             writer = MaskWriter(path, target.shape, np.array(target.affine))
             self._nifti = self._stack.enter_context(writer)
         if "gif" in formats:
-            gif = GifWriter(self._work / f"{name}.gif", target.frame_ms)
+            gif = GifWriter(self._work / f"{name}.gif")
             self._gif = self._stack.enter_context(gif)
         return self
 

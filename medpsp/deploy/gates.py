@@ -47,6 +47,8 @@ SATURATION_DB = 2.0
 """Real kernels and float emulation differed by up to 0.5 dB without saturation, and by 4 to 13 dB
 with it (ResNet18, MobileNetV3 and EfficientNet-B0 on AVX2)."""
 ROUNDS, WARM = 11, 2
+WORST = 3
+"""Slices of each file that are kept to be drawn."""
 
 
 class Slice(Protocol):
@@ -138,7 +140,7 @@ def scores(
             to_fp32[name] += confusion(reference, mask, classes)
             to_label[name] += confusion(one.label, mask, classes)
             found = Differing(image=one.image, window=one.window, fp32=reference, other=mask)
-            worst[name] = sorted([*worst[name], found], key=lambda d: -d.pixels)[:3]
+            worst[name] = sorted([*worst[name], found], key=lambda d: -d.pixels)[:WORST]
     return {
         name: Scores(
             against_fp32=tuple(dice_per_class(to_fp32[name]).tolist()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import struct
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-USUAL_MS = 100.0
-"""Of a frame, where the cine names no time."""
-
-LEAST, MOST = 2, 65535
-"""Hundredths of a second a frame is shown; below 2, browsers show it for 10."""
+SHOWN = 10
+"""Hundredths of a second for a frame."""
 
 HEAD = 13
 """Bytes before the colours: signature and logical screen descriptor (GIF89a 17, 18)."""
@@ -34,28 +30,22 @@ class GifWriter:
 
     Args:
         path: It has its name only when all is written; no frame, no file.
-        frame_ms: Frame Time (0018,1063): ms that a frame is shown, `USUAL_MS` where it is None, 0
-            or not a number. GIF counts hundredths of a second: what rounding takes from one frame,
-            a later one gets. Less than 20 ms become 20.
     """
 
-    def __init__(self, path: Path, frame_ms: float | None = None) -> None:
-        usable = frame_ms if frame_ms and 0 < frame_ms < math.inf else USUAL_MS
-        self._hundredths = min(max(usable / 10, LEAST), MOST)
-        self._path, self._count = path, 0
+    def __init__(self, path: Path) -> None:
+        self._path, self._empty = path, True
         self._partial = path.with_name(f".partial-{path.name}")
         self._file = self._partial.open("wb")
 
     def add(self, frame: NDArray[np.uint8]) -> None:
         """The next (H, W, 3) RGB; all are of one size, at most 65535 a side."""
-        if not self._count:
+        if self._empty:
             height, width = frame.shape[:2]
             self._file.write(b"GIF89a" + struct.pack("<HHBBB", width, height, 0x70, 0, 0))
             self._file.write(b"!\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # without end
-        now, later = (round(n * self._hundredths) for n in (self._count, self._count + 1))
-        self._file.write(b"!\xf9\x04" + struct.pack("<BHBB", 0, later - now, 0, 0))
+        self._file.write(b"!\xf9\x04" + struct.pack("<BHBB", 0, SHOWN, 0, 0))
         self._file.write(_image(frame))
-        self._count += 1
+        self._empty = False
 
     def __enter__(self) -> GifWriter:
         return self
@@ -69,7 +59,7 @@ class GifWriter:
         try:
             with self._file:
                 self._file.write(b";")
-            if kind is None and self._count:
+            if kind is None and not self._empty:
                 self._partial.replace(self._path)
         finally:
             self._partial.unlink(missing_ok=True)

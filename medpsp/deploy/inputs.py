@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from medpsp.channels import channels_first
 from medpsp.types import FloatArray, PixelDtype, Window
 
 
@@ -41,7 +42,7 @@ class GraphInput:
         """Of the network."""
         return self.planes * self.views
 
-    def outside(self, inverted: bool = False) -> float:
+    def outside(self, inverted: bool) -> float:
         """Value that is shown as 0: what lies around an image that is smaller than a tile."""
         if self.dtype == "float32":
             return float("inf") if inverted else float("-inf")
@@ -95,11 +96,7 @@ def as_planes(images: Sequence[NDArray[Any]], given: GraphInput) -> NDArray[Any]
     Raises:
         ValueError: Values that the type of the graph does not hold.
     """
-    planes = []
-    for image in images:
-        first = image.transpose(2, 0, 1) if image.ndim == 3 else image[None]
-        planes.append(np.broadcast_to(first, (given.colours, *first.shape[1:])))
-    stack = np.concatenate(planes)
+    stack = np.concatenate([channels_first(image, given.colours) for image in images])
     with np.errstate(invalid="ignore"):
         cast = stack.astype(given.dtype)
     if not np.can_cast(stack.dtype, given.dtype) and not (cast == stack).all():

@@ -87,15 +87,15 @@ def _segment(
 ) -> tuple[list[Prediction], list[ScanRow]]:
     """Under a name that names nobody: messages and some answers carry that of the source."""
     ends = (end for end in (*nifti.SUFFIXES, *voc.SUFFIXES) if source.name.lower().endswith(end))
-    with tempfile.TemporaryDirectory() as alone:
-        link = Path(alone) / f"entry{next(ends, '')}"
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"entry{next(ends, '')}"
         link.symlink_to(source.resolve())
         return predictor.source(link, out)
 
 
 def _without_path(text: str) -> str:
-    head, _, rest_of_it = text.partition(": ")
-    return rest_of_it if tempfile.gettempdir() in head else text
+    head, _, rest = text.partition(": ")
+    return rest if tempfile.gettempdir() in head else text
 
 
 def _line(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) -> str:

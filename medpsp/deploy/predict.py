@@ -88,11 +88,11 @@ class Predictor:
     def _source(
         self, source: Path, out: Path, advance: Callable[[str], None]
     ) -> tuple[list[Prediction], list[ScanRow]]:
-        if source.name.endswith(nifti.SUFFIXES):
+        if source.name.lower().endswith(nifti.SUFFIXES):
             return self._nifti(source, out, advance)
-        with tempfile.TemporaryDirectory() as alone:
-            (Path(alone) / source.name).symlink_to(source.resolve())
-            return self._all(Path(alone), out, advance, source)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / source.name).symlink_to(source.resolve())
+            return self._all(Path(folder), out, advance, source)
 
     def folder(
         self, source: Path, out: Path, advance: Callable[[str], None] = lambda name: None

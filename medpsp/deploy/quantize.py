@@ -114,7 +114,7 @@ class Quantizer:
         return made
 
     def write(self, target: Path, metadata: dict[str, Any], restored: Collection[str] = ()) -> None:
-        """Write the int8 file.
+        """Write the int8 file; a ``trt`` one is as large as fp32: TensorRT makes the int8 itself.
 
         Args:
             target: Where to.
@@ -153,21 +153,6 @@ TRT = {
 types allowed as input to this layer": onnxruntime issue 14229, onnx-tensorrt issue 850), so the
 weights stay float with a pair of their own. It fuses what follows a convolution before the next
 pair; one more pair between would only cost accuracy."""
-
-
-def quantize(
-    source: Path,
-    target: Path,
-    feeds: Source,
-    metadata: dict[str, Any],
-    kind: Kind,
-    percentile: float = 100.0,
-) -> None:
-    """Write the int8 copy of an fp32 file; arguments and errors as in `Quantizer`.
-
-    A ``trt`` file is as large as the fp32 file: TensorRT makes the int8 weights itself.
-    """
-    Quantizer(source, feeds, kind, percentile).write(target, metadata)
 
 
 def quantizable(proto: onnx.ModelProto) -> tuple[str, ...]:

@@ -23,16 +23,13 @@ MARGIN = 2e-4
 """Two logits nearer than this may change places where sums are taken in another order."""
 
 
-def open_session(
-    path: Path, threads: int = 1, optimise: bool = True, provider: str = "CPUExecutionProvider"
-) -> ort.InferenceSession:
-    """A session.
+def open_session(path: Path, threads: int = 1, optimise: bool = True) -> ort.InferenceSession:
+    """A session on the CPU.
 
     Args:
         path: Of the ONNX file.
-        threads: Of the CPU; 0 for all cores.
+        threads: 0 for all cores.
         optimise: False runs each node as it stands, QDQ in float: what a CPU with VNNI computes.
-        provider: Of ONNX Runtime.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -41,7 +38,7 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(path, options, providers=[provider])
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: ort.InferenceSession, feeds: Feeds, *names: str) -> list[NDArray[Any]]:

@@ -130,7 +130,7 @@ class NiftiVolume(NamedTuple):
         proxy = _loaded(self.path).dataobj
         count, rows, columns = self.shape
         size = rows * columns * proxy.dtype.itemsize
-        opener = gzip.open if self.path.name.endswith(".gz") else open
+        opener = gzip.open if self.path.name.lower().endswith(".gz") else open
         with cast(BinaryIO, opener(self.path, "rb")) as file:
             try:
                 file.seek(proxy.offset)

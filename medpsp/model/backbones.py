@@ -133,14 +133,12 @@ def _check_maps(backbone: Any, config: ModelConfig) -> None:
     backbone.zero_grad(set_to_none=True)
     backbone.train(training)
     found = [tuple(m.shape[1:]) for m in maps]
-    said = [
-        (c, size // s, size // s) for c, s in zip(info.channels(), info.reduction(), strict=True)
-    ]
     strides = info.reduction()
+    said = [(c, size // s, size // s) for c, s in zip(info.channels(), strides, strict=True)]
     kinds = 2 if config.head == "refine" else 1  # it needs a finer one
     fits = strides[-1] == config.output_stride and len(set(strides)) >= kinds
     if found != said or len(found) < 2 or not fits:
-        raise _unfit(config, f"strides {info.reduction()}, maps {found} of {size} x {size}")
+        raise _unfit(config, f"strides {strides}, maps {found} of {size} x {size}")
     if unused:
         raise _unfit(config, f"{len(unused)} parameters are in no map, the first: {unused[0]}")
 

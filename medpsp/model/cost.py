@@ -77,7 +77,7 @@ def model_cost(
     config: ModelConfig, classes: int, size: tuple[int, int], device: torch.device | None = None
 ) -> Cost:
     """Count, and measure on a device if there is one."""
-    model = build_model(config.model_copy(update={"pretrained": False}), classes).eval()
+    model = build_model(config.untrained, classes).eval()
     image = torch.rand(1, config.channels, *size, generator=torch.Generator().manual_seed(0))
     return Cost(
         backbone=config.backbone,

@@ -29,11 +29,12 @@ def augment(
 
     Args:
         image: (H, W) or (H, W, C), any range and number of channels; all are treated alike.
-        label: (H, W) class indices; what is turned in from outside becomes 255.
+        label: (H, W) class indices; what is turned in from outside becomes 255, and the image 0
+            there: air, after windowing.
         level: ``none``, ``low`` (rotation, brightness), ``mid`` (and grid distortion) or
             ``high`` (and elastic deformation).
         rng: Keyed on (seed, epoch, sample), so that no worker count changes the result.
-        options: Flips, spacing, fill, and transforms of albumentations.
+        options: Flips, spacing, and transforms of albumentations.
 
     Returns:
         What was given, where nothing was drawn.
@@ -42,7 +43,7 @@ def augment(
         return image, label
     rows, columns = label.shape
     drawn = draw(level, rng, (rows, columns), options)
-    image, label = apply_draw(image, label, drawn, options.fill)
+    image, label = apply_draw(image, label, drawn)
     if options.transforms is None:
         return image, label
     return options.transforms(image, label, rng)

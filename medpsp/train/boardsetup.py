@@ -56,10 +56,10 @@ def finish(board: Board, config: Config, step: int, best: float) -> None:
     board.summaries(end)
 
 
-def data_text(data_id: str, names: Sequence[str], weights: Sequence[float]) -> str:
-    """Which data: hash of the manifest, classes and their weights in the loss; Markdown."""
+def data_text(content: str, names: Sequence[str], weights: Sequence[float]) -> str:
+    """Which data: digest of all shards, classes and their weights in the loss; Markdown."""
     rows = [f"| {name} | {w:.4g} |" for name, w in zip(names, weights, strict=True)]
-    head = f"manifest `{data_id}`\n\n| class | weight |\n|---|---|\n"
+    head = f"digest of all shards `{content}`\n\n| class | weight |\n|---|---|\n"
     return head + "\n".join(rows)
 
 

@@ -100,7 +100,7 @@ def fit(run: Run, model: PSPNet) -> TrainState:
     """Train to the end of the schedule, from the newest checkpoint if there is one.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another network, or ``train.resume`` forbids it.
+        CheckpointError, ConfigError: As `restore`.
         NonFiniteLossError: Too many steps in a row had no finite gradient.
         Interrupted: A signal came or the time is over; everything is saved.
         TrainError: A stage has fewer batches than steps.

@@ -15,18 +15,21 @@ COPIES = {"ddp": 0, "zero1": 2, "zero2": 3, "zero3": 4}
 def memory_note(model: nn.Module, train: TrainConfig, world: World) -> str:
     """One line: what the engine takes, and what plain DDP would take.
 
-    Weights, gradients and the two moments of AdamW; activations, which are most of it, are the
-    same for every engine.
+    Weights, gradients and the two moments of AdamW, and the network that is scored where that is
+    another one (see `ema.Average`); activations, which are most of it, are the same for every
+    engine.
     """
     one = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-    copies = 4 + bool(train.ema)
-    plain = copies * one
+    plain = (4 + bool(train.ema)) * one
     divided = COPIES[train.engine]
     ours = plain - divided * one * (1 - 1 / world.size)
+    if train.engine == "zero3":  # a whole copy on each rank
+        ours += one
     text = f"weights, gradients and moments take {ours:.0f} MiB on a rank"
     if not divided:
         return f"{text}, activations come on top"
-    saved = f"{plain - ours:.0f} MiB less than ddp, which is the faster one"
+    less = "less" if ours <= plain else "more"
+    saved = f"{abs(plain - ours):.0f} MiB {less} than ddp, which is the faster one"
     return f"{text}, {saved}; activations come on top"
 
 

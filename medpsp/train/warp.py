@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medpsp.train.augmentextra import Transforms
 
-FloatArray = NDArray[np.float64]
+Floats = NDArray[np.float64]
 Matrix = tuple[tuple[float, float], tuple[float, float]]
 
 CHANCE = {"rotate": 0.5, "brightness": 0.5, "grid": 0.3, "elastic": 0.3}
@@ -49,14 +49,12 @@ class AugmentOptions:
     Attributes:
         flips: Mirror rows and columns, each in half of the samples; loses left and right.
         spacing: mm between rows, between columns; NaN or 0, not known, counts as 1.
-        fill: Value of what comes in from outside: air, which is 0 after windowing.
         transforms: Of albumentations, after ours.
         always: All of a level in every sample, for tests and benchmarks.
     """
 
     flips: bool = False
     spacing: tuple[float, float] = (1.0, 1.0)
-    fill: float = 0.0
     transforms: Transforms | None = None
     always: bool = False
 
@@ -66,9 +64,9 @@ class Lines(NamedTuple):
 
     first: float
     step: float
-    moved: FloatArray
+    moved: Floats
 
-    def at(self, length: int) -> FloatArray:
+    def at(self, length: int) -> Floats:
         """Displacement of every pixel; linear between lines."""
         places = self.first + self.step * np.arange(len(self.moved))
         return np.interp(np.arange(length), places, self.moved)
@@ -81,7 +79,7 @@ class Nodes(NamedTuple):
     """
 
     steps: tuple[float, float]
-    moved: FloatArray
+    moved: Floats
 
 
 class Bend(NamedTuple):
@@ -94,10 +92,10 @@ class Bend(NamedTuple):
     """
 
     first: NDArray[np.intp]
-    weights: FloatArray
-    along: FloatArray
+    weights: Floats
+    along: Floats
 
-    def dense(self) -> FloatArray:
+    def dense(self) -> Floats:
         """``first`` and ``weights`` as a matrix (H, K)."""
         rows = np.arange(len(self.first))
         matrix = np.zeros((len(rows), len(self.along)))
@@ -135,7 +133,7 @@ class Draw:
         """Whether any value changes."""
         return (self.gain, self.offset) != (1.0, 0.0)
 
-    def axes(self) -> tuple[FloatArray, FloatArray]:
+    def axes(self) -> tuple[Floats, Floats]:
         """The part by column (2, W) and by row (2, H) of the source's column and row."""
         rows, columns = self.shape
         middle = np.array([(columns - 1) / 2, (rows - 1) / 2])
@@ -237,7 +235,7 @@ def _elastic(
     return Nodes((across, down), shifts * np.array([across, down])[:, None, None])
 
 
-def _splines(length: int, step: float) -> tuple[NDArray[np.intp], FloatArray]:
+def _splines(length: int, step: float) -> tuple[NDArray[np.intp], Floats]:
     """First of the four nodes that move a pixel, and the weights of the four, (4, length)."""
     place = np.arange(length) / step
     first = np.floor(place).astype(np.intp)

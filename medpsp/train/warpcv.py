@@ -37,50 +37,48 @@ _space = _Space()
 
 
 def apply_draw(
-    image: Floats, label: NDArray[np.uint8], drawn: Draw, fill: float = 0.0
+    image: Floats, label: NDArray[np.uint8], drawn: Draw
 ) -> tuple[Floats, NDArray[np.uint8]]:
     """Deform and brighten one sample.
 
     Args:
-        image: (H, W) or (H, W, C), any range, any number of channels.
+        image: (H, W) or (H, W, C), any range, any number of channels; 0 comes in from outside.
         label: (H, W); what comes in from outside becomes 255.
         drawn: Of that shape.
-        fill: Value of the image outside.
 
     Returns:
         New arrays, or those given where nothing was drawn.
     """
-    if drawn.brightens:  # first, so that the fill stays what it is
+    if drawn.brightens:  # first, so that what comes in from outside stays 0
         image = image * np.float32(drawn.gain)
         image += np.float32(drawn.offset)
     if not drawn.moves:
         return image, label
     cv2 = _cv2()
     x, y = _sources(drawn)
-    border = {"borderMode": cv2.BORDER_CONSTANT}
     mask = cv2.remap(
-        np.ascontiguousarray(label), x, y, cv2.INTER_NEAREST, borderValue=IGNORE, **border
-    )
-    return _sampled(image, x, y, fill), mask
-
-
-def _sampled(image: Floats, x: Floats, y: Floats, fill: float) -> Floats:
-    if image.ndim == 2 or image.shape[2] <= _CHANNELS:
-        return _remapped(image, x, y, fill)
-    starts = range(0, image.shape[2], _CHANNELS)
-    parts = [image[..., start : start + _CHANNELS] for start in starts]
-    return np.concatenate([_remapped(part, x, y, fill) for part in parts], axis=2)
-
-
-def _remapped(image: Floats, x: Floats, y: Floats, fill: float) -> Floats:
-    cv2 = _cv2()
-    warped: Floats = cv2.remap(
-        np.ascontiguousarray(image),
+        np.ascontiguousarray(label),
         x,
         y,
-        cv2.INTER_LINEAR,
+        cv2.INTER_NEAREST,
         borderMode=cv2.BORDER_CONSTANT,
-        borderValue=(fill,) * _CHANNELS,  # a single number would fill the first channel alone
+        borderValue=IGNORE,
+    )
+    return _sampled(image, x, y), mask
+
+
+def _sampled(image: Floats, x: Floats, y: Floats) -> Floats:
+    if image.ndim == 2 or image.shape[2] <= _CHANNELS:
+        return _remapped(image, x, y)
+    starts = range(0, image.shape[2], _CHANNELS)
+    parts = [image[..., start : start + _CHANNELS] for start in starts]
+    return np.concatenate([_remapped(part, x, y) for part in parts], axis=2)
+
+
+def _remapped(image: Floats, x: Floats, y: Floats) -> Floats:
+    cv2 = _cv2()
+    warped: Floats = cv2.remap(
+        np.ascontiguousarray(image), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
     )
     return warped.reshape(image.shape)  # a last axis of 1 was dropped
 

@@ -14,16 +14,13 @@ from medpsp.types import IGNORE
 
 
 @torch.no_grad()
-def apply_batch(
-    images: Tensor, labels: Tensor, draws: Sequence[Draw], *, fill: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def apply_batch(images: Tensor, labels: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     """Deform and brighten samples as `warpcv.apply_draw` does, all at once.
 
     Args:
-        images: (N, C, H, W) float32 or float64, any range.
+        images: (N, C, H, W) float32 or float64, any range; 0 comes in from outside, label 255.
         labels: (N, H, W) uint8, on the same device.
         draws: One a sample, of its shape.
-        fill: Value of what comes in from outside; its label is 255.
 
     Returns:
         New tensors, or those given where nothing was drawn.
@@ -36,7 +33,7 @@ def apply_batch(
     with torch.autocast(images.device.type, enabled=False):  # places in bf16 err by pixels
         source = _sources([draws[n] for n in moving], images)
         return (
-            images.index_copy(0, index, _sampled(images[index], source, fill)),
+            images.index_copy(0, index, _sampled(images[index], source)),
             labels.index_copy(0, index, _nearest(labels[index], source)),
         )
 
@@ -75,14 +72,12 @@ def _placed(arrays: Sequence[np.typing.NDArray[np.float64]], like: Tensor) -> Te
     return torch.from_numpy(np.stack(arrays)).to(like.device, like.dtype)
 
 
-def _sampled(images: Tensor, source: Tensor, fill: float) -> Tensor:
-    """Bilinear; outside is 0 for torch, so the fill is taken off and put back."""
+def _sampled(images: Tensor, source: Tensor) -> Tensor:
+    """Bilinear; 0 outside."""
     rows, columns = images.shape[2:]
     sides = source.new_tensor([columns, rows])
     places = (2 * source.permute(0, 2, 3, 1) + 1) / sides - 1
-    if fill == 0:
-        return F.grid_sample(images, places, align_corners=False)
-    return F.grid_sample(images - fill, places, align_corners=False) + fill
+    return F.grid_sample(images, places, align_corners=False)
 
 
 def _nearest(labels: Tensor, source: Tensor) -> Tensor:
