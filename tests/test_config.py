@@ -95,7 +95,10 @@ def test_unknown_key_below_an_optional_section(tmp_path: Path) -> None:
         ("data.split={val: 0.5, test: 0.5}", "val + test must stay below 1, got 1"),
         ("data.label_map={7: 2}", "sends 7 to 2; classes are 0..1 and 255 is ignore"),
         ("data.label_names={Milz: spleen}", "label_names leads to spleen; classes are"),
-        ("data.label_pattern={Name}.nii", "label_pattern '{Name}.nii': fields are {PatientID}"),
+        *(
+            (f"data.label_pattern='{p}'", f"label_pattern '{p}': fields are {{PatientID}}")
+            for p in ("{Name}.nii", "{}.nii", "{0}", "{PatientID", "{folder.x}")
+        ),
         ("data.modalities=[ct]", "modalities: 'ct', expected a DICOM code in capitals, as CT"),
         ("data.classes=[a, '  ']", "classes: '  ' is blank, or has a backslash"),
         ("data.classes=[a, 'b\\c']", "is blank, or has a backslash or control character"),

@@ -7,6 +7,7 @@ the window 40/400, which shows h HU as x = (h + 160) / 400.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -761,7 +762,8 @@ def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     mask = np.asarray(nib.load(tmp_path / "a/series-000.nii.gz").dataobj)
     affine = nib.load(tmp_path / "a/series-000.nii.gz").affine
     nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), affine), tmp_path / "v.nii.gz")
-    (volume,), rows = predictor.source(tmp_path / "v.nii.gz", tmp_path / "d")
+    capitals = Path(shutil.copy(tmp_path / "v.nii.gz", tmp_path / "V.NII.GZ"))
+    (volume,), rows = predictor.source(capitals, tmp_path / "d")
     assert rows == []
     assert volume.pixels == whole.pixels
     again = nib.load(tmp_path / "d/series-000.nii.gz")

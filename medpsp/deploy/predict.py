@@ -88,7 +88,7 @@ class Predictor:
     def _source(
         self, source: Path, out: Path, advance: Callable[[str], None]
     ) -> tuple[list[Prediction], list[ScanRow]]:
-        if source.name.endswith(nifti.SUFFIXES):
+        if source.name.lower().endswith(nifti.SUFFIXES):
             return self._nifti(source, out, advance)
         with tempfile.TemporaryDirectory() as alone:
             (Path(alone) / source.name).symlink_to(source.resolve())
