@@ -147,12 +147,12 @@ def dicom_masks(
     for file, target in aims:
         some = index.of(target)
         try:
-            match = match_series(target, [series[number] for number in some])
+            matched = match_series(target, [series[number] for number in some])
         except SourceError as error:
             fate.append(_refused(file, error))
             robbed.add(target.patient_id)
             continue
-        numbers = [some[place] for place in match.series]
+        numbers = [some[place] for place in matched]
         for number in numbers:
             masks.setdefault(number, []).append(file.place)
         shared.update(numbers if len(numbers) > 1 else ())
