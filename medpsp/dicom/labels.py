@@ -155,13 +155,13 @@ def _by_index(values: NDArray[Any], image: Any, grid: Grid) -> LabelVolume:
         raise LabelError(
             "MASK_GRID_MISMATCH",
             f"{grid.shape[0]} single images without a position have no order that a mask could "
-            "follow; data.mask_geometry: index needs positions or the frames of one object",
+            "follow; data.mask_geometry=index needs positions or the frames of one object",
         )
     placed = values.transpose(2, 1, 0)
     if placed.shape != grid.shape:
         raise LabelError(
             "MASK_GRID_MISMATCH",
-            f"mask {values.shape}, image {grid.shape[::-1]}; data.mask_geometry: index needs both "
+            f"mask {values.shape}, image {grid.shape[::-1]}; data.mask_geometry=index needs both "
             "to be equal",
         )
     notes = {"MASK_BY_INDEX": 1}

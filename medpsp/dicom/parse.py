@@ -34,10 +34,10 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote el
 pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
 
 IMPLICIT, EXPLICIT, DEFLATED, BIG = (
-    "1.2.840.10008.1.2",
-    "1.2.840.10008.1.2.1",
-    "1.2.840.10008.1.2.1.99",
-    "1.2.840.10008.1.2.2",
+    "1.2.840.10008.1.2",  # Implicit VR Little Endian
+    "1.2.840.10008.1.2.1",  # Explicit VR Little Endian
+    "1.2.840.10008.1.2.1.99",  # Deflated Explicit VR Little Endian
+    "1.2.840.10008.1.2.2",  # Explicit VR Big Endian
 )
 PIXEL_TAGS = {
     0x7FE00010: "PixelData",

@@ -16,7 +16,7 @@ from medpsp.dicom.codes import refusal
 from medpsp.dicom.labels import integral
 from medpsp.dicom.walk import leads_nowhere, system_said
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
-from medpsp.types import PixelDtype, Place, ScanRow, Series, SliceRef, Split
+from medpsp.types import SPLITS, PixelDtype, Place, ScanRow, Series, SliceRef, Split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _PILLOW_RAISES = (
@@ -28,7 +28,6 @@ _PILLOW_RAISES = (
 )
 _Groups = dict[tuple[str, int, int, str, str], list[tuple[SliceRef, Place]]]
 Read = Callable[[Path], NDArray[np.generic]]
-_LISTS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
 def scan_voc(
@@ -119,8 +118,8 @@ def read_image(path: Path) -> NDArray[np.generic]:
     outside everywhere here; what an opaque alpha channel holds is lost.
 
     Raises:
-        DicomError: IMAGE_UNREADABLE, or BITS_UNSUPPORTED for colour of 16 bits, of which Pillow
-            would keep 8 without a word.
+        DicomError: IMAGE_UNREADABLE, FILE_UNREADABLE, or BITS_UNSUPPORTED for colour of 16 bits, of
+            which Pillow would keep 8 without a word.
     """
     try:
         with Image.open(path) as image:
@@ -153,7 +152,8 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
     """Read a mask of class values: palette or grey PNG, or RGB with equal channels.
 
     Raises:
-        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH.
+        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH,
+            FILE_UNREADABLE.
     """
     if not path.is_file():
         raise LabelError("MASK_MISSING", "no mask of the same name as the image")
@@ -237,8 +237,8 @@ def _is_grey(image: Image.Image) -> bool:
 
 def _read_lists(folder: Path, root: Path) -> dict[str, set[Split]]:
     listed: dict[str, set[Split]] = defaultdict(set)
-    for name, split in _LISTS.items():
-        path = folder / f"{name}.txt"
+    for split in SPLITS:
+        path = folder / f"{split}.txt"
         if leads_nowhere(path, root) or leads_nowhere(folder, root):
             raise ConfigError(f"split list {path}: a link to nowhere; is its disk mounted?")
         if path.is_file():
