@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ def scan_voc(
         raise ConfigError(f"data.voc.patient_pattern: not a regular expression ({error})") from None
     if pattern.groups < 1:
         raise ConfigError("data.voc.patient_pattern: needs one group, for example ^(p[0-9]+)-")
-    listed = _read_lists(root / voc.lists, root)
+    listed = _read_lists(root / voc.lists, root, images)
     groups: _Groups = defaultdict(list)
     splits: dict[str, set[Split]] = defaultdict(set)
     rows: list[ScanRow] = []
@@ -235,7 +235,8 @@ def _is_grey(image: Image.Image) -> bool:
     return len(image.getbands()) == 1 and image.mode != "P"
 
 
-def _read_lists(folder: Path, root: Path) -> dict[str, set[Split]]:
+def _read_lists(folder: Path, root: Path, stems: Container[str]) -> dict[str, set[Split]]:
+    """Splits of the names that are listed; of a line the first word, or all of one with blanks."""
     listed: dict[str, set[Split]] = defaultdict(set)
     for split in SPLITS:
         path = folder / f"{split}.txt"
@@ -247,6 +248,6 @@ def _read_lists(folder: Path, root: Path) -> dict[str, set[Split]]:
             except ValueError:
                 raise ConfigError(f"split list {path}: not UTF-8 text") from None
             for line in lines:
-                if line.strip():
-                    listed[line.split()[0]].add(split)
+                if name := line.strip():
+                    listed[name if name in stems else name.split()[0]].add(split)
     return listed
