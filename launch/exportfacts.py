@@ -32,6 +32,7 @@ from medpsp.deploy.dossier import (
 )
 from medpsp.deploy.gates import Differing
 from medpsp.intensity import overlay
+from medpsp.types import SPLITS
 from shards.index import file_sha256
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def _training(config: Config, rows: Sequence[SliceRow], manifest: str) -> Traini
     for row in rows:
         patients[row.split].add(row.patient)
         slices[row.split] += 1
-    splits = [name for name in ("train", "val", "test") if name in slices]
+    splits = [name for name in SPLITS if name in slices]
     return {
         "manifest": manifest,
         "splits": {n: {"patients": len(patients[n]), "slices": slices[n]} for n in splits},

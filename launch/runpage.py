@@ -23,12 +23,12 @@ from launch.runsections import (
 from launch.trained import shown
 from medpsp.deploy.dossier import Facts
 from medpsp.dicom.codes import code_of
+from medpsp.types import STATUSES
 from shards.figures import Columns
 from shards.index import REPORT, SHARDS, Manifest, file_sha256, write_bytes_durably
 from shards.layout import changed_settings
 from shards.page import Html, coded, join, page, pairs, stacked, table, tag
 from shards.sections import (
-    STATUSES,
     classes_section,
     images_section,
     section,

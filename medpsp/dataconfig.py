@@ -20,10 +20,12 @@ from medpsp.types import ReadPolicy, Window
 _ODD = re.compile(r"[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What a DICOM text of one value does not take (PS3.5 6.2)."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+DECODE_SECONDS, DECODE_MEMORY_MIB = 30, 1024
+"""Limits of a decoder where no configuration says others: on a device, for one."""
 
 
 class Node(BaseModel):
-    """Frozen, every key is known, and no number is infinite or a boolean."""
+    """Frozen; every key is known, no number is infinite or a boolean, no text has a zero byte."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -87,7 +89,9 @@ class DataConfig(Node):
         default="dicom", description="voc: pairs of images and masks in VOC folders."
     )
     archive: Path = Field(description="Folder that is read, with all below it; never written to.")
-    labels: Path | None = Field(default=None, description="Root of the masks; none: unlabelled.")
+    labels: Path | None = Field(
+        default=None, description="Root of the masks; none: unlabelled, or see label_format."
+    )
     label_pattern: str = Field(
         default="{PatientID}.nii.gz",
         description="Mask of a series below `labels`; fields: PatientID, SeriesInstanceUID, "
@@ -153,10 +157,11 @@ class DataConfig(Node):
         description="shift: the index holds study days, moved by a keyed offset per patient.",
     )
     decode_seconds: Annotated[int, Field(ge=1, le=3600)] = Field(
-        default=30, description="CPU seconds for one object before its decoder is stopped."
+        default=DECODE_SECONDS,
+        description="CPU seconds for one object before its decoder is stopped.",
     )
     decode_memory_mib: Annotated[int, Field(ge=256)] = Field(
-        default=1024, description="Memory of one decoder process, MiB."
+        default=DECODE_MEMORY_MIB, description="Memory of one decoder process, MiB."
     )
     window: WindowConfig | None = Field(
         default=None,

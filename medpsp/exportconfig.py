@@ -82,5 +82,7 @@ class ExportConfig(Node):
     @model_validator(mode="after")
     def _int8_needs_13(self) -> ExportConfig:
         if self.opset < 13 and self.variants:
-            raise ValueError("opset 11 has no per-channel int8: set export.variants=[], or 13")
+            raise ValueError(
+                "opset 11 has no per-channel int8: set export.variants=[], or export.opset=13"
+            )
         return self

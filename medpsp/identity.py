@@ -25,7 +25,8 @@ def load_key(path: Path | None) -> bytes:
     """The project key: from a file, or from MEDPSP_KEY. It is never made in passing.
 
     Raises:
-        ConfigError: None given, file missing or readable by others, key shorter than 16 bytes.
+        ConfigError: None given, file missing, not regular or readable by others, key shorter than
+            16 bytes.
     """
     variable = os.environ.get(KEY_VARIABLE)
     if path is None and variable:
@@ -54,7 +55,8 @@ def create_key(path: Path, text: str = "") -> None:
     """Write a key file with mode 0600: 32 random bytes as hex unless ``text`` is given.
 
     Raises:
-        ConfigError: The file exists; a key is never overwritten.
+        ConfigError: The file exists, a key is never overwritten; or it is a folder.
+        OSError: It cannot be written.
     """
     if path.is_dir():
         raise ConfigError(f"{path}: a folder, expected the name of a file to write")

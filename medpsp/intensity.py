@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from medpsp.errors import DicomError
 from medpsp.types import FloatArray, VoiFunction, Window
 
-"""VOI LUT Function (0028,1056); an absent one means LINEAR."""
-
 CT_WINDOW = Window(center=40.0, width=400.0)
 """Soft tissue in HU; used for CT when the configuration names no window."""
 

@@ -245,16 +245,20 @@ class TrainConfig(Node):
                 f"{self.accumulate} micro-batches each; take a multiple of both"
             )
         if self.augment_on == "device" and self.transforms:
-            raise ValueError("transforms: albumentations runs on the CPU only; augment_on: cpu")
+            raise ValueError(
+                "transforms: albumentations runs on the CPU only; set train.augment_on=cpu"
+            )
         if self.compile and self.engine != "ddp":
             raise ValueError(f"compile: with engine ddp only, not {self.engine}")
         if self.compile == "reduce-overhead" and self.accumulate > 1:
             raise ValueError(
                 "compile reduce-overhead: not with accumulate above 1, as CUDA graphs overwrite "
-                "the gradients of the micro-batch before; compile: true"
+                "the gradients of the micro-batch before; set train.compile=true"
             )
         if self.engine == "zero3" and self.ema:
-            raise ValueError("ema: not with engine zero3, where no rank holds the weights; zero2")
+            raise ValueError(
+                "ema: not with engine zero3, where no rank holds the weights; take zero2"
+            )
         return self
 
 

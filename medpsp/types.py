@@ -7,7 +7,7 @@ DICOM LPS in mm unless a name says RAS. Index order of an affine is (column, row
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,14 @@ IGNORE = 255
 """Label value that neither loss nor metrics count."""
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 PixelDtype = Literal["int16", "float32", "uint8"]  # uint8 is RGB, (H, W, 3)
 SpacingSource = Literal["patient", "calibrated", "detector", "ultrasound", ""]
 VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+"""VOI LUT Function (0028,1056); an absent one means LINEAR."""
 MaskKind = Literal["", "nifti", "png", "seg", "rtstruct"]
 Status = Literal["kept", "skipped", "quarantined", "duplicate"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 FloatArray = NDArray[np.floating[Any]]
 Box = tuple[int, int, int, int]
 """First row, first column, rows, columns of a part of an image."""

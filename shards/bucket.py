@@ -19,7 +19,7 @@ from medpsp.types import IGNORE
 from shards.codec import LABEL, Codec, image_codec
 from shards.commit import COMMITS, commit_name, committed_names
 from shards.index import write_bytes_durably
-from shards.layout import BUCKET, FORMAT
+from shards.layout import BUCKET, FORMAT, bucket_parts
 from shards.settings import WriteSettings
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def create_bucket(root: Path, bucket: str, slots: int, settings: WriteSettings) 
     store = MemoryStore()  # on disk, zarr empties the folder of an array before it makes one
     zarr.open_group(store, mode="a", attributes={_MARK: FORMAT})
     zarr.open_group(store, path=bucket, mode="a")
-    rows, columns, dtype = _parts(bucket)
+    rows, columns, dtype = bucket_parts(bucket)
     shape = (rows, columns, 3) if dtype == "uint8" else (rows, columns)  # uint8 is RGB
     sizes = (slots, settings.shard_slices)
     _create(store, f"{bucket}/image", (dtype, image_codec(settings.profile, dtype)), shape, sizes)
@@ -121,15 +121,8 @@ def metadata_files(bucket: str) -> tuple[str, ...]:
 
 def shard_files(bucket: str, number: int) -> tuple[str, str]:
     """Paths of a shard's image and label, relative to the root: one number for each axis."""
-    axes = 3 if _parts(bucket)[2] == "uint8" else 2
+    axes = 3 if bucket_parts(bucket)[2] == "uint8" else 2
     return f"{bucket}/image/c/{number}" + "/0" * axes, f"{bucket}/label/c/{number}/0/0"
-
-
-def _parts(bucket: str) -> tuple[int, int, str]:
-    found = BUCKET.fullmatch(bucket)
-    if found is None:
-        raise ValueError(f"bucket {bucket}: expected <rows>x<columns>_<dtype>")
-    return int(found[1]), int(found[2]), found[3]
 
 
 def require_no_spare_links(root: Path, buckets: Container[str]) -> None:

@@ -5,7 +5,6 @@ It is written after the files of the shard are durable, so where it is, they are
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from medpsp.errors import ShardError
 from shards.index import SliceRow, write_bytes_durably
-from shards.layout import BUCKET
+from shards.layout import SHARD
 from shards.sealed import read_sealed, sealed_bytes
 
 COMMITS = "commits"
@@ -64,10 +63,7 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def committed_names(root: Path) -> list[str]:
     """Of shards that have a commit, whole or not, in alphabetical order."""
-    return sorted(p.stem for p in (root / COMMITS).glob("*.json") if _NAME.fullmatch(p.stem))
-
-
-_NAME = re.compile(rf"{BUCKET.pattern}-\d+")
+    return sorted(p.stem for p in (root / COMMITS).glob("*.json") if SHARD.fullmatch(p.stem))
 
 
 def commit_name(shard: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from medpsp.dicom.patients import stand_in
 from shards.headers import FILE
 from shards.spool import Span, Spool, packed
 
@@ -125,11 +126,8 @@ def _hashed(values: list[str], kind: str) -> Hashes:
 
 def _patient_of(row: dict[str, Any]) -> str:
     """The patient of a row without a series, or what stands in for one."""
-    if row["patient_id"] or row["study_uid"]:
-        return str(row["patient_id"] or f"study:{row['study_uid']}")
-    if row["frame_of_reference"]:
-        return f"frame:{row['frame_of_reference']}"
-    return f"folder:{PurePath(fsdecode(row[FILE]), fsdecode(row['member'])).parent}"
+    file = PurePath(fsdecode(row[FILE]), fsdecode(row["member"]))
+    return row["patient_id"] or stand_in(row["study_uid"], "", row["frame_of_reference"], file)
 
 
 def _copies(base: Hashes, image: Hashes) -> Numbers:

@@ -63,8 +63,10 @@ class Inputs:
         self._sampler = Sampler(config.model, rows)
 
     def read(self, row: SliceRow) -> tuple[FloatArray, NDArray[np.uint8]]:
-        """(H, W, C) float32 in [0, 1] and label (H, W); grey is (H, W) for a network of one
-        channel, and may be so for one of three, which repeats it.
+        """(H, W, C) float32 in [0, 1], and label (H, W).
+
+        Grey is (H, W) for a network of one channel, and may be so for one of three, which repeats
+        it.
 
         Raises:
             ShardError: The label holds what is no class.
@@ -168,8 +170,10 @@ def _made(
 
 
 def _own(array: NDArray[Any]) -> Tensor:
-    """A copy, as the memory of the loader is used again; where a GPU is in use it can fetch it
-    while we go on, which it can from pinned memory alone."""
+    """A copy, as the memory of the loader is used again; pinned where a GPU is in use.
+
+    From pinned memory alone it can fetch the copy while we go on.
+    """
     import torch
 
     theirs = torch.from_numpy(array)

@@ -33,11 +33,9 @@ from medpsp.types import IGNORE, Place, Series, SliceRef, Window
 from shards.codec import LABEL, Codec, frame_chunk, image_codec
 from shards.dhash import difference_hash
 from shards.record import read_record
+from shards.scanfile import count_classes
 from shards.settings import WriteSettings
 from shards.shardfile import append_all
-
-FEW_CLASSES = 12
-"""Up to here counting class by class is faster than one histogram (0.026 ms each, 0.34 ms)."""
 
 
 class Encoded(NamedTuple):
@@ -267,7 +265,4 @@ def _even_facts(shape: tuple[int, ...], value: int, classes: int) -> tuple[bytes
 
 
 def _histogram(label: NDArray[np.uint8], classes: int) -> list[int]:
-    if classes > FEW_CLASSES:
-        counts = np.bincount(label.ravel(), minlength=256)
-        return [int(n) for n in (*counts[:classes], counts[IGNORE])]
-    return [int(np.count_nonzero(label == value)) for value in (*range(classes), IGNORE)]
+    return list(count_classes(label, classes)[:-1])

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from medpsp.dicom.codes import code_of
 from medpsp.errors import ShardError
+from medpsp.types import SPLITS
 
-SPLITS = ("train", "val", "test")
-GRAVITY = ("quarantined", "skipped", "duplicate", "kept")
+TABLE_ORDER = ("quarantined", "skipped", "duplicate", "kept")
+"""Of statuses in tables: what to look at comes first."""
 Floats = NDArray[np.float64]
 Strings = NDArray[np.str_]
 
@@ -149,7 +150,7 @@ def _normals(column: Any, rows: int) -> Floats:
 
 
 def count_reasons(rows: Iterable[tuple[str, str, str]], details: int = 2) -> list[Reason]:
-    """Objects that are not kept, by code; the gravest status first, then the commonest code.
+    """Objects that are not kept, by code; in `TABLE_ORDER`, then the commonest code first.
 
     Args:
         rows: (status, code, detail) of every object.
@@ -168,7 +169,7 @@ def count_reasons(rows: Iterable[tuple[str, str, str]], details: int = 2) -> lis
         )
         for (status, code), each in by_code.items()
     ]
-    return sorted(found, key=lambda r: (GRAVITY.index(r.status), -r.objects, r.code))
+    return sorted(found, key=lambda r: (TABLE_ORDER.index(r.status), -r.objects, r.code))
 
 
 def count_lost(rows: Iterable[tuple[str, str, int, int]]) -> list[Lost]:
@@ -192,12 +193,14 @@ def count_flags(columns: Columns) -> list[Flag]:
         Flag(str(code), int(number), len(np.unique(series[codes == code])))
         for code, number in zip(*np.unique(codes, return_counts=True), strict=True)
     ]
-    return sorted(found, key=lambda f: (GRAVITY.index(code_of(f.code).status), -f.slices, f.code))
+    return sorted(
+        found, key=lambda f: (TABLE_ORDER.index(code_of(f.code).status), -f.slices, f.code)
+    )
 
 
 def count_splits(columns: Columns) -> dict[str, SplitSize]:
     """What each split holds; empty ones too."""
-    found = {}
+    found: dict[str, SplitSize] = {}
     for split in SPLITS:
         here = columns.split == split
         found[split] = SplitSize(
@@ -214,7 +217,7 @@ def class_shares(columns: Columns) -> dict[str, tuple[Floats, Floats]]:
 
     Of labelled slices only; NaN where there is none.
     """
-    found = {}
+    found: dict[str, tuple[Floats, Floats]] = {}
     for split in SPLITS:
         counts = columns.histogram[(columns.split == split) & columns.labelled, :-1]
         with np.errstate(invalid="ignore"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.dataconfig import DataConfig
+from medpsp.dicom.codes import told_codes
 from medpsp.dicom.sandbox import SandboxPool, shared_sandbox
 from medpsp.dicom.scan import LabelFile, find_labels
 from medpsp.dicom.voc import scan_voc
 from medpsp.errors import ArchiveError, ConfigError
 from medpsp.progress import Bar
-from medpsp.types import Place, ScanRow
+from medpsp.types import SPLITS, Place, ScanRow
 from shards.catalog import SCANNER, Catalog
 from shards.components import PartSpool, cut_catalog
 from shards.headers import FRAME, KEYS, LABEL, REFUSED, file_id
@@ -29,7 +29,7 @@ from shards.parts import planned_series
 from shards.planfile import Gathered
 from shards.planner import Planner, Task, planned_parts
 from shards.planstate import new_files, plan_folder
-from shards.seriesfile import SPLITS, SeriesFile, entry_of
+from shards.seriesfile import SeriesFile, entry_of
 
 log = logging.getLogger("medpsp")
 PART_ROWS = 50_000
@@ -54,7 +54,8 @@ def gather(data: DataConfig, key: bytes) -> Gathered:
                 catalog = Catalog.scan(data, key, pool, bar.advance)
             found = gather_dicom(catalog, data, key, pool)
     if not len(found.planned):
-        raise ArchiveError(f"data.archive: nothing usable; found {tally(found.rows)}")
+        codes = told_codes(Counter(row.code for row in found.rows))
+        raise ArchiveError(f"data.archive: nothing usable; found {codes or 'no image'}")
     _require_splits(found.planned, listed=listed)
     return found
 
@@ -101,12 +102,6 @@ def gather_dicom(
     spool.close()
     planned.finish()
     return Gathered(planned=planned, rows=rows, objects=objects)
-
-
-def tally(rows: Iterable[ScanRow]) -> str:
-    """Counts of the codes, for messages."""
-    counts = Counter(row.code for row in rows)
-    return ", ".join(f"{counts[code]} {code}" for code in sorted(counts)) or "no image"
 
 
 def _cut(catalog: Catalog, aims: Aims, part_rows: int) -> tuple[PartSpool, NDArray[np.int64], int]:

@@ -33,6 +33,8 @@ class SliceRow:
         bucket, slot: Where the slice lies.
         patient, series: Pseudonyms.
         slice_index: Place on the regular grid of its series, from 0; the affine counts in it.
+        modality: (0008,0060), or IMAGE8 and OT of plain images.
+        photometric: (0028,0004); MONOCHROME1 also where PresentationLUTShape says so.
         z_mm: Distance along the normal, mm; NaN without geometry.
         spacing: (between rows, between columns, between slices), mm; NaN where unknown.
         spacing_source: Trust of the first two; see `SliceRef.pixel_spacing`.
@@ -40,6 +42,8 @@ class SliceRow:
         window_center, window_width, window_function: What the network is shown, modality units.
         voi_center, voi_width, voi_function: What the file recorded (0028,1050), (0028,1051),
             (0028,1056); NaN and empty if absent.
+        order: Keyed hash of the patient in [0, 1); stages take patients below their fraction.
+        labelled: False where nothing says what is what: the label is all 255.
         histogram: Pixels of each class, then of ignore.
         file_id, frame: Pseudonym of the object, frame within it.
         flags: Codes of what is unusual about slice or series.

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from shards.bucket import files_below, is_partial
 from shards.commit import COMMITS
+from shards.layout import BUCKET
 from shards.problem import Problem
 
-_SHARD = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:image|label)/c/(?P<number>\d+)/0/0(?:/0)?")
-_ARRAY = re.compile(r"(?P<bucket>\d+x\d+_\w+)/(?:(?:image|label)/)?zarr\.json")
+_BUCKET = rf"(?P<bucket>{BUCKET.pattern})"
+_SHARD = re.compile(rf"{_BUCKET}/(?:image|label)/c/(?P<number>\d+)/0/0(?:/0)?")
+_ARRAY = re.compile(rf"{_BUCKET}/(?:(?:image|label)/)?zarr\.json")
 _COMMIT = re.compile(rf"{COMMITS}/(?P<name>[^/]+)\.json")
 
 

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ from medpsp.types import PixelDtype, Series, Split
 
 FORMAT = 4
 """Version of manifest and index; a reader refuses others."""
-BUCKET = re.compile(r"(\d+)x(\d+)_(int16|float32|uint8)")
+BUCKET = re.compile(rf"(\d+)x(\d+)_({'|'.join(get_args(PixelDtype))})")
 """Name of a bucket."""
+SHARD = re.compile(rf"(?P<bucket>{BUCKET.pattern})-(?P<number>\d+)")
+"""Name of a shard."""
 
 Ints = NDArray[np.int64]
 
@@ -153,11 +155,15 @@ def bucket_of(series: Series) -> str:
 
 
 def bucket_parts(bucket: str) -> tuple[int, int, PixelDtype]:
-    """Rows, columns and dtype of a bucket."""
-    size, dtype = bucket.split("_")
-    rows, columns = size.split("x")
-    (known,) = (name for name in get_args(PixelDtype) if name == dtype)
-    return int(rows), int(columns), known
+    """Rows, columns and dtype of a bucket.
+
+    Raises:
+        ValueError: It is no name of a bucket.
+    """
+    found = BUCKET.fullmatch(bucket)
+    if found is None:
+        raise ValueError(f"bucket {bucket}: expected <rows>x<columns>_<dtype>")
+    return int(found[1]), int(found[2]), cast(PixelDtype, found[3])
 
 
 def lay_out(lengths: Ints, kept: Ints, shard_slices: int, end: int) -> Ints:

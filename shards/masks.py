@@ -9,11 +9,12 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from medpsp.dataconfig import DataConfig
+from medpsp.dicom.checked import checked_target
 from medpsp.dicom.codes import refusal
 from medpsp.dicom.labelref import LabelRef, match_series
 from medpsp.dicom.labels import mask_path
@@ -57,28 +58,15 @@ class Aims:
                 self.robbed.add(patient)
             else:
                 self.links.append(link_of(patient, target.series_uids, target.sop_uids))
-                text = json.dumps([astuple(file), astuple(target)])
+                text = json.dumps([asdict(file), asdict(target)])
                 self._spans.append(self._spool.append(text.encode()))
 
     def some(self, numbers: Iterable[int]) -> Iterator[Aim]:
         """Those of these numbers, in the order of `links`."""
         for number in numbers:
             file, target = json.loads(self._spool.read(self._spans[number]))
-            kind, patient, *lists, points = target
-            place, *rest = file
-            yield Aim(
-                LabelFile(**dict(zip(_FILE, (Place(*place), *rest), strict=True))),
-                LabelRef(
-                    kind=kind,
-                    patient_id=patient,
-                    **dict(zip(_LISTS, map(tuple, lists), strict=True)),
-                    points=tuple(map(tuple, points)),
-                ),
-            )
-
-
-_FILE = ("place", "file_id", "kind", "code", "detail", "patient_id")
-_LISTS = ("frames_of_reference", "series_uids", "sop_uids")
+            place = Place(*file["place"])
+            yield Aim(LabelFile(**{**file, "place": place}), checked_target(target))
 
 
 def nifti_masks(series: Sequence[Series], data: DataConfig) -> tuple[list[Series], Reasons]:
@@ -147,12 +135,12 @@ def dicom_masks(
     for file, target in aims:
         some = index.of(target)
         try:
-            match = match_series(target, [series[number] for number in some])
+            matched = match_series(target, [series[number] for number in some])
         except SourceError as error:
             fate.append(_refused(file, error))
             robbed.add(target.patient_id)
             continue
-        numbers = [some[place] for place in match.series]
+        numbers = [some[place] for place in matched]
         for number in numbers:
             masks.setdefault(number, []).append(file.place)
         shared.update(numbers if len(numbers) > 1 else ())

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-GRAVITY = ("kept", "skipped", "duplicate", "quarantined")
+from medpsp.types import STATUSES, Status
+
+GRAVITY: tuple[Status, ...] = ("kept", "skipped", "duplicate", "quarantined")
 """Of several rows of one object the gravest gives its code, then the one of the first frame."""
 
 _ROW = np.dtype(
@@ -110,10 +112,9 @@ class Fates:
         for (code, _), count in zip(self._reasons, reasons, strict=True):
             if code and count:
                 codes[code] += count
-        order = ("kept", "skipped", "quarantined", "duplicate")
         return Totals(
             objects=len(table),
-            counts={name: statuses[GRAVITY.index(name)] for name in order},
+            counts={name: statuses[GRAVITY.index(name)] for name in STATUSES},
             codes=dict(sorted(codes.items())),
             torn=int(np.count_nonzero((table["kept"] > 0) & (table["kept"] < table["frames"]))),
         )

@@ -27,6 +27,13 @@ def require_places(data: DataConfig, root: Path) -> None:
     """Nothing of ours into the archive, where it would be scanned; nothing of theirs into ours.
 
     What lies in the folder of the shards and is in no plan is deleted.
+
+    Args:
+        data: Of the configuration.
+        root: Folder of the shards; it need not exist.
+
+    Raises:
+        ConfigError: Two places overlap, one is taken by something else, or the labels are missing.
     """
     archive, shards = data.archive.resolve(), root.resolve()
     if data.source == "dicom" and shards.is_relative_to(archive):

@@ -184,7 +184,7 @@ def _fill_windows(columns: Slices, values: dict[str, ValueCounts], data: DataCon
 
 
 def _deid(data: DataConfig, key: bytes) -> dict[str, Any]:
-    """How the shards were de-identified, in the terms of PS3.15 Annex E (D10)."""
+    """How the shards were de-identified, in the terms of PS3.15 Annex E."""
     return {
         "profile": "allow-list over the Basic Application Level Confidentiality Profile",
         "options": ["Clean Pixel Data"] if data.burned_in == "blank" else [],

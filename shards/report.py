@@ -1,6 +1,6 @@
 """One page about a set of shards: what was found, what is not there and why, what it looks like.
 
-Shown are pseudonyms, numbers, words of closed vocabularies, and pictures of what is clean (D9).
+Shown are pseudonyms, numbers, words of closed vocabularies, and pictures of what is clean.
 The same shards give the same bytes.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from medpsp.dicom.codes import code_of
 from medpsp.errors import ShardError
 from medpsp.intensity import CLASS_COLOURS
+from medpsp.types import STATUSES
 from shards.figures import Columns, class_shares, count_flags, count_splits, read_columns
 from shards.index import (
     INDEX,
@@ -29,7 +30,6 @@ from shards.page import Html, join, number, page, pairs, percent, picture, tag
 from shards.reader import ShardReader
 from shards.sealed import sealed_page
 from shards.sections import (
-    STATUSES,
     classes_section,
     flags_section,
     found_section,
@@ -58,7 +58,7 @@ def write_report(root: Path, cases: int = 24) -> Path:
     objects = read_objects(root)
     columns = read_columns(root / INDEX, len(manifest.classes))
     counts = Counter(row.status for row in objects)
-    found = {status: counts.get(status, 0) for status in STATUSES}
+    found: dict[str, int] = {status: counts.get(status, 0) for status in STATUSES}
     if found != manifest.counts or sum(found.values()) != len(objects):
         raise ShardError(
             f"shards {root}: objects by status are {found}, the manifest says {manifest.counts}; "

@@ -39,7 +39,8 @@ class Sample(NamedTuple):
 
     Attributes:
         bucket: Where it lies.
-        slots: Of its neighbours, it in their middle, and theirs again; see `Neighbours`.
+        slots: Of the neighbours before it, its own, and of those behind; see
+            `medpsp.channels.neighbours`.
         windows: A channel each.
         inverted: True for MONOCHROME1.
         spacing: mm between rows and between columns; NaN where unknown.

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from medpsp.dicom.codes import code_of
+from medpsp.types import SPLITS, STATUSES
 from shards.figures import (
-    SPLITS,
     Columns,
     Floats,
     Lost,
@@ -35,8 +35,6 @@ from shards.page import (
     tally,
 )
 from shards.thumbs import class_colour
-
-STATUSES = ("kept", "skipped", "quarantined", "duplicate")
 
 
 def section(name: str, title: str, *content: object, css: str = "") -> Html:

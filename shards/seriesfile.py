@@ -6,17 +6,16 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medpsp.types import Place, Split
+from medpsp.types import SPLITS, Place
 from shards.layout import PlannedSeries, bucket_of
 from shards.record import read_record, record_text
 from shards.spool import Span, Spool
 
-SPLITS: tuple[Split, ...] = get_args(Split)
 HEAD = np.dtype(
     [
         ("bucket", "<u4"),  # number of its name, in alphabetical order once all are known

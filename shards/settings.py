@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from medpsp.dataconfig import DataConfig
+from medpsp.dataconfig import DECODE_MEMORY_MIB, DECODE_SECONDS, DataConfig
 from medpsp.dicom.names import NameRule, name_rule
 from medpsp.types import Window
 
@@ -27,8 +27,8 @@ class WriteSettings:
     padding: str
     shard_slices: int
     profile: str = "default"
-    decode_seconds: int = 30
-    decode_memory_mib: int = 1024
+    decode_seconds: int = DECODE_SECONDS
+    decode_memory_mib: int = DECODE_MEMORY_MIB
 
     @property
     def classes(self) -> int:

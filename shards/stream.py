@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.index import INDEX, SHARDS
+from shards.layout import SHARD
 from shards.problem import Problem
 from shards.tables import INDEX_SCHEMA, ROWS, SHARDS_SCHEMA
 
 Key = tuple[str, int]
 """Bucket and number of a shard; shards and index follow their order."""
-
-_NAME = re.compile(r"(\d+x\d+_\w+)-(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +52,8 @@ class ShardRecord:
 
 def shard_key(name: str) -> Key | None:
     """Of a name; None where it is none."""
-    found = _NAME.fullmatch(name)
-    return (found[1], int(found[2])) if found else None
+    found = SHARD.fullmatch(name)
+    return (found["bucket"], int(found["number"])) if found else None
 
 
 def shard_records(root: Path, problems: list[Problem]) -> Iterator[ShardRecord]:

@@ -145,10 +145,3 @@ class TableWriter:
         self.sha256 = file_sha256(self._partial)
         self._partial.replace(self.path)
         sync(self.path.parent)
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> str:
-    """Write a table at once; returns its SHA-256."""
-    with TableWriter(path, schema) as table:
-        table.add_rows(rows)
-    return table.sha256

@@ -54,7 +54,7 @@ class Thumb(NamedTuple):
 
 
 def withheld(columns: Columns, burned_in: str) -> dict[int, str]:
-    """Series whose pixels may show who it is (D9), by the row of their first slice, and why.
+    """Series whose pixels may show who it is, by the row of their first slice, and why.
 
     Nothing of the kinds of image that devices write names into, where the configuration keeps
     them unlooked at. Of a head that may show a face only axial slices: they cut the face, sagittal

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from shards.check import check_shards
 from shards.commit import Commit, read_commit, write_commit
@@ -18,7 +20,7 @@ from shards.index import (
     read_manifest,
     write_manifest,
 )
-from shards.tables import INDEX_SCHEMA, write_rows
+from shards.tables import INDEX_SCHEMA, TableWriter
 
 Found = list[tuple[str, str, int]]
 
@@ -60,6 +62,12 @@ def seal_table(root: Path, name: str, **changes: Any) -> None:
     manifest = read_manifest(root)
     tables = {**manifest.tables, name: file_sha256(root / name)}
     write_manifest(root, replace(manifest, tables=tables, **changes))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write a table at once."""
+    with TableWriter(path, schema) as table:
+        table.add_rows(rows)
 
 
 def rewrite_index(root: Path, change: Callable[[list[SliceRow]], Iterable[SliceRow]]) -> None:

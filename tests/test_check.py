@@ -29,7 +29,7 @@ from shards.layout import FORMAT
 from shards.problem import Problem
 from shards.sealed import sealed_bytes
 from shards.shardfile import ABSENT, ShardWriter, read_shard_index
-from shards.tables import SHARDS_SCHEMA, write_rows
+from shards.tables import SHARDS_SCHEMA
 from tests.damage import (
     flip,
     found_in,
@@ -37,6 +37,7 @@ from tests.damage import (
     rewrite_commit,
     rewrite_index,
     seal_table,
+    write_rows,
 )
 
 BUCKET = "48x48_int16"

@@ -86,7 +86,10 @@ def test_unknown_key_below_an_optional_section(tmp_path: Path) -> None:
         ("model.bins=[3, 0]", "model.bins.1: Input should be greater than or equal to 1, got 0"),
         ("model={psp_channels: 9, bins: [1, 2, 3, 5, 6]}", "psp_channels 9: 5 bins need 10"),
         ("export.opset=12", "export.opset: Input should be 11, 13, 18, 19 or 20, got 12"),
-        ("export.opset=11", "opset 11 has no per-channel int8: set export.variants=[], or 13"),
+        (
+            "export.opset=11",
+            "opset 11 has no per-channel int8: set export.variants=[], or export.opset=13",
+        ),
         ("export.variants=[cpu, cpu]", "export.variants: the same one twice"),
         ("export.allow={speed: whatever it is}", "export.allow.speed"),
         ("export.allow={latency: no}", "export.allow.latency"),
@@ -95,7 +98,10 @@ def test_unknown_key_below_an_optional_section(tmp_path: Path) -> None:
         ("data.split={val: 0.5, test: 0.5}", "val + test must stay below 1, got 1"),
         ("data.label_map={7: 2}", "sends 7 to 2; classes are 0..1 and 255 is ignore"),
         ("data.label_names={Milz: spleen}", "label_names leads to spleen; classes are"),
-        ("data.label_pattern={Name}.nii", "label_pattern '{Name}.nii': fields are {PatientID}"),
+        *(
+            (f"data.label_pattern='{p}'", f"label_pattern '{p}': fields are {{PatientID}}")
+            for p in ("{Name}.nii", "{}.nii", "{0}", "{PatientID", "{folder.x}")
+        ),
         ("data.modalities=[ct]", "modalities: 'ct', expected a DICOM code in capitals, as CT"),
         ("data.classes=[a, '  ']", "classes: '  ' is blank, or has a backslash"),
         ("data.classes=[a, 'b\\c']", "is blank, or has a backslash or control character"),

@@ -245,7 +245,7 @@ def test_a_region_that_is_no_number_is_refused_and_not_told(tmp_path: Path) -> N
 
 
 def test_what_is_kept_unlooked_at_says_so(tmp_path: Path) -> None:
-    """So that no picture of it is drawn (D9)."""
+    """So that no picture of it is drawn."""
     flagged = []
     for said in ("YES", "NO", "UNKNOWN"):
         path = clip(tmp_path / said, random(20, 30), BurnedInAnnotation=said)

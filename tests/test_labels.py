@@ -21,9 +21,9 @@ from launch.phantom import Phantom, draw, write_mask, write_series
 from medpsp.dicom import labels
 from medpsp.dicom.labels import map_labels, mask_path, read_nifti_mask
 from medpsp.dicom.names import LabelVolume
-from medpsp.dicom.nifti import write_nifti_mask
+from medpsp.dicom.nifti import MaskWriter
 from medpsp.dicom.placement import LPS_TO_RAS, Grid, grid_of, nearest_mask, place_mask, unsheared
-from medpsp.errors import ConfigError, LabelError
+from medpsp.errors import LabelError
 from tests.labelled import ORIENTATIONS, PLAIN, SHAPE, Affine, series_of_files, slice_ref, turned
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -197,6 +197,13 @@ def test_mask_of_a_dicom_series(tmp_path: Path, phantom: Phantom) -> None:
     placed = read_nifti_mask(tmp_path / "mask.nii.gz", grid_of(series))
     assert not placed.notes
     assert (placed.values == label).all()
+
+
+def write_nifti_mask(path: Path, label: NDArray[np.uint8], affine: Affine) -> None:
+    count, rows, columns = label.shape
+    with MaskWriter(path, (count, rows, columns), affine) as out:
+        for place, one in enumerate(label):
+            out.add(place, one)
 
 
 @pytest.mark.parametrize("phantom", GEOMETRIES)
@@ -439,14 +446,6 @@ REF = slice_ref(path="/archive/a/b/IM1", patient_id="p 7", series_uid="1.2.3")
 )
 def test_label_pattern(pattern: str, expected: str) -> None:
     assert mask_path(Path("/masks"), pattern, REF, Path("/archive")) == Path(expected)
-
-
-@pytest.mark.parametrize(
-    "pattern", ["{PatientName}.nii", "{}.nii", "{0}", "{PatientID", "{folder.x}"]
-)
-def test_unknown_fields_of_the_pattern(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.label_pattern .* fields are \{PatientID\}"):
-        mask_path(Path("/masks"), pattern, REF, Path("/archive"))
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,9 @@ from shards.layout import FORMAT
 from shards.page import Html, histogram, html, number, percent, table, tag, tally
 from shards.reader import ShardReader
 from shards.report import write_report
-from shards.tables import INDEX_SCHEMA, OBJECTS_SCHEMA, write_rows
+from shards.tables import INDEX_SCHEMA, OBJECTS_SCHEMA
 from shards.thumbs import choose_cases, draw, fitted, withheld
+from tests.damage import write_rows
 
 CLASSES = ("background", "organ", "lesion <&>")
 AXIAL = (1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)

@@ -257,6 +257,18 @@ def test_arrays_cross_the_pipe(dtype: str) -> None:
 @pytest.mark.parametrize(
     "data",
     [
+        *(
+            len(text).to_bytes(8, "little") + b"\1\0\0\0" + text + bytes(12)
+            for text in (
+                b'["ok", [["<i2", [-2, -3]]]]',
+                b'["ok", [["<i2", ["a"]]]]',
+                b'["ok", [["<i2", [1.5, 4]]]]',
+                b'["ok", [[["x"], [2]]]]',
+                b'["ok", [3]]',
+                b'["ok", 5]',
+                b"[" * 100_000,
+            )
+        ),
         b"",
         b"\x05",
         b"\xff" * 12,

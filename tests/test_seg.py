@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from medpsp.dicom.labelref import KINDS, LabelRef, Match, label_target, match_series
+from medpsp.dicom.labelref import KINDS, LabelRef, label_target, match_series
 from medpsp.dicom.names import LabelVolume, NameRule, merge_labels
 from medpsp.dicom.placement import Grid, grid_of
 from medpsp.dicom.seg import read_segments
@@ -565,28 +565,28 @@ def code_of(ref: LabelRef, *found: Series) -> str:
 
 def test_by_series_and_by_image() -> None:
     both = [at_z(0, "1.2"), at_z(0, "1.3")]
-    assert match_series(ref(series_uids=("1.3",)), both) == Match((1,), False)
-    assert match_series(ref(sop_uids=("1.2.3",)), both) == Match((0,), False)
+    assert match_series(ref(series_uids=("1.3",)), both) == (1,)
+    assert match_series(ref(sop_uids=("1.2.3",)), both) == (0,)
     # the images decide where both are given: a later phase of the same study, registered
     both_given = ref(series_uids=("1.3",), sop_uids=("1.2.3",))
-    assert match_series(both_given, both) == Match((0,), False)
+    assert match_series(both_given, both) == (0,)
     # positions do not matter where a reference is clear; the reader tells what does not fit
-    assert match_series(ref(series_uids=("1.3",)), [at_z(900, "1.3")]) == Match((0,), False)
+    assert match_series(ref(series_uids=("1.3",)), [at_z(900, "1.3")]) == (0,)
 
 
 def test_parts_and_echoes_of_one_series() -> None:
     gap = [at_z(0, slices=1), at_z(5, slices=3), at_z(60), at_z(0, "1.4")]
-    assert match_series(ref(series_uids=("1.2",)), gap) == Match((0, 1), False)
+    assert match_series(ref(series_uids=("1.2",)), gap) == (0, 1)
     echoes = [at_z(0), at_z(0)]
-    assert match_series(ref(series_uids=("1.2",)), echoes) == Match((0, 1), False)
+    assert match_series(ref(series_uids=("1.2",)), echoes) == (0, 1)
     assert code_of(ref(series_uids=("1.2",)), at_z(60), at_z(90)) == "LABEL_UNMATCHED"
 
 
 def test_by_position() -> None:
     mine, beside, between = at_z(0, "1.3"), at_z(100, "1.4"), at_z(2.5, "1.5")
-    assert match_series(ref(), [beside, mine, between]) == Match((1,), True)
-    assert match_series(ref(frames_of_reference=()), [mine]) == Match((0,), True)
-    assert match_series(ref(), [at_z(0, frame_of_reference="")]) == Match((0,), True)
+    assert match_series(ref(), [beside, mine, between]) == (1,)
+    assert match_series(ref(frames_of_reference=()), [mine]) == (0,)
+    assert match_series(ref(), [at_z(0, frame_of_reference="")]) == (0,)
     assert code_of(ref(), mine, at_z(0, "1.4")) == "LABEL_AMBIGUOUS"
     assert code_of(ref(), beside, between) == "LABEL_UNMATCHED"
     assert code_of(ref(points=()), mine) == "LABEL_UNMATCHED"
@@ -595,11 +595,11 @@ def test_by_position() -> None:
     assert code_of(ref(frames_of_reference=("1.1",)), mine) == "LABEL_UNMATCHED"
     assert code_of(ref()) == "LABEL_UNMATCHED"
     # the one that holds more wins: only half of the points lie on the first
-    assert match_series(ref(), [at_z(5, "1.4"), mine]) == Match((1,), True)
+    assert match_series(ref(), [at_z(5, "1.4"), mine]) == (1,)
 
 
 def test_two_referenced_series() -> None:
     named = ref(series_uids=("1.3", "1.4"))
-    assert match_series(named, [at_z(0, "1.3"), at_z(2.5, "1.4")]) == Match((0,), False)
+    assert match_series(named, [at_z(0, "1.3"), at_z(2.5, "1.4")]) == (0,)
     assert code_of(named, at_z(0, "1.3"), at_z(0, "1.4")) == "LABEL_AMBIGUOUS"
     assert code_of(named, *[series(u, affine=None) for u in ("1.3", "1.4")]) == "LABEL_UNMATCHED"

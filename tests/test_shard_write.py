@@ -27,9 +27,10 @@ from shards.index import SliceRow, read_index, write_bytes_durably
 from shards.layout import PlannedSeries, plan_shards
 from shards.reader import ShardReader
 from shards.settings import WriteSettings
-from shards.tables import OBJECTS_SCHEMA, write_rows
+from shards.tables import OBJECTS_SCHEMA
 from shards.write import write_shard
 from tests import dying
+from tests.damage import write_rows
 
 BUCKET = "48x48_int16"
 

@@ -118,6 +118,14 @@ def test_split_lists(tmp_path: Path) -> None:
     assert [(row.code, row.status) for row in rows] == [("NOT_LISTED", "skipped")]
 
 
+def test_listed_names_with_blanks(tmp_path: Path) -> None:
+    archive(tmp_path, "p1-a 1", "p2-a")
+    lists(tmp_path, train="p1-a 1\n", val="p2-a 1\n")
+    series, rows = scan(tmp_path)
+    assert [(s.first.patient_id, s.split) for s in series] == [("p1", "train"), ("p2", "val")]
+    assert rows == []
+
+
 @pytest.mark.parametrize("second", ["p1-b", "p1-a"], ids=["other image", "same image"])
 def test_patient_in_two_lists_is_refused(tmp_path: Path, second: str) -> None:
     archive(tmp_path, "p1-a", "p1-b", "p2-a")

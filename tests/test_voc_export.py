@@ -29,8 +29,9 @@ from shards.layout import FORMAT
 from shards.reader import ShardReader
 from shards.sealed import sealed_bytes
 from shards.settings import write_settings
-from shards.tables import INDEX_SCHEMA, write_rows
+from shards.tables import INDEX_SCHEMA
 from shards.voc import INT16_OFFSET, coded, export_voc, slice_names, voc_palette
+from tests.damage import write_rows
 
 Pixels = NDArray[Any]
 HU = np.array([[-32768, -160, -120], [40, 41, 32767]], dtype=np.int16)

@@ -23,7 +23,8 @@ from medpsp.types import Place
 MEMBER_MARK = "!//"
 """Between archive and member in `Found.name`; a path on disk never holds two slashes in a row."""
 
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+"""To open what may be a FIFO or a terminal: neither may hold the run."""
 
 
 class Found(NamedTuple):
@@ -71,7 +72,7 @@ def open_place(place: Place) -> BinaryIO:
 
 
 def _regular(path: str) -> tuple[io.FileIO, os.stat_result]:
-    handle = os.open(path, _FLAGS)
+    handle = os.open(path, READ_FLAGS)
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode):
         os.close(handle)

@@ -16,16 +16,12 @@ from medpsp.dicom.codestream import CODECS, LOSSY, MAX_FRAME_BYTES, Layout
 from medpsp.dicom.deidentify import uid_name
 from medpsp.dicom.fragments import frame_bytes, frames_of
 from medpsp.dicom.header import Header
-from medpsp.dicom.parse import BIG, Parsed, refusing
+from medpsp.dicom.parse import BIG, DEFLATED, EXPLICIT, IMPLICIT, Parsed, refusing
 from medpsp.errors import DicomError
 
 MAX_FRAMES = 200_000
-NATIVE = (
-    "1.2.840.10008.1.2",  # Implicit VR Little Endian
-    "1.2.840.10008.1.2.1",  # Explicit VR Little Endian
-    "1.2.840.10008.1.2.1.99",  # Deflated Explicit VR Little Endian
-    "1.2.840.10008.1.2.2",  # Explicit VR Big Endian
-)
+"""Of one object, image or SEG: a header may claim any number."""
+NATIVE = (IMPLICIT, EXPLICIT, DEFLATED, BIG)
 
 
 def layout_of(parsed: Parsed[Header]) -> Layout:
@@ -214,7 +210,7 @@ def _compressed(parsed: Parsed[Header], layout: Layout, frame: int) -> tuple[NDA
 
 
 def _meaning(raw: NDArray[Any], layout: Layout, lossy: bool) -> NDArray[Any]:
-    """P1: the bits that count, with their sign."""
+    """The bits that count, with their sign (PS3.5 8.1.1)."""
     if layout.allocated == 1:
         return raw
     bits, stored, kind = 8 * raw.dtype.itemsize, layout.stored, "i" if layout.signed else "u"

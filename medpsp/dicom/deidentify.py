@@ -64,7 +64,7 @@ def burned_in_suspected(ds: Header, modality: str) -> bool:
     said = str(ds.get("BurnedInAnnotation") or "").strip().upper()
     if said in ("YES", "NO"):
         return said == "YES"
-    words = _words(ds, "ImageType")
+    words = image_type(ds)
     kind = str(ds.get("SOPClassUID") or "")
     return (
         modality in BURNED_IN_MODALITIES
@@ -79,11 +79,11 @@ def burned_in_suspected(ds: Header, modality: str) -> bool:
 def slide_label(ds: Header) -> bool:
     """True for the photographs of a slide's paper label that whole-slide series carry."""
     said = str(ds.get("SpecimenLabelInImage") or "").strip().upper()
-    return said == "YES" or bool({"LABEL", "OVERVIEW"} & set(_words(ds, "ImageType")))
+    return said == "YES" or bool({"LABEL", "OVERVIEW"} & set(image_type(ds)))
 
 
 def face_possible(modality: str, part: str) -> bool:
-    """True where a face could be rendered from the volume (D7)."""
+    """True where a face could be rendered from the volume."""
     return modality in ("CT", "MR", "PT") and part in FACES
 
 
@@ -108,6 +108,7 @@ def body_part(ds: Header) -> str:
     return text if text in BODY_PARTS else ""
 
 
-def _words(ds: Header, keyword: str) -> list[str]:
-    value = ds.get(keyword) or []
+def image_type(ds: Header) -> list[str]:
+    """The values of ImageType (0008,0008) in capitals."""
+    value = ds.get("ImageType") or []
     return [value.upper()] if isinstance(value, str) else [str(v).upper() for v in value]

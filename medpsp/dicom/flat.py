@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
 from medpsp.dicom.codestream import CODECS
+from medpsp.dicom.container import READ_FLAGS
 from medpsp.dicom.flatvalues import KEPT, META, UNUSUAL, FlatHeader
 from medpsp.dicom.flatwalk import UNDEFINED, Field, Shape, Unusual, Walk, shape_of, swapped
 from medpsp.dicom.labelref import KINDS as LABEL_KINDS
@@ -44,7 +45,6 @@ CHARSETS = frozenset(
 _NUMERIC = frozenset(("US", "SS", "UL", "SL", "FL", "FD", "US or SS"))
 _EITHER_SIGN = "US or SS"
 _PIXEL_VRS = (b"OW", b"OB")
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # a FIFO must not hold the run
 
 
 def _tag(keyword: str) -> int:
@@ -234,7 +234,7 @@ def read_flat(path: str) -> Flat | None:
         None for what pydicom is to read; also for what is no regular file or cannot be opened.
     """
     try:
-        handle = os.open(path, _FLAGS)
+        handle = os.open(path, READ_FLAGS)
     except (OSError, ValueError):
         return None
     try:
@@ -262,7 +262,7 @@ def _grown(read: Callable[[int], bytes]) -> Flat | None:
 def parse_flat(path: str) -> Parsed[FlatHeader] | None:
     """`parse` of an ordinary file, mapped; None where only `parse` itself will do."""
     try:
-        handle = os.open(path, _FLAGS)
+        handle = os.open(path, READ_FLAGS)
     except (OSError, ValueError):
         return None
     try:

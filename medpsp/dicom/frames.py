@@ -81,7 +81,7 @@ def orientation(ds: Header, frame: int) -> Numbers | None:
 
 
 def spacing(ds: Header, frame: int, modality: str) -> tuple[Numbers | None, SpacingSource]:
-    """(between rows, between columns) in mm and how far to trust it (G8).
+    """(between rows, between columns) in mm and how far to trust it.
 
     PixelSpacing lies in the patient's plane; of a projection only if calibrated. Else the
     detector's spacing, or the region calibration of ultrasound. Never invented.
@@ -178,7 +178,7 @@ def mend_palette(ds: Header, layout: Layout) -> None:
 
 
 def window(ds: Header, frame: int) -> tuple[Window | None, bool]:
-    """First usable pair of Window Center and Width, and whether there was any value at all (P6)."""
+    """First usable pair of Window Center and Width, and whether there was any value at all."""
     macro = "FrameVOILUTSequence"
     centers = _listed(functional(ds, frame, macro, "WindowCenter"))
     widths = _listed(functional(ds, frame, macro, "WindowWidth"))
@@ -221,7 +221,7 @@ def _listed(value: Any) -> list[float]:
 
 
 def contrast_key(ds: Header, frame: int) -> tuple[str, ...]:
-    """What makes another image of the same place (S3): echo, b-value, kernel, tube voltage."""
+    """What makes another image of the same place: echo, b-value, kernel, tube voltage."""
     echo = functional(ds, frame, "MREchoSequence", "EffectiveEchoTime")
     return (
         _plain(echo if echo is not None else ds.get("EchoTime")),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +21,13 @@ from medpsp.types import MaskKind, Place, Series
 KINDS: dict[str, MaskKind] = {
     "1.2.840.10008.5.1.4.1.1.66.4": "seg",  # Segmentation Storage
     "1.2.840.10008.5.1.4.1.1.66.7": "seg",  # Label Map Segmentation Storage
-    "1.2.840.10008.5.1.4.1.1.481.3": "rtstruct",
+    "1.2.840.10008.5.1.4.1.1.481.3": "rtstruct",  # RT Structure Set Storage
 }
 PATIENT_ID = 0x00100020
 MOST_POINTS = 256
+"""Sampled of an object, to tell which series holds them."""
 MOST_UIDS = 100_000
+"""References to images that are looked at."""
 
 ON_SLICE = 0.1
 """How far a contour or frame may lie from a slice, in slices, to count as drawn on it."""
@@ -110,23 +111,16 @@ def label_head(place: Place) -> tuple[str, str]:
         return KINDS.get(kind, ""), text_of(ds, "PatientID")
 
 
-class Match(NamedTuple):
-    """Indices of the series that a label object belongs to, and whether only positions say so.
-
-    More than one are parts of one series (split at a gap) or images of it at the same places
-    (echoes); each is then a `Grid` with ``partial``.
-    """
-
-    series: tuple[int, ...]
-    by_position: bool
-
-
-def match_series(ref: LabelRef, series: Sequence[Series]) -> Match:
+def match_series(ref: LabelRef, series: Sequence[Series]) -> tuple[int, ...]:
     """Find the series that a label object was made on.
 
     First by referenced image, then by referenced series; where the object references nothing
     that is there, by position among the series of the same patient and frame of reference (which
     may be missing, but not differ). Where several series are left, positions decide.
+
+    Returns:
+        Indices. More than one are parts of one series (split at a gap) or images of it at the same
+        places (echoes); each is then a `Grid` with ``partial``.
 
     Raises:
         LabelError: LABEL_UNMATCHED, LABEL_AMBIGUOUS.
@@ -135,7 +129,7 @@ def match_series(ref: LabelRef, series: Sequence[Series]) -> Match:
     imaged = [i for i, s in enumerate(series) if any(r.sop_uid in images for r in s.slices)]
     named = imaged or [i for i, s in enumerate(series) if s.first.series_uid in uids]
     if len(named) == 1:
-        return Match((named[0],), by_position=False)
+        return (named[0],)
     pool = named or [i for i, s in enumerate(series) if _may_belong(ref, s)]
     on = {i: _on_slices(ref.points, series[i]) for i in pool}
     groups: dict[str, list[int]] = defaultdict(list)
@@ -153,7 +147,7 @@ def match_series(ref: LabelRef, series: Sequence[Series]) -> Match:
         )
     if len(fit) > 1:
         raise LabelError("LABEL_AMBIGUOUS", f"{len(fit)} series fit equally well")
-    return Match(tuple(i for i in groups[fit.pop()] if on[i].any()), by_position=not named)
+    return tuple(i for i in groups[fit.pop()] if on[i].any())
 
 
 def _may_belong(ref: LabelRef, series: Series) -> bool:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.openers import ImageOpener
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from numpy.typing import NDArray
 
 from medpsp.dicom.names import LabelVolume
+from medpsp.dicom.nifti import NIBABEL_RAISES, SUFFIXES, is_packed
 from medpsp.dicom.placement import (
     CORNER_TOL_VOXEL,
     Floats,
@@ -25,20 +23,9 @@ from medpsp.dicom.placement import (
     unsheared,
 )
 from medpsp.dicom.walk import system_said
-from medpsp.errors import ConfigError, LabelError
+from medpsp.errors import LabelError
 from medpsp.types import IGNORE, SliceRef
 
-_NIBABEL_RAISES = (
-    ImageFileError,
-    HeaderDataError,
-    HeaderTypeError,
-    OSError,
-    ValueError,  # also a quaternion longer than 1
-    OverflowError,  # sizes and offsets that no file has
-    MemoryError,
-    EOFError,
-    zlib.error,
-)
 _MOST_EXTENSIONS = 1 << 24  # bytes after the header; nibabel reads what the header asks for
 _PADDED, _SMALL = 8, 1 << 26  # voxels of a mask: 8 times the image's and 512 x 512 x 256 more
 _DEFLATE_RATIO = 1032  # the most that deflate can reach
@@ -69,7 +56,7 @@ def read_nifti_mask(
     Raises:
         LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_SIZE_LIMIT, MASK_NOT_3D, MASK_NO_XFORM,
             MASK_SQ_DISAGREE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH, MASK_OUTSIDE_IMAGE,
-            MASK_ELSEWHERE.
+            MASK_ELSEWHERE, FILE_UNREADABLE.
     """
     if not path.is_file():
         raise LabelError("MASK_MISSING", "no file at the place that label_pattern names")
@@ -79,7 +66,7 @@ def read_nifti_mask(
         ras = _affine(image) if geometry == "affine" else None
     except LabelError:
         raise
-    except _NIBABEL_RAISES as error:
+    except NIBABEL_RAISES as error:
         if why := system_said(error):
             raise LabelError("FILE_UNREADABLE", f"the mask: {why}") from None
         raise LabelError("MASK_UNREADABLE", f"not a NIfTI file ({type(error).__name__})") from None
@@ -90,9 +77,9 @@ def read_nifti_mask(
 
 def _open(path: Path, voxels: int) -> Any:
     """The image with its values unread, after a check of what its header asks memory for."""
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
+    if not path.name.lower().endswith(SUFFIXES):
         raise LabelError("MASK_UNREADABLE", "the name must end in .nii or .nii.gz")
-    packed = path.name.lower().endswith(".gz")
+    packed = is_packed(path)
     with ImageOpener(path) as file:
         head = file.read(540)
     second = head[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
@@ -168,13 +155,13 @@ def _by_index(values: NDArray[Any], image: Any, grid: Grid) -> LabelVolume:
         raise LabelError(
             "MASK_GRID_MISMATCH",
             f"{grid.shape[0]} single images without a position have no order that a mask could "
-            "follow; data.mask_geometry: index needs positions or the frames of one object",
+            "follow; data.mask_geometry=index needs positions or the frames of one object",
         )
     placed = values.transpose(2, 1, 0)
     if placed.shape != grid.shape:
         raise LabelError(
             "MASK_GRID_MISMATCH",
-            f"mask {values.shape}, image {grid.shape[::-1]}; data.mask_geometry: index needs both "
+            f"mask {values.shape}, image {grid.shape[::-1]}; data.mask_geometry=index needs both "
             "to be equal",
         )
     notes = {"MASK_BY_INDEX": 1}
@@ -266,27 +253,20 @@ def mask_path(root: Path, pattern: str, ref: SliceRef, archive: Path) -> Path:
 
     Args:
         root: Folder of the masks.
-        pattern: With fields PatientID, SeriesInstanceUID, Modality and folder.
+        pattern: ``data.label_pattern``, whose fields the configuration has checked.
         ref: Any slice of the series.
         archive: Root of the images; ``folder`` is relative to it.
 
     Raises:
-        ConfigError: The pattern has an unknown field.
         LabelError: MASK_OUTSIDE_ROOT where a header value would lead out of ``root``, LABEL_NONE
             where it cannot be a file name.
     """
-    try:
-        relative = pattern.format(
-            PatientID=ref.patient_id,
-            SeriesInstanceUID=ref.series_uid,
-            Modality=ref.modality,
-            folder=Path(ref.path).parent.relative_to(archive).as_posix(),
-        )
-    except (KeyError, IndexError, ValueError, AttributeError):
-        raise ConfigError(
-            f"data.label_pattern '{pattern}': fields are {{PatientID}}, {{SeriesInstanceUID}}, "
-            "{Modality} and {folder}"
-        ) from None
+    relative = pattern.format(
+        PatientID=ref.patient_id,
+        SeriesInstanceUID=ref.series_uid,
+        Modality=ref.modality,
+        folder=Path(ref.path).parent.relative_to(archive).as_posix(),
+    )
     # by text, not by resolve(): links that the owner put below root may lead anywhere
     parts = PurePosixPath(relative).parts
     if relative.startswith("/") or ".." in parts:

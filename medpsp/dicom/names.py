@@ -132,12 +132,12 @@ def settle(clashes: int, code: str, rule: NameRule, notes: dict[str, int]) -> No
     """Refuse overlapping classes, or count them where the rule has a priority.
 
     Raises:
-        LabelError: ``code``, under ``overlap: reject``.
+        LabelError: ``code``, where ``rule.overlap`` is reject.
     """
     if clashes and rule.overlap == "reject":
         raise LabelError(
             code,
-            f"{clashes} voxels belong to two classes; data.label_overlap: priority keeps the later",
+            f"{clashes} voxels belong to two classes; data.label_overlap=priority keeps the later",
         )
     count(notes, code, clashes)
 
@@ -171,7 +171,7 @@ def merge_labels(volumes: Sequence[LabelVolume], rule: NameRule) -> LabelVolume:
         raise LabelError(
             "LABEL_SEVERAL",
             f"{len(volumes)} objects draw one class in different ways; take the outdated ones "
-            "out, or unite them by data.label_overlap: priority",
+            "out, or unite them by data.label_overlap=priority",
         )
     settle(clashes, "LABEL_OVERLAP", rule, notes)
     return LabelVolume(values, notes)

@@ -18,19 +18,36 @@ from nibabel.orientations import (
     io_orientation,
     ornt_transform,
 )
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from numpy.typing import NDArray
 
 from medpsp.dicom.placement import LPS_TO_RAS
 from medpsp.errors import DicomError
 
 SUFFIXES = (".nii", ".nii.gz")
+"""Of lower case; nibabel takes upper case as well."""
+NIBABEL_RAISES = (
+    ImageFileError,
+    HeaderDataError,
+    HeaderTypeError,
+    OSError,
+    ValueError,  # also a quaternion longer than 1
+    OverflowError,  # sizes and offsets that no file has
+    MemoryError,
+    EOFError,
+    zlib.error,
+)
+"""What a damaged file may raise where it is opened or read."""
 _HEADER = 352
 """Bytes before the voxels: the NIfTI-1 header and an empty extension."""
 _LEVEL = 1
 """Of gzip: masks are runs of one value, and level 9 takes several times as long for 10 % less."""
+_BLOCK = 1 << 20  # bytes behind the voxels that are read at a time
 
 
-_BLOCK = 1 << 20
+def is_packed(path: Path) -> bool:
+    """Whether a NIfTI file is compressed with gzip, by its name, as nibabel has it."""
+    return path.name.lower().endswith(".gz")
 
 
 class MaskWriter:
@@ -51,7 +68,7 @@ class MaskWriter:
         self._path, self._shape, self._next = path, shape, 0
         self._partial = path.with_name(f".partial-{path.name}")
         self._raw = self._partial.open("wb")
-        packed = path.name.endswith(".gz")
+        packed = is_packed(path)
         self._file = gzip.GzipFile("", "wb", _LEVEL, self._raw, mtime=0) if packed else self._raw
         self._file.write(_header(shape, affine_lps))
 
@@ -85,14 +102,6 @@ class MaskWriter:
         finally:
             self._raw.close()
             self._partial.unlink(missing_ok=True)
-
-
-def write_nifti_mask(path: Path, mask: NDArray[np.uint8], affine_lps: NDArray[np.float64]) -> None:
-    """Write a whole (N, H, W) mask; see `MaskWriter`."""
-    count, rows, columns = mask.shape
-    with MaskWriter(path, (count, rows, columns), affine_lps) as out:
-        for place, one in enumerate(mask):
-            out.add(place, one)
 
 
 def _header(shape: tuple[int, int, int], affine_lps: NDArray[np.float64]) -> bytes:
@@ -130,7 +139,7 @@ class NiftiVolume(NamedTuple):
         proxy = _loaded(self.path).dataobj
         count, rows, columns = self.shape
         size = rows * columns * proxy.dtype.itemsize
-        opener = gzip.open if self.path.name.lower().endswith(".gz") else open
+        opener = gzip.open if is_packed(self.path) else open
         with cast(BinaryIO, opener(self.path, "rb")) as file:
             try:
                 file.seek(proxy.offset)
@@ -142,9 +151,9 @@ class NiftiVolume(NamedTuple):
                     yield _whole(stored, float(proxy.slope), float(proxy.inter))
                 while file.read(_BLOCK):  # gzip looks at its checksum at the end
                     pass
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                if isinstance(error, DicomError):
-                    raise
+            except DicomError:
+                raise
+            except NIBABEL_RAISES as error:
                 raise DicomError("NIFTI_UNREADABLE", type(error).__name__) from None
 
 
@@ -182,8 +191,8 @@ def open_nifti(path: Path) -> NiftiVolume:
     """The grid of a NIfTI-1 or NIfTI-2 file of one grey volume.
 
     Raises:
-        DicomError: NIFTI_UNREADABLE: no such file, complex or colour voxels, no affine, or more
-            than one volume.
+        DicomError: NIFTI_UNREADABLE: no such file or a damaged one, complex or colour voxels, an
+            affine that maps to no volume, or more than one volume.
     """
     image = _loaded(path)
     shape = tuple(int(n) for n in image.shape)
@@ -203,7 +212,7 @@ def open_nifti(path: Path) -> NiftiVolume:
 def _loaded(path: Path) -> Any:
     try:
         return nib.load(path)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+    except NIBABEL_RAISES as error:
         raise DicomError("NIFTI_UNREADABLE", type(error).__name__) from None
 
 

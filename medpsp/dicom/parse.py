@@ -34,10 +34,10 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote el
 pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
 
 IMPLICIT, EXPLICIT, DEFLATED, BIG = (
-    "1.2.840.10008.1.2",
-    "1.2.840.10008.1.2.1",
-    "1.2.840.10008.1.2.1.99",
-    "1.2.840.10008.1.2.2",
+    "1.2.840.10008.1.2",  # Implicit VR Little Endian
+    "1.2.840.10008.1.2.1",  # Explicit VR Little Endian
+    "1.2.840.10008.1.2.1.99",  # Deflated Explicit VR Little Endian
+    "1.2.840.10008.1.2.2",  # Explicit VR Big Endian
 )
 PIXEL_TAGS = {
     0x7FE00010: "PixelData",
@@ -59,10 +59,11 @@ class Parsed(Generic[Header_co]):
 
     Attributes:
         header: All elements before the pixels; ``file_meta`` is set.
-        stream: Positioned anywhere; ``value_at`` is where the pixel value starts.
+        stream: Positioned anywhere.
         syntax: Transfer syntax that the bytes follow.
         pixel_keyword: PixelData, FloatPixelData, DoubleFloatPixelData, or empty without pixels.
         pixel_vr: Of that element.
+        value_at: Where the pixel value starts in the stream.
         length: Of the pixel value as declared, -1 where undefined (encapsulated).
         available: Bytes from ``value_at`` to the end.
         flags: NO_PREAMBLE, NO_META, TS_MISSING, TS_INVALID, GUESSED_TS, GZIP.
@@ -85,6 +86,9 @@ def refusing(code: str, what: str) -> Iterator[None]:
 
     pydicom puts element values into its warnings and messages, so both stop here. Some codecs
     panic with an exception that is no `Exception`.
+
+    Raises:
+        DicomError: ``code``; HDR_DEPTH or DEC_OOM where it is known to be that.
     """
     try:
         with warnings.catch_warnings():
@@ -104,14 +108,12 @@ def parse(place: Place) -> Parsed[Dataset]:
     """Read the header of an object.
 
     Raises:
-        DicomError: FILE_EMPTY, FILE_TOO_SHORT, NOT_DICOM, HDR_TRUNCATED, HDR_DEPTH, TS_MISSING,
-            TS_INVALID, INFLATE_LIMIT, or a code of `open_place`.
+        DicomError: FILE_TOO_SHORT, NOT_DICOM, HDR_TRUNCATED, HDR_DEPTH, INFLATE_LIMIT, DEC_OOM, or
+            a code of `open_place`.
     """
     stream, flags = _mapped(open_place(place))
     with refusing("HDR_TRUNCATED", "not parsable"):
         size = stream.seek(0, os.SEEK_END) or stream.tell()
-        if size == 0:
-            raise DicomError("FILE_EMPTY", "0 bytes")
         stream.seek(0)
         start = _start(stream, size, flags)
         stream.seek(start)
@@ -151,8 +153,6 @@ def _mapped(stream: BinaryIO) -> tuple[BinaryIO, list[str]]:
     if isinstance(stream, BytesIO):
         return stream, ["GZIP"] if getattr(stream, "gzip", False) else []
     with stream:
-        if os.fstat(stream.fileno()).st_size == 0:
-            raise DicomError("FILE_EMPTY", "0 bytes")
         try:
             view: Any = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:

@@ -42,16 +42,25 @@ def settle_patients(slices: Iterable[SliceRef]) -> tuple[list[SliceRef], Refused
         elif ref.patient_id:
             kept.append(ref)
         else:
-            kept.append(replace(ref, patient_id=next(iter(patients), "") or _stand_in(ref)))
+            file = PurePath(ref.path, ref.member)
+            alone = stand_in(ref.study_uid, ref.series_uid, ref.frame_of_reference, file)
+            kept.append(replace(ref, patient_id=next(iter(patients), alone)))
     return kept, refused
 
 
-def _stand_in(ref: SliceRef) -> str:
-    if ref.study_uid:
-        return f"study:{ref.study_uid}"
-    if ref.series_uid:
-        return f"series:{ref.series_uid}"
-    if ref.frame_of_reference:
-        return f"frame:{ref.frame_of_reference}"
-    folder = PurePath(ref.path, ref.member).parent  # of a member: within its archive
-    return f"folder:{folder}"
+def stand_in(study_uid: str, series_uid: str, frame_of_reference: str, file: PurePath) -> str:
+    """What stands for the patient of a slice that nothing names: the first of these that is there.
+
+    Args:
+        study_uid: StudyInstanceUID, or empty.
+        series_uid: SeriesInstanceUID, or empty.
+        frame_of_reference: FrameOfReferenceUID, or empty.
+        file: Of the slice, its member behind it; its folder counts.
+    """
+    if study_uid:
+        return f"study:{study_uid}"
+    if series_uid:
+        return f"series:{series_uid}"
+    if frame_of_reference:
+        return f"frame:{frame_of_reference}"
+    return f"folder:{file.parent}"

@@ -57,7 +57,7 @@ def may_round(layout: Layout, dtype: PixelDtype) -> bool:
 
 
 def padding_of(ds: Header, layout: Layout, stored: Stored) -> NDArray[np.bool_] | None:
-    """(H, W) where the image is padding, or None for nowhere (P2).
+    """(H, W) where the image is padding, or None for nowhere.
 
     A padding value that BitsStored cannot hold is looked for in all bits of the pixel: cut to
     the bits that count it would be like an honest value.
@@ -72,7 +72,7 @@ def padding_of(ds: Header, layout: Layout, stored: Stored) -> NDArray[np.bool_] 
 def modality_values(
     ds: Header, stored: NDArray[Any], ref: SliceRef, padding: NDArray[np.bool_] | None
 ) -> NDArray[Any]:
-    """(H, W) modality values of ``ref.dtype`` (P3); raises as `rescale` does."""
+    """(H, W) modality values of ``ref.dtype``; raises as `rescale` does."""
     if "ModalityLUTSequence" in ds:
         # a table is unusual to `flat`, so that pydicom has read it
         return np.asarray(apply_modality_lut(stored, cast(Dataset, ds))).astype(np.float32)
@@ -81,7 +81,7 @@ def modality_values(
 
 
 def colour_values(ds: Header, layout: Layout, stored: Stored, ref: SliceRef) -> NDArray[Any]:
-    """(H, W, 3) uint8 RGB, or its (H, W) int16 brightness (P10)."""
+    """(H, W, 3) uint8 RGB, or its (H, W) int16 brightness."""
     values = stored.values
     if stored.space == "PALETTE COLOR":
         frames.mend_palette(ds, layout)

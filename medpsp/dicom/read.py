@@ -56,7 +56,7 @@ def scan_header(path: str, file_id: str, policy: ReadPolicy) -> list[SliceRef] |
 
 
 def read_frame(ref: SliceRef) -> Pixels:
-    """Modality values of one frame (PS3.3 C.11.1), or RGB; and its padding (P2).
+    """Modality values of one frame (PS3.3 C.11.1), or RGB; and its padding.
 
     Returns:
         (H, W) of ``ref.dtype``, int16 only where that is exact; (H, W, 3) uint8 for colour.

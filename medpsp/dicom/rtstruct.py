@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
+from medpsp.dicom.geometry import FAR_MM
 from medpsp.dicom.items import items_of, number_of, reading, text_of
 from medpsp.dicom.names import LabelVolume, NameRule, classes_of, count, paint, settle
 from medpsp.dicom.placement import Floats, Grid
@@ -31,9 +32,6 @@ MOST_POINTS = 4_000_000
 
 MOST_CROSSINGS = 30_000_000
 """Of contours with pixel rows; some 1 s to fill."""
-
-FAR_MM = 1e6
-"""No coordinate is a kilometre away."""
 
 
 class Contour(NamedTuple):

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from medpsp.dataconfig import DECODE_MEMORY_MIB, DECODE_SECONDS
 from medpsp.dicom.checked import checked_refs, checked_target
 from medpsp.dicom.labelref import LabelRef
 from medpsp.dicom.names import LabelVolume, NameRule
@@ -52,8 +53,14 @@ class Sandbox:
         module: Whose ``main(seconds, memory_mib)`` the child runs.
     """
 
-    def __init__(self, seconds: int = 30, memory_mib: int = 1024, module: str = TASKS) -> None:
+    def __init__(
+        self,
+        seconds: int = DECODE_SECONDS,
+        memory_mib: int = DECODE_MEMORY_MIB,
+        module: str = TASKS,
+    ) -> None:
         self.seconds, self.memory_mib, self.module = seconds, memory_mib, module
+        self._wall_seconds = 4 * seconds + 10
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -125,9 +132,10 @@ class Sandbox:
             SourceError: What the task raised, or DEC_CRASH, DEC_TIMEOUT, DEC_OOM.
         """
         with self._lock:
-            deadline = time.monotonic() + 4 * self.seconds + 10
             try:
-                return self._exchange({"task": task, **request}, deadline)
+                self._send({"task": task, **request})
+                _, tree, arrays = self._answer()
+                return tree, arrays
             except (BrokenPipeError, EOFError, TimeoutError) as error:
                 raise self._obituary(error) from None
             except SourceError:
@@ -146,7 +154,7 @@ class Sandbox:
             try:
                 self._send({"task": task, **request})
                 while True:
-                    kind, tree, arrays = self._answer(time.monotonic() + 4 * self.seconds + 10)
+                    kind, tree, arrays = self._answer()
                     if kind == "ok":
                         return
                     yield tree, arrays
@@ -168,11 +176,6 @@ class Sandbox:
                 if pipe:
                     pipe.close()
 
-    def _exchange(self, request: dict[str, Any], deadline: float) -> Answer:
-        self._send(request)
-        _, tree, arrays = self._answer(deadline)
-        return tree, arrays
-
     def _send(self, request: dict[str, Any]) -> None:
         if self._owner != os.getpid():  # after a fork the child is our parent's
             self._child, self._owner = None, os.getpid()
@@ -183,10 +186,10 @@ class Sandbox:
             raise EOFError
         send(self._child.stdin, request, [])
 
-    def _answer(self, deadline: float) -> tuple[str, Any, list[NDArray[Any]]]:
+    def _answer(self) -> tuple[str, Any, list[NDArray[Any]]]:
         if self._child is None or self._child.stdout is None:
             raise EOFError
-        (kind, tree), arrays = receive(self._child.stdout, deadline)
+        (kind, tree), arrays = receive(self._child.stdout, time.monotonic() + self._wall_seconds)
         if kind in ("ok", "item"):
             return kind, tree, arrays
         raise _ERRORS.get(kind, DicomError)(str(tree[0]), str(tree[1]))
@@ -210,7 +213,7 @@ class Sandbox:
                 code = child.wait(10)
         self.close()
         if isinstance(error, TimeoutError):
-            return DicomError("DEC_TIMEOUT", f"no answer within {4 * self.seconds + 10} s")
+            return DicomError("DEC_TIMEOUT", f"no answer within {self._wall_seconds} s")
         if code == -signal.SIGXCPU:
             return DicomError("DEC_TIMEOUT", f"over {self.seconds} s of CPU (data.decode_seconds)")
         if code == -signal.SIGKILL:
@@ -229,7 +232,11 @@ class SandboxPool:
     """
 
     def __init__(
-        self, workers: int, seconds: int = 30, memory_mib: int = 1024, module: str = TASKS
+        self,
+        workers: int,
+        seconds: int = DECODE_SECONDS,
+        memory_mib: int = DECODE_MEMORY_MIB,
+        module: str = TASKS,
     ) -> None:
         self._boxes = [Sandbox(seconds, memory_mib, module) for _ in range(workers)]
         self._idle: SimpleQueue[Sandbox] = SimpleQueue()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from pydicom.dataset import Dataset
 
+from medpsp.dicom.decode import MAX_FRAMES
 from medpsp.dicom.frames import functional, numbers, orientation, position
 from medpsp.dicom.geometry import axes_of, check_slice
 from medpsp.dicom.items import items_of, number_of, numbers_of, reading, text_of
@@ -14,7 +15,6 @@ from medpsp.dicom.placement import Floats
 from medpsp.errors import GeometryError, LabelError
 
 KINDS = ("BINARY", "FRACTIONAL", "LABELMAP")
-MOST_FRAMES = 200_000
 Source = tuple[str, int]
 """SOPInstanceUID and frame from 0 of an image; frame -1 where it is not said."""
 
@@ -76,7 +76,7 @@ def read_header(ds: Dataset) -> Header:
         frames = number_of(ds, "NumberOfFrames") or 1
         groups = len(items_of(ds, "PerFrameFunctionalGroupsSequence"))
         described = groups == frames or (groups == 0 and frames == 1)
-        if min(shape) < 1 or not described or frames > MOST_FRAMES:
+        if min(shape) < 1 or not described or frames > MAX_FRAMES:
             raise LabelError("SEG_FRAMES", f"{frames} frames of {shape}, {groups} are described")
         full = number_of(ds, "MaximumFractionalValue") or 0
         if kind == "FRACTIONAL" and full < 1:

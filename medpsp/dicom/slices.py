@@ -75,19 +75,18 @@ def _check_kind(parsed: Parsed[Header]) -> None:
 
 
 def _check_wanted(ds: Header, policy: ReadPolicy) -> None:
-    """S4: what is no part of a volume is left out, unless the policy keeps it."""
-    value = ds.get("ImageType") or []
-    words = [value] if isinstance(value, str) else [str(v) for v in value]
+    """What is no part of a volume is left out, unless the policy keeps it."""
+    words = deidentify.image_type(ds)
     if deidentify.slide_label(ds):
         raise DicomError("PHI_BURNED_IN", "the photograph of a slide's label")
     if policy.non_volumes == "keep":
         return
     if "LOCALIZER" in words:
-        raise DicomError("LOCALIZER", "a localizer; data.non_volumes keeps it")
+        raise DicomError("LOCALIZER", "a localizer; data.non_volumes=keep keeps it")
     if any("DOSE" in word for word in words):
-        raise DicomError("DOSE_REPORT", "a dose sheet; data.non_volumes keeps it")
+        raise DicomError("DOSE_REPORT", "a dose sheet; data.non_volumes=keep keeps it")
     if "Secondary Capture" in deidentify.uid_name(str(ds.get("SOPClassUID") or "")):
-        raise DicomError("SC_IMAGE", "a secondary capture; data.non_volumes keeps it")
+        raise DicomError("SC_IMAGE", "a secondary capture; data.non_volumes=keep keeps it")
 
 
 def _region(ds: Header, modality: str, policy: ReadPolicy) -> tuple[Box, ...]:

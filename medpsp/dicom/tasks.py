@@ -1,4 +1,4 @@
-"""What the child of a `Sandbox` runs. Imported by nobody."""
+"""What the child of a `Sandbox` runs; children with tasks of their own build on it."""
 
 from __future__ import annotations
 

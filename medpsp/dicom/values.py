@@ -93,7 +93,10 @@ def _shifted(stored: NDArray[Any], offset: int) -> NDArray[np.int16] | None:
 def padding_mask(
     stored: NDArray[Any], value: float | None, limit: float | None
 ) -> NDArray[np.bool_] | None:
-    """Where stored values are padding (P2): one value, or the inclusive range to the limit."""
+    """Where stored values are padding: one value, or the inclusive range to the limit.
+
+    PS3.3 C.7.5.1.1.2; None for nowhere.
+    """
     if value is None:
         return None
     ends: list[float] = sorted((value, value if limit is None else limit))

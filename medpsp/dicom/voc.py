@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from medpsp.dicom.codes import refusal
 from medpsp.dicom.labels import integral
 from medpsp.dicom.walk import leads_nowhere, system_said
 from medpsp.errors import ArchiveError, ConfigError, DicomError, LabelError
-from medpsp.types import PixelDtype, Place, ScanRow, Series, SliceRef, Split
+from medpsp.types import SPLITS, PixelDtype, Place, ScanRow, Series, SliceRef, Split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _PILLOW_RAISES = (
@@ -28,7 +28,6 @@ _PILLOW_RAISES = (
 )
 _Groups = dict[tuple[str, int, int, str, str], list[tuple[SliceRef, Place]]]
 Read = Callable[[Path], NDArray[np.generic]]
-_LISTS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
 def scan_voc(
@@ -66,7 +65,7 @@ def scan_voc(
         raise ConfigError(f"data.voc.patient_pattern: not a regular expression ({error})") from None
     if pattern.groups < 1:
         raise ConfigError("data.voc.patient_pattern: needs one group, for example ^(p[0-9]+)-")
-    listed = _read_lists(root / voc.lists, root)
+    listed = _read_lists(root / voc.lists, root, images)
     groups: _Groups = defaultdict(list)
     splits: dict[str, set[Split]] = defaultdict(set)
     rows: list[ScanRow] = []
@@ -119,8 +118,8 @@ def read_image(path: Path) -> NDArray[np.generic]:
     outside everywhere here; what an opaque alpha channel holds is lost.
 
     Raises:
-        DicomError: IMAGE_UNREADABLE, or BITS_UNSUPPORTED for colour of 16 bits, of which Pillow
-            would keep 8 without a word.
+        DicomError: IMAGE_UNREADABLE, FILE_UNREADABLE, or BITS_UNSUPPORTED for colour of 16 bits, of
+            which Pillow would keep 8 without a word.
     """
     try:
         with Image.open(path) as image:
@@ -153,7 +152,8 @@ def read_mask(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
     """Read a mask of class values: palette or grey PNG, or RGB with equal channels.
 
     Raises:
-        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH.
+        LabelError: MASK_MISSING, MASK_UNREADABLE, MASK_NOT_INTEGRAL, MASK_GRID_MISMATCH,
+            FILE_UNREADABLE.
     """
     if not path.is_file():
         raise LabelError("MASK_MISSING", "no mask of the same name as the image")
@@ -235,10 +235,11 @@ def _is_grey(image: Image.Image) -> bool:
     return len(image.getbands()) == 1 and image.mode != "P"
 
 
-def _read_lists(folder: Path, root: Path) -> dict[str, set[Split]]:
+def _read_lists(folder: Path, root: Path, stems: Container[str]) -> dict[str, set[Split]]:
+    """Splits of the names that are listed; of a line the first word, or all of one with blanks."""
     listed: dict[str, set[Split]] = defaultdict(set)
-    for name, split in _LISTS.items():
-        path = folder / f"{name}.txt"
+    for split in SPLITS:
+        path = folder / f"{split}.txt"
         if leads_nowhere(path, root) or leads_nowhere(folder, root):
             raise ConfigError(f"split list {path}: a link to nowhere; is its disk mounted?")
         if path.is_file():
@@ -247,6 +248,6 @@ def _read_lists(folder: Path, root: Path) -> dict[str, set[Split]]:
             except ValueError:
                 raise ConfigError(f"split list {path}: not UTF-8 text") from None
             for line in lines:
-                if line.strip():
-                    listed[line.split()[0]].add(split)
+                if name := line.strip():
+                    listed[name if name in stems else name.split()[0]].add(split)
     return listed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import select
 import struct
 import time
@@ -43,12 +44,13 @@ def receive(pipe: IO[bytes], deadline: float = math.inf) -> tuple[Any, list[NDAr
         raise EOFError
     try:
         tree, described = json.loads(_read(pipe, length, deadline))
-    except ValueError:
+        kinds = [(str(dtype), [operator.index(n) for n in shape]) for dtype, shape in described]
+    except (ValueError, TypeError, RecursionError):
         raise EOFError from None
     arrays = []
-    for dtype, shape in described[:count]:
+    for dtype, shape in kinds[:count]:
         size = math.prod(shape)
-        if dtype not in _DTYPES or not 0 <= size * int(dtype[2:]) <= MAX_ANSWER:
+        if dtype not in _DTYPES or min(shape, default=0) < 0 or size * int(dtype[2:]) > MAX_ANSWER:
             raise EOFError
         data = _read(pipe, size * int(dtype[2:]), deadline)
         arrays.append(np.frombuffer(data, dtype).reshape(shape))

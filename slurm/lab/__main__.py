@@ -169,10 +169,8 @@ def _laid_out(args: argparse.Namespace, root: Path) -> Lab:
     """Folders and files, nothing started."""
     why_not = "asked for ports" if args.ports else can_have_namespaces()
     bridge, address = ("", "127.0.0.1") if why_not else free_network()
-    nodes, names = (
-        [],
-        [*(f"cpu{n}" for n in range(args.cpu)), *(f"gpu{n}" for n in range(args.gpu))],
-    )
+    names = [*(f"cpu{n}" for n in range(args.cpu)), *(f"gpu{n}" for n in range(args.gpu))]
+    nodes = []
     for number, name in enumerate(names):
         gpus = GPUS if name.startswith("gpu") else 0
         own = f"{address.rsplit('.', 1)[0]}.{number + 10}"

@@ -103,6 +103,7 @@ class Lab:
 
         Raises:
             OSError: There is no lab.
+            ValueError, TypeError, KeyError: What is there is none.
         """
         tree: dict[str, Any] = json.loads((root / "lab.json").read_text(encoding="utf-8"))
         nodes = tuple(Node(**node) for node in tree.pop("nodes"))

@@ -11,7 +11,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from layout import Lab, Node
+from layout import GPUS, Lab, Node
 from processes import LabError, alive, children, run, start, stop, wait_for
 
 # bash is PID 1 of the node: when it dies, everything on the node does, and the network with it
@@ -66,10 +66,10 @@ def free_network() -> tuple[str, str]:
     raise LabError("no free network among 10.213.1.0 to 10.213.249.0")
 
 
-def free_port(address: str = "127.0.0.1") -> int:
+def free_port() -> int:
     """A TCP port nobody listens on."""
     with socket.socket() as probe:
-        probe.bind((address, 0))
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
@@ -126,8 +126,17 @@ def heal_node(lab: Lab, node: Node) -> Lab:
     return lab
 
 
-def wait_ready(lab: Lab, names: list[str], give_back: bool = False, seconds: float = 30) -> None:
-    """Until the controller may use the nodes."""
+def wait_ready(lab: Lab, names: list[str], give_back: bool = False) -> None:
+    """Until the controller may use the nodes, 30 s at most.
+
+    Args:
+        lab: Of the nodes.
+        names: Theirs.
+        give_back: Also those that the controller has set down or drained.
+
+    Raises:
+        LabError: It may not.
+    """
 
     def ready() -> bool:
         states = node_states(lab)
@@ -136,7 +145,7 @@ def wait_ready(lab: Lab, names: list[str], give_back: bool = False, seconds: flo
                 run(lab, "scontrol", "update", f"NodeName={name}", "State=RESUME")
         return all(states[name] in ("idle", "mixed", "allocated") for name in names)
 
-    wait_for(f"nodes {', '.join(names)}", ready, seconds)
+    wait_for(f"nodes {', '.join(names)}", ready, 30)
 
 
 def node_states(lab: Lab) -> dict[str, str]:
@@ -155,5 +164,5 @@ def devices(root: Path) -> None:
     """What stands for GPUs: SLURM wants a device, and takes a link to one."""
     folder = root / "dev"
     folder.mkdir()
-    for number in range(2):
+    for number in range(GPUS):
         (folder / f"gpu{number}").symlink_to("/dev/null")

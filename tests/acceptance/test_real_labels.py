@@ -20,7 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
 from medpsp.dicom.decode import layout_of, stored_values
-from medpsp.dicom.labelref import KINDS, Match, label_target, match_series
+from medpsp.dicom.labelref import KINDS, label_target, match_series
 from medpsp.dicom.labels import read_nifti_mask
 from medpsp.dicom.names import NameRule
 from medpsp.dicom.parse import parse
@@ -81,12 +81,12 @@ def test_sarcoma_masks_find_their_series(data: Path) -> None:
     series = [s for _, s in found.values()]
     for number, (name, (folder, own)) in enumerate(found.items()):
         ref = label_target(pydicom.dcmread(folder / "mask" / "RS.dcm"))
-        assert match_series(ref, series) == Match((number,), by_position=False), name
+        assert match_series(ref, series) == (number,), name
         lost = replace(ref, series_uids=(), sop_uids=())
         with pytest.raises(LabelError, match="LABEL_AMBIGUOUS"):
             match_series(lost, series)
         alike = [s if s.first.modality == own.first.modality else at_sea(s) for s in series]
-        assert match_series(lost, alike) == Match((number,), by_position=True), name
+        assert match_series(lost, alike) == (number,), name
 
 
 def at_sea(series: Series) -> Series:
@@ -191,7 +191,7 @@ def test_highdicom_seg_on_its_images(data: Path) -> None:
     folder = data / "decode" / "ImagingDataCommons+highdicom" / "data" / "test_files"
     path = folder / "seg_image_ct_binary_single_frame.dcm"
     series = series_of_files([Path(str(get_testdata_file("CT_small.dcm")))])
-    assert match_series(label_target(pydicom.dcmread(path)), [series]) == Match((0,), False)
+    assert match_series(label_target(pydicom.dcmread(path)), [series]) == (0,)
     values = read_seg(path, grid_of(series))
     assert (values[0] == pydicom.dcmread(path).pixel_array).all()
     image = pydicom.dcmread(series.first.path).pixel_array
