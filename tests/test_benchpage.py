@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import results
-from tests.bench.page import CHAPTERS, KEPT, PAGE, UNKNOWN, chapters, page, reason, reasons
+from tests.bench.page import CHAPTERS, KEPT, PAGE, UNKNOWN, chapters, page, plain, reason, reasons
 from tests.bench.results import ROOT, Missing, Row, paired, report, run_sections
 
 PEERS = ("smp", "train", "export", "shards")
@@ -109,6 +109,16 @@ def test_a_section_that_fails_costs_the_others_nothing(
 def test_the_page_is_that_of_the_kept_results() -> None:
     assert PAGE.read_text() == page(chapters(KEPT), reasons()), "run python tests/bench/page.py"
     assert "Not run." not in PAGE.read_text()
+
+
+def test_every_figure_stands_on_the_page() -> None:
+    text = PAGE.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for sections in chapters(KEPT).values() for s in sections for row in s.rows]
+    assert len(rows) > 300
+    for row in rows:
+        told = (line for line in lines if line.startswith(f"| {plain(row.label)} | "))
+        assert any(row.shown in line for line in told), row
 
 
 def test_every_figure_that_is_missed_has_a_reason() -> None:

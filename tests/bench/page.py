@@ -90,7 +90,7 @@ ELSEWHERE = {
     ("shards", "headers"): "reading",
     ("shards", "random"): "reading",
     ("shards", "loader"): "reading",
-    ("train", "loader"): "reading",
+    ("train", "pairs for training"): "reading",
     ("export", "series"): "device",
     ("export", "flat"): "device",
     ("export", "cold"): "device",
@@ -182,10 +182,10 @@ def _behind(found: Chapters, why: dict[str, str]) -> Iterator[str]:
                 if row.verdict == "MISSED":
                     figures = lines.setdefault(reason(f"{section.name}: {row.label}", why), {})
                     figure = f"{row.label} **{row.shown}** ({row.goal})"
-                    figures.setdefault(section.name, []).append(_plain(figure))
+                    figures.setdefault(section.name, []).append(plain(figure))
         for text, figures in lines.items():
-            cell = "<br>".join(f"{_plain(n)}: {'; '.join(rows)}" for n, rows in figures.items())
-            yield f"| {CHAPTERS[key][0]} | {cell} | {_plain(text)} |"
+            cell = "<br>".join(f"{plain(n)}: {'; '.join(rows)}" for n, rows in figures.items())
+            yield f"| {CHAPTERS[key][0]} | {cell} | {plain(text)} |"
     yield ""
 
 
@@ -196,9 +196,10 @@ def reason(place: str, why: dict[str, str]) -> str:
 
 def _together(sections: Sequence[Section]) -> Iterator[list[Section]]:
     """Sections that differ in the backbone only, in one list; others alone."""
-    groups: dict[str, list[Section]] = {}
-    for section in sections:
-        groups.setdefault(section.split[1], []).append(section)
+    groups: dict[Any, list[Section]] = {}
+    for number, section in enumerate(sections):
+        backbone, name = section.split
+        groups.setdefault(name if backbone else number, []).append(section)
     yield from groups.values()
 
 
@@ -247,7 +248,7 @@ def _facts(sections: list[Section]) -> Iterator[str]:
             lines.append(f"- {name}: {values[0][1]}")
         else:
             lines += [f"- {name}, {backbone}: {value}" for backbone, value in values]
-    yield from [*map(_plain, lines), ""] if lines else []
+    yield from [*map(plain, lines), ""] if lines else []
 
 
 def _range(values: Any) -> str:
@@ -262,10 +263,10 @@ def _head(*cells: str) -> Iterator[str]:
 
 
 def _line(*cells: str) -> str:
-    return f"| {' | '.join(map(_plain, cells))} |"
+    return f"| {' | '.join(map(plain, cells))} |"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """As Markdown shows it, with signs in place of two characters."""
     signs = {"|": "\\|", ">=": "≥", "<=": "≤", "+-": "±", "<": "&lt;", "_": "\\_"}
     for found, sign in signs.items():
