@@ -71,6 +71,7 @@ def test_a_page_of_what_was_found(folder: Path) -> None:
     assert f"| convert: large **3 MiB** (≤ 2) | {UNKNOWN} |" in lost
     assert "good" not in lost
     assert "| good \\| x | 2.5 | 2 to 3 | 1.0 ms | 2.5 ms | ≥ 2 | ok |" in lines
+    assert "| disturbed | 0.1 |  |  |  | ≥ 2 | DISTURBED |" in lines
     assert "| absent | - |  |  |  | ≥ 2 | no such peer |" in lines
     assert "### latency OS16, 1 thread" in lines
     assert "|  | resnet18 | convnext\\_tiny |" in lines
