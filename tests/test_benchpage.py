@@ -46,7 +46,7 @@ def test_ratios_are_those_of_rounds() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     report("shards", "convert", ROWS, {"slices": 3}, ["ours 1.0 ms"], tmp_path)
-    report("shards", "random", ROWS[:1], {}, folder=tmp_path)
+    report("shards", "random", ROWS[1:2], {}, folder=tmp_path)
     for backbone, value in (("resnet18", 2.5), ("convnext_tiny", 1.5)):
         row = Row(label="eager / int8", value=value, least=2)
         facts = {"threads": 1, "only": backbone}
@@ -77,6 +77,8 @@ def test_a_page_of_what_was_found(folder: Path) -> None:
     assert "|  | resnet18 | convnext\\_tiny |" in lines
     assert "| eager / int8 | 2.5 (≥ 2) ok | 1.5 (≥ 2) **MISSED** |" in lines
     assert "- threads: 1" in lines
+    assert "|  | figure | spread | ours | theirs | wanted |  |" in lines
+    assert "|  | figure | wanted |  |" in lines  # nothing stands in the others
     assert "- only, resnet18: resnet18" in lines
     order = [text.index(f"\n## {title}\n") for title, _, _ in CHAPTERS.values()]
     assert order == sorted(order)

@@ -27,6 +27,8 @@ KEPT = Path(__file__).with_name("results")
 REASONS = Path(__file__).with_name("reasons.json")
 PAGE = ROOT / "docs" / "benchmarks.md"
 UNKNOWN = "not known yet"
+HEAD = ("", "figure", "spread", "ours", "theirs", "wanted", "")
+"""Of a table; a column in which nothing stands is left out."""
 STAMP = ("when", "machine", "load")
 INTRO = """# Benchmarks
 
@@ -211,12 +213,15 @@ def _table(sections: list[Section]) -> Iterator[str]:
     if any(section.split[0] for section in sections):
         yield from _columns(sections)
         return
-    rows = sections[0].rows
-    if rows:
-        yield from _head("", "figure", "spread", "ours", "theirs", "wanted", "")
-    for row in rows:
-        cells = (row.label, row.shown, row.spread, row.ours, row.theirs, row.goal)
-        yield _line(*cells, _said(row.verdict))
+    table = [
+        (row.label, row.shown, row.spread, row.ours, row.theirs, row.goal, _said(row.verdict))
+        for row in sections[0].rows
+    ]
+    used = [number for number in range(len(HEAD)) if any(cells[number] for cells in table)]
+    if used:
+        yield from _head(*(HEAD[number] for number in used))
+    for cells in table:
+        yield _line(*(cells[number] for number in used))
 
 
 def _columns(sections: list[Section]) -> Iterator[str]:
@@ -233,7 +238,8 @@ def _cell(row: Row) -> str:
 
 
 def _said(verdict: str) -> str:
-    return f"**{verdict}**" if verdict == "MISSED" else verdict.split(": other processes")[0]
+    short = verdict.partition(": other processes")[0]
+    return f"**{short}**" if short == "MISSED" else short
 
 
 def _facts(sections: list[Section]) -> Iterator[str]:
