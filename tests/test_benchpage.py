@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
     report("shards", "random", ROWS[1:2], {}, folder=tmp_path)
     for backbone, value in (("resnet18", 2.5), ("convnext_tiny", 1.5)):
         row = Row(label="eager / int8", value=value, least=2)
-        facts = {"threads": 1, "only": backbone}
+        facts = {"threads": 1, "only": backbone, "machine": f"that of {backbone}"}
         report("export", f"latency {backbone} OS16, 1 thread", [row], facts, folder=tmp_path)
     return tmp_path
 
@@ -67,19 +67,20 @@ def test_a_page_of_what_was_found(folder: Path) -> None:
     assert "| [From DICOM to shards](#from-dicom-to-shards) |" in text
     assert any(line.endswith("| 6 | 2 | 2 | 2 |") for line in lines)  # wanted, met, missed, none
     lost = text.split("## Where we lose")[1].split("\n## ")[0]
-    assert "| convert: slow\\_one **1.2** (≥ 2) | because \\| so |" in lost
-    assert f"| convert: large **3 MiB** (≤ 2) | {UNKNOWN} |" in lost
+    assert "| convert: slow\\_one **1.2** (≥\u00a02) | because \\| so |" in lost
+    assert f"| convert: large **3 MiB** (≤\u00a02) | {UNKNOWN} |" in lost
     assert "good" not in lost
-    assert "| good \\| x | 2.5 | 2 to 3 | 1.0 ms | 2.5 ms | ≥ 2 | ok |" in lines
-    assert "| disturbed | 0.1 |  |  |  | ≥ 2 | DISTURBED |" in lines
-    assert "| absent | - |  |  |  | ≥ 2 | no such peer |" in lines
+    assert "| good \\| x | 2.5 | 2 to 3 | 1.0 ms | 2.5 ms | ≥\u00a02 | ok |" in lines
+    assert "| disturbed | 0.1 |  |  |  | ≥\u00a02 | DISTURBED |" in lines
+    assert "| absent | - |  |  |  | ≥\u00a02 | no such peer |" in lines
     assert "### latency OS16, 1 thread" in lines
     assert "|  | resnet18 | convnext\\_tiny |" in lines
-    assert "| eager / int8 | 2.5 (≥ 2) ok | 1.5 (≥ 2) **MISSED** |" in lines
+    assert "| eager / int8 | 2.5 (≥\u00a02) ok | 1.5 (≥\u00a02) **MISSED** |" in lines
     assert "- threads: 1" in lines
     assert "|  | figure | spread | ours | theirs | wanted |  |" in lines
     assert "|  | figure | wanted |  |" in lines  # nothing stands in the others
     assert "- only, resnet18: resnet18" in lines
+    assert "- machine, convnext\\_tiny: that of convnext\\_tiny" in lines
     order = [text.index(f"\n## {title}\n") for title, _, _ in CHAPTERS.values()]
     assert order == sorted(order)
     assert text.index("## Where we lose") < order[0]

@@ -245,11 +245,14 @@ def _said(verdict: str) -> str:
 def _facts(sections: list[Section]) -> Iterator[str]:
     """Where and when in a line; then what is the same for all, once, and the rest by backbone."""
     when, load = (_range(str(section.facts[n]) for section in sections) for n in ("when", "load"))
-    machines = "; ".join(sorted({section.facts["machine"] for section in sections}))
-    yield from (f"*{when}; {machines}; load {load}.*", "")
+    several = len({section.facts["machine"] for section in sections}) > 1
+    machine = "on several machines" if several else sections[0].facts["machine"]
+    yield from (f"*{when}; {machine}; load {load}.*", "")
     names = [name for name in dict.fromkeys(n for s in sections for n in s.facts)]
     lines = []
-    for name in (name for name in names if name not in STAMP):
+    for name in names:
+        if name in STAMP and not (name == "machine" and several):
+            continue
         values = [(s.split[0], str(s.facts[name])) for s in sections if name in s.facts]
         if len({value for _, value in values}) == 1:
             lines.append(f"- {name}: {values[0][1]}")
@@ -275,7 +278,7 @@ def _line(*cells: str) -> str:
 
 def plain(text: str) -> str:
     """As Markdown shows it, with signs in place of two characters."""
-    signs = {"|": "\\|", ">=": "≥", "<=": "≤", "+-": "±", "<": "&lt;", "_": "\\_"}
+    signs = {"|": "\\|", ">= ": "≥\u00a0", "<= ": "≤\u00a0", "+-": "±", "<": "&lt;", "_": "\\_"}
     for found, sign in signs.items():
         text = text.replace(found, sign)
     return text
