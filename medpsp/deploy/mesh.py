@@ -71,9 +71,10 @@ def class_surface(mask: Slices, label: int, affine: Floats, box: Box | None = No
     parts = (mask[z][rows, columns] == label for z in range(slices.start, slices.stop))
     shell = march(parts, rows.stop - rows.start, columns.stop - columns.start)
     corner = np.array([columns.start, rows.start, slices.start])
-    places, vertices = fair(shell), np.empty_like(shell.vertices)
+    shifts, vertices = fair(shell), np.empty_like(shell.vertices)
     for some in pieces(len(vertices)):
-        vertices[some] = (places[some] + corner) @ affine[:3, :3].T + affine[:3, 3]
+        places = shell.vertices[some] + np.float64(shifts[:, some].T) + corner
+        vertices[some] = places @ affine[:3, :3].T + affine[:3, 3]
     return Surface(vertices, shell.triangles[:, ::-1] if mirrored else shell.triangles)
 
 

@@ -109,12 +109,13 @@ def _numbers(file: BinaryIO, parts: Iterable[Part]) -> dict[str, Any]:
         names.append(part.name)
         materials.append(_material(part))
         vertices, triangles = part.surface
-        turned = vertices @ LPS_TO_GLTF.T / np.float32(1000)
+        turned = vertices @ LPS_TO_GLTF.T
+        turned /= 1000
         low, high = turned.min(axis=0).tolist(), turned.max(axis=0).tolist()
         floats = {"componentType": 5126, "count": len(turned), "type": "VEC3"}
         corners = {"componentType": 5125, "count": triangles.size, "type": "SCALAR"}
         accessors += [{**floats, "min": low, "max": high}, floats, corners]
-        _view(file, views, [turned])
+        _view(file, views, (turned[some] for some in pieces(len(turned))))
         del turned
         areas = vertex_areas(vertices.T, triangles)
         of_pieces = (_unit(areas[:, some].T) @ LPS_TO_GLTF.T for some in pieces(len(vertices)))

@@ -1,11 +1,11 @@
-"""A training step on one GPU: ours by DDP's engine and by ZeRO-1, and smp.PSPNet, in turn.
+"""A training step on one GPU: ours by DDP's engine and by ZeRO-1, smp.PSPNet, smp.Unet, in turn.
 
     python tests/bench/gpu.py [--batch 16] [--size 512] [--steps 20] [--rounds 5]
-        [--backbones resnet18 ...] [--profile resnet18] [--eager] [--results FOLDER]
+        [--backbones resnet18 ...] [--eager] [--results FOLDER]
 
 bf16 autocast, channels_last, 1 grey channel, 4 classes, Dice + Focal, clipping at 1, AdamW; the
 batch comes from the CPU's memory at every step. Ours is everything that `fit` does in a step. The
-peer has a bare loop around it with the same loss, clipping and optimizer. Wall time between two
+peers have a bare loop around them with the same loss, clipping and optimizer. Wall time between two
 points where the GPU is idle. MFU: 6 times the multiply-adds of a forward pass, over the data
 sheet's dense bf16. Memory: peak above what was there before, weights and optimizer included.
 Waits of the host for the GPU are counted by torch's own sync warnings. Results: FOLDER/gpu.json; in
@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,36 @@ PEERS = {
     "efficientnet_b0": "efficientnet-b0",
     "convnext_tiny": "tu-convnext_tiny",
 }
-BASE = {
-    "ours, ddp": "smp.PSPNet",
-    "ours, ddp, not pinned": "ours, ddp",
-    "ours, zero1": "ours, ddp",
-    "ours, ddp, compiled": "smp.PSPNet, compiled",
-    "ours, ddp, graphs": "smp.PSPNet, compiled",
+WAYS: dict[str, tuple[str, str, bool | str]] = {
+    "refine": ("refine", "ddp", False),
+    "refine, zero1": ("refine", "zero1", False),
+    "refine, compiled": ("refine", "ddp", True),
+    "refine, graphs": ("refine", "ddp", "reduce-overhead"),
+    "shallow": ("shallow", "ddp", False),
+    "shallow, compiled": ("shallow", "ddp", True),
+    "shallow, graphs": ("shallow", "ddp", "reduce-overhead"),
 }
-"""What one is compared with."""
+"""Ours: head, engine, `train.compile`."""
+THEIRS = ("smp.PSPNet", "smp.PSPNet, compiled", "smp.Unet", "smp.Unet, compiled")
+PAIRS = (
+    ("smp.PSPNet", "shallow"),
+    ("smp.PSPNet, compiled", "shallow, compiled"),
+    ("smp.PSPNet, compiled", "shallow, graphs"),
+    ("smp.Unet", "refine"),
+    ("smp.Unet, compiled", "refine, compiled"),
+    ("smp.Unet, compiled", "refine, graphs"),
+    ("smp.PSPNet", "refine"),
+    ("smp.PSPNet, compiled", "refine, compiled"),
+    ("smp.PSPNet, compiled", "refine, graphs"),
+    ("refine", "refine, zero1"),
+)
+"""What is compared: with what, which."""
 Step = Callable[[int], None]
 """One step, by its number."""
 
 
-def config_of(args: argparse.Namespace, backbone: str, engine: str, compiled: bool | str) -> Config:
+def config_of(args: argparse.Namespace, backbone: str, way: str) -> Config:
+    head, engine, compiled = WAYS[way]
     train = {
         "stages": [{"name": "a", "steps": 10**6, "lr": 1e-3}],
         "size": [args.size, args.size],
@@ -76,7 +94,7 @@ def config_of(args: argparse.Namespace, backbone: str, engine: str, compiled: bo
     }
     tree = {
         "data": {"archive": "none", "classes": ["a", "b", "c", "d"]},
-        "model": {"backbone": backbone},
+        "model": {"backbone": backbone, "head": head},
         "train": train,
     }
     return Config.model_validate(tree)
@@ -91,12 +109,13 @@ def ours(config: Config, batch: Batch, device: torch.device) -> tuple[nn.Module,
 
 
 def theirs(
-    backbone: str, compiled: bool, batch: Batch, config: Config, device: torch.device
+    backbone: str, way: str, batch: Batch, config: Config, device: torch.device
 ) -> tuple[nn.Module, Step]:
     import segmentation_models_pytorch as smp
 
     torch.manual_seed(0)
-    model = smp.PSPNet(PEERS[backbone], encoder_weights=None, in_channels=1, classes=CLASSES)
+    make, compiled = smp.PSPNet if "PSPNet" in way else smp.Unet, "compiled" in way
+    model = make(PEERS[backbone], encoder_weights=None, in_channels=1, classes=CLASSES)
     model = model.to(device, memory_format=torch.channels_last).train()
     net: Any = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
@@ -179,7 +198,7 @@ def peak() -> int:
 
 
 def ways_of(args: argparse.Namespace, backbone: str, device: torch.device) -> dict[str, Any]:
-    paged = batch = batch_of(args.size, args.batch, CLASSES)
+    batch = batch_of(args.size, args.batch, CLASSES)
     if device.type == "cuda":
         batch = Batch(
             image=batch.image.pin_memory(),
@@ -188,23 +207,16 @@ def ways_of(args: argparse.Namespace, backbone: str, device: torch.device) -> di
             keys=batch.keys,
             samples=batch.samples,
         )
-    plain = config_of(args, backbone, "ddp", False)
-    ways = {
-        "ours, ddp": lambda: ours(plain, batch, device),
-        "ours, ddp, not pinned": lambda: ours(plain, paged, device),
-        "smp.PSPNet": lambda: theirs(backbone, False, batch, plain, device),
-        "ours, zero1": lambda: ours(config_of(args, backbone, "zero1", False), batch, device),
+    plain = config_of(args, backbone, "refine")
+    ways: dict[str, Any] = {
+        way: partial(ours, config_of(args, backbone, way), batch, device) for way in WAYS
     }
-    if not args.eager:
-        ways["ours, ddp, compiled"] = lambda: ours(
-            config_of(args, backbone, "ddp", True), batch, device
-        )
-        if backbone in args.graphs:
-            ways["ours, ddp, graphs"] = lambda: ours(
-                config_of(args, backbone, "ddp", "reduce-overhead"), batch, device
-            )
-        ways["smp.PSPNet, compiled"] = lambda: theirs(backbone, True, batch, plain, device)
-    return ways
+    ways |= {way: partial(theirs, backbone, way, batch, plain, device) for way in THEIRS}
+    return {
+        way: make
+        for way, make in ways.items()
+        if not (args.eager and way.endswith(("compiled", "graphs")))
+    }
 
 
 def compare(args: argparse.Namespace, backbone: str, device: torch.device) -> None:
@@ -228,7 +240,7 @@ def compare(args: argparse.Namespace, backbone: str, device: torch.device) -> No
 
 def rows_of(ways: dict[str, Way], why: dict[str, str], batch: int) -> Iterator[Row]:
     """Ratios that are wanted of each, then what each does in a second and holds."""
-    for name, base in BASE.items():
+    for base, name in PAIRS:
         if name not in ways and name not in why:
             continue  # it was not asked for
         label, least = f"{base} / {name}", 1.0 if "smp" in base else None
@@ -252,30 +264,6 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def profile(args: argparse.Namespace, device: torch.device) -> None:
-    """Where a step of ours spends its time, by kernels and by calls of the host."""
-    from torch.profiler import ProfilerActivity, record_function
-    from torch.profiler import profile as recorder
-
-    for compiled in (False, True)[: 1 if args.eager else 2]:
-        _, step = ours(
-            config_of(args, args.profile, "ddp", compiled),
-            batch_of(args.size, args.batch, CLASSES),
-            device,
-        )
-        for number in range(5):
-            step(number)
-        settle()
-        with recorder(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-            for number in range(10):
-                with record_function("step"):
-                    step(number)
-            settle()
-        print(f"profile of 10 steps, {args.profile}, compiled: {compiled}")
-        for key in ("self_cuda_time_total", "self_cpu_time_total"):
-            print(found.key_averages().table(sort_by=key, row_limit=24, max_name_column_width=70))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=16)
@@ -283,8 +271,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backbones", nargs="*", default=list(BACKBONES))
-    parser.add_argument("--graphs", nargs="*", default=list(BACKBONES))
-    parser.add_argument("--profile", default="")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of gpu.json")
     args = parser.parse_args()
@@ -292,8 +278,6 @@ def main() -> None:
     with process_group(World(), 2, alone=True) as device:
         for backbone in args.backbones:
             compare(args, backbone, device)
-        if args.profile:
-            profile(args, device)
 
 
 if __name__ == "__main__":
