@@ -62,9 +62,10 @@ CHAPTERS: dict[str, Chapter] = {
     "gpu": (
         "A step on a GPU",
         "python tests/bench/gpu.py --results tests/bench/results",
-        "Everything that `fit` does in a step, against smp.PSPNet in a bare loop. Our usual head "
-        "decodes to stride 2 and multiplies about twice as much an image as smp.PSPNet, which "
-        "scales its mask up from stride 8.",
+        "Everything that `fit` does in a step, against peers in a bare loop. The head `shallow` "
+        "does what smp.PSPNet does, `refine`, the usual one, decodes as smp.Unet does: it "
+        "multiplies about twice as much an image as smp.PSPNet, which scales its mask up from "
+        "stride 8.",
     ),
     "accuracy": (
         "Accuracy at equal CPU seconds",
