@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import results
-from tests.bench.page import CHAPTERS, KEPT, PAGE, UNKNOWN, chapters, page, reason, reasons
+from tests.bench.page import CHAPTERS, KEPT, PAGE, UNKNOWN, chapters, page, plain, reason, reasons
 from tests.bench.results import ROOT, Missing, Row, paired, report, run_sections
 
 PEERS = ("smp", "train", "export", "shards")
@@ -46,10 +46,10 @@ def test_ratios_are_those_of_rounds() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     report("shards", "convert", ROWS, {"slices": 3}, ["ours 1.0 ms"], tmp_path)
-    report("shards", "random", ROWS[:1], {}, folder=tmp_path)
+    report("shards", "random", ROWS[1:2], {}, folder=tmp_path)
     for backbone, value in (("resnet18", 2.5), ("convnext_tiny", 1.5)):
         row = Row(label="eager / int8", value=value, least=2)
-        facts = {"threads": 1, "only": backbone}
+        facts = {"threads": 1, "only": backbone, "machine": f"that of {backbone}"}
         report("export", f"latency {backbone} OS16, 1 thread", [row], facts, folder=tmp_path)
     return tmp_path
 
@@ -67,16 +67,20 @@ def test_a_page_of_what_was_found(folder: Path) -> None:
     assert "| [From DICOM to shards](#from-dicom-to-shards) |" in text
     assert any(line.endswith("| 6 | 2 | 2 | 2 |") for line in lines)  # wanted, met, missed, none
     lost = text.split("## Where we lose")[1].split("\n## ")[0]
-    assert "| convert: slow\\_one **1.2** (≥ 2) | because \\| so |" in lost
-    assert f"| convert: large **3 MiB** (≤ 2) | {UNKNOWN} |" in lost
+    assert "| convert: slow\\_one **1.2** (≥\u00a02) | because \\| so |" in lost
+    assert f"| convert: large **3 MiB** (≤\u00a02) | {UNKNOWN} |" in lost
     assert "good" not in lost
-    assert "| good \\| x | 2.5 | 2 to 3 | 1.0 ms | 2.5 ms | ≥ 2 | ok |" in lines
-    assert "| absent | - |  |  |  | ≥ 2 | no such peer |" in lines
+    assert "| good \\| x | 2.5 | 2 to 3 | 1.0 ms | 2.5 ms | ≥\u00a02 | ok |" in lines
+    assert "| disturbed | 0.1 |  |  |  | ≥\u00a02 | DISTURBED |" in lines
+    assert "| absent | - |  |  |  | ≥\u00a02 | no such peer |" in lines
     assert "### latency OS16, 1 thread" in lines
     assert "|  | resnet18 | convnext\\_tiny |" in lines
-    assert "| eager / int8 | 2.5 (≥ 2) ok | 1.5 (≥ 2) **MISSED** |" in lines
+    assert "| eager / int8 | 2.5 (≥\u00a02) ok | 1.5 (≥\u00a02) **MISSED** |" in lines
     assert "- threads: 1" in lines
+    assert "|  | figure | spread | ours | theirs | wanted |  |" in lines
+    assert "|  | figure | wanted |  |" in lines  # nothing stands in the others
     assert "- only, resnet18: resnet18" in lines
+    assert "- machine, convnext\\_tiny: that of convnext\\_tiny" in lines
     order = [text.index(f"\n## {title}\n") for title, _, _ in CHAPTERS.values()]
     assert order == sorted(order)
     assert text.index("## Where we lose") < order[0]
@@ -109,6 +113,16 @@ def test_a_section_that_fails_costs_the_others_nothing(
 def test_the_page_is_that_of_the_kept_results() -> None:
     assert PAGE.read_text() == page(chapters(KEPT), reasons()), "run python tests/bench/page.py"
     assert "Not run." not in PAGE.read_text()
+
+
+def test_every_figure_stands_on_the_page() -> None:
+    text = PAGE.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for sections in chapters(KEPT).values() for s in sections for row in s.rows]
+    assert len(rows) > 300
+    for row in rows:
+        told = (line for line in lines if line.startswith(f"| {plain(row.label)} | "))
+        assert any(row.shown in line for line in told), row
 
 
 def test_every_figure_that_is_missed_has_a_reason() -> None:

@@ -86,7 +86,7 @@ def main() -> None:
                     least = WANTED if (level, workers) == ("high", 2) else None
                     label = f"{profile}, augmentation {level}, {workers} workers"
                     rows.append(Row(label=label, value=rate, least=least, unit="pairs/s"))
-        report("train", "loader", rows, facts)
+        report("train", "pairs for training", rows, facts)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ BUCKET = f"{SIDE}x{SIDE}_int16"
 SHARD = 128
 STORED = 512
 """Slices of a store that is read at random."""
-FFCV = "published for one thread: 7286/s, not measured here (research note hpc.md)"
+FFCV = "published for one thread: 7286/s, not measured here"
 
 
 def headers(session: Session) -> None:
