@@ -5,7 +5,7 @@ PEERS := .venv-bench
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs bench bench-shards bench-train bench-accuracy clean
+.PHONY: demo test lint docs audit bench bench-shards bench-train bench-accuracy clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -24,6 +24,10 @@ lint: $(READY)
 # The pages of docs/ as a site in site/, which needs no network. A warning fails, but not with --quiet.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Known vulnerabilities of what is pinned; it asks a service on the network, so no test does this.
+audit: $(READY)
+	@$(BIN)/python -m tests.audit
 
 # A quarter of an hour: whether the tests of pure modules notice each small change in them.
 # MODULES="shards/order.py" tries that one alone.
@@ -90,12 +94,20 @@ $(PEERS)/shards/.ready: tests/bench/peers.txt | $(READY)
 clean:
 	rm -rf $(VENV) $(PEERS) runs dist site
 
+# Both installers refuse a file whose SHA-256 is not in .ci/hashes.txt. Nothing is built in an
+# isolated environment, which would hold the newest of everything: what builds comes first.
+HASHES := .ci/hashes.txt
+HASHED := --quiet --require-hashes --no-build-isolation --requirement
+BUILDERS := hatchling|packaging|pathspec|pluggy|setuptools|tomlkit|trove-classifiers|uv
+
 # uv installs in a tenth of pip's time, but reads no pip.conf: behind a mirror, pip takes over.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(HASHES)
 	@$(PYTHON) -c 'import sys; sys.exit("medpsp needs Python 3.11 or newer; make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/pip || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
 	  echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
-	  || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	awk '/^[a-z]/ {wanted = /^($(BUILDERS))==/} wanted' $(HASHES) >$(VENV)/builders.txt
+	$(BIN)/python -m pip install $(HASHED) $(VENV)/builders.txt
+	$(BIN)/uv pip install --python $(BIN)/python $(HASHED) $(HASHES) \
+	  || $(BIN)/python -m pip install $(HASHED) $(HASHES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

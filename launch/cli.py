@@ -214,7 +214,8 @@ def backbones(
 _first = (new, doctor)
 _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincli.resume)
 _several = (sweepcli.sweep, sweepcli.compare, sweepcli.scale)
-for _command in (*_first, *_chain, *_several, ondevice.watch, ondevice.receive, tensorrt):
+_device = (ondevice.watch, ondevice.receive, tensorrt, ondevice.sbom)
+for _command in (*_first, *_chain, *_several, *_device):
     app.command()(_command)
 
 

@@ -135,3 +135,21 @@ def receive(
         with Receiver(Predictor(model, threads, wanted), out, listen) as receiver:
             typer.echo("listening on {}:{}".format(*receiver.address))
             receiver.serve(lambda: asked.code != 0)
+
+
+def sbom(
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; none: it is printed.", show_default=False)
+    ] = None,
+) -> None:
+    """The software that is installed here, as a bill of materials (CycloneDX 1.6)."""
+    import json
+
+    from medpsp.deploy.sbom import bill_of_install
+
+    text = json.dumps(bill_of_install(), indent=1, ensure_ascii=False)
+    if out is None:
+        typer.echo(text)
+        return
+    out.write_text(text + "\n", encoding="utf-8")
+    typer.echo(f"{out}  {len(json.loads(text)['components'])} components")

@@ -63,6 +63,7 @@ COMMANDS = {
         *("model", "out", "--port", "--host", "--aet", "--answer", "--threads", "--format"),
     ],
     "tensorrt": ["model", "out", "--least", "--most", "--batch", "--dla"],
+    "sbom": ["--out"],
     "backbones": ["config", "overrides", "--height", "--width", "--classes"],
     "doctor": ["config", "overrides", "--cluster"],
     "config schema": [],
@@ -134,6 +135,7 @@ NONSENSE = {
         "predict {ours} {dicom} {out}/p --format masks",
     ),
     "predict nothing": (1, "holds no file", "predict {ours} {empty} {out}/p"),
+    "sbom below a file": (1, "Not a directory: ", "sbom --out {file}/s.json"),
     "predict below a file": (1, "Not a directory: ", "predict {ours} {dicom} {file}/p"),
 }
 

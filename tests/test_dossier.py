@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from launch.dossier import dossier_page, write_dossier
-from medpsp.deploy import sbom
+from medpsp.deploy import packages
 from medpsp.deploy.dossier import Facts, cpu_facts, environment_facts, plain
-from medpsp.deploy.sbom import bill_of_materials, installed
+from medpsp.deploy.packages import installed
+from medpsp.deploy.sbom import bill_of_materials
 
 DIGEST, MANIFEST = "a" * 64, "b" * 64
 
@@ -248,7 +249,7 @@ def test_requirements_that_go_round_end(monkeypatch: pytest.MonkeyPatch) -> None
         "B_x": Made("B.X", ["a", "d (>2) ; python_version > '3'"]),
         "d": Made("d", []),
     }
-    monkeypatch.setattr(sbom, "_found", world.get)
+    monkeypatch.setattr(packages, "find", world.get)
     assert list(installed("a")) == ["a", "b-x", "d"]
 
 

@@ -136,7 +136,8 @@ def _value(choice: Choice, indent: str) -> Iterator[str]:
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:
-    for line in textwrap.wrap(text, _WIDTH - len(indent), break_long_words=False):
+    # U+0085 and U+2028 end a line for YAML, but not for textwrap: what is behind would be keys
+    for line in textwrap.wrap(" ".join(text.split()), _WIDTH - len(indent), break_long_words=False):
         yield f"{indent}# {line}"
 
 

@@ -1,4 +1,4 @@
-"""A software bill of materials in CycloneDX 1.6 JSON (ECMA-424): what a model file is made of.
+"""Software bills of materials in CycloneDX 1.6 JSON (ECMA-424): of a model file, of an install.
 
 Written by hand, since cyclonedx-python-lib would bring six more packages for these few fields. No
 time and no random number goes into it: the same parts give the same bytes.
@@ -7,11 +7,14 @@ time and no random number goes into it: the same parts give the same bytes.
 from __future__ import annotations
 
 import json
+import platform
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from medpsp.deploy.packages import find, installed, library, name_of, requirement_graph
+from medpsp.errors import ExportError
 
 RUNNER = "medpsp"
 """The distribution whose base requirements are what a device installs."""
@@ -21,8 +24,6 @@ MAKERS = ("onnx", "onnxscript", "timm", "torch", "torchvision")
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SUBJECT = "medpsp-model"
-LONGEST_LICENCE = 64
-"""Characters; some distributions put the whole text into the field."""
 
 
 def bill_of_materials(
@@ -41,14 +42,14 @@ def bill_of_materials(
         for what is not there at run time).
     """
     runtime = installed(RUNNER)
-    parts = [_library(d, "required") for d in runtime.values() if _name(d) != RUNNER]
-    makers = {_name(d): d for name in MAKERS if (d := _found(name)) and _name(d) not in runtime}
-    parts += [_library(d, "excluded") for d in makers.values()]
+    parts = [library(d, "required") for d in runtime.values() if name_of(d) != RUNNER]
+    makers = {name_of(d): d for name in MAKERS if (d := find(name)) and name_of(d) not in runtime}
+    parts += [library(d, "excluded") for d in makers.values()]
     parts += [_model(file, model) for file in files]
     if manifest:
         parts.append(_data(manifest))
     parts.sort(key=lambda part: str(part["bom-ref"]))
-    tool = _library(runtime[RUNNER], "") if RUNNER in runtime else {}
+    tool = library(runtime[RUNNER], "") if RUNNER in runtime else {}
     subject = {
         "type": "application",
         "bom-ref": SUBJECT,
@@ -56,90 +57,60 @@ def bill_of_materials(
         "version": f"step {model.get('step', 'unknown')}",
     }
     bill: dict[str, Any] = {
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "version": 1,
         "metadata": {"component": subject},
         "components": parts,
         "dependencies": [{"ref": SUBJECT, "dependsOn": [part["bom-ref"] for part in parts]}],
     }
     if tool:
         bill["metadata"]["tools"] = {"components": [tool]}
-    content = json.dumps(bill, sort_keys=True)
-    return {**bill, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
+    return _numbered(bill)
 
 
-def installed(root: str) -> dict[str, Distribution]:
-    """A distribution and, by name, all that its base requirements have brought here.
+def bill_of_install(root: str = RUNNER) -> dict[str, Any]:
+    """The document of a whole install: what ``root`` brought, what brought what, and Python.
 
-    Extras are left out, and what is not installed; empty where ``root`` is not.
+    Components of its base are ``required``, those that only extras bring ``optional``.
+
+    Raises:
+        ExportError: ``root`` is not installed.
     """
-    found: dict[str, Distribution] = {}
-    waiting = [root]
-    while waiting:
-        here = _found(waiting.pop())
-        if here is None or _name(here) in found:
-            continue
-        found[_name(here)] = here
-        waiting += _required(here.requires or ())
-    return dict(sorted(found.items()))
-
-
-def _required(lines: Iterable[str]) -> list[str]:
-    """Names of requirements, without those of extras."""
-    names = []
-    for line in lines:
-        wanted, _, marker = line.partition(";")
-        if not re.search(r"\bextra\b", marker):
-            names.append(re.split(r"[^A-Za-z0-9._-]", wanted.strip(), maxsplit=1)[0])
-    return names
-
-
-def _found(name: str) -> Distribution | None:
-    try:
-        return distribution(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _name(of: Distribution) -> str:
-    """As PyPI and purl spell it."""
-    return re.sub(r"[-_.]+", "-", str(of.metadata["Name"])).lower()
-
-
-def _library(of: Distribution, scope: str) -> dict[str, Any]:
-    name = _name(of)
-    purl = f"pkg:pypi/{name}@{of.version.replace('+', '%2B')}"
-    part: dict[str, Any] = {
-        "type": "library",
-        "bom-ref": purl,
-        "name": name,
-        "version": of.version,
-        "purl": purl,
+    subject = find(root)
+    if subject is None:
+        raise ExportError(
+            f"{root} is on the path, but not installed, so nothing says what it needs; "
+            f"pip install {root}, or `make` in the source tree"
+        )
+    extras = [str(name) for name in subject.metadata.get_all("Provides-Extra") or ()]
+    base, whole = installed(root), requirement_graph(root, extras)
+    parts = {
+        name: library(of, "required" if name in base else "optional")
+        for name, (of, _) in whole.items()
     }
-    if scope:
-        part["scope"] = scope
-    if licence := _licence(of):
-        part["licenses"] = [licence]
-    return part
-
-
-def _licence(of: Distribution) -> dict[str, Any]:
-    """The SPDX expression (PEP 639), else what the distribution says in words."""
-
-    def field(name: str) -> list[str]:
-        return [str(text) for text in of.metadata.get_all(name) or ()]
-
-    if expression := field("License-Expression"):
-        return {"expression": expression[0]}
-    classified = {
-        text.rsplit("::", 1)[1].strip()
-        for text in field("Classifier")
-        if text.startswith("License ::")
+    refs = {name: part["bom-ref"] for name, part in parts.items()}
+    own = {**parts.pop(name_of(subject)), "type": "application"}
+    python = {
+        "type": "platform",
+        "bom-ref": "python",
+        "name": platform.python_implementation(),
+        "version": platform.python_version(),
+        "scope": "required",
     }
-    said = [text.strip() for text in field("License") if len(text) <= LONGEST_LICENCE]
-    name = " and ".join(sorted(classified - {"OSI Approved"})) or " ".join(said)
-    return {"license": {"name": name}} if name else {}
+    bill = {
+        "metadata": {"component": {k: v for k, v in own.items() if k != "scope"}},
+        "components": [*parts.values(), python],
+        "dependencies": [
+            {"ref": refs[name], "dependsOn": [refs[other] for other in sorted(needs)]}
+            for name, (_, needs) in whole.items()
+        ],
+    }
+    return _numbered(bill)
+
+
+def _numbered(bill: Mapping[str, Any]) -> dict[str, Any]:
+    """With what heads every document; its serial number is a digest of the rest."""
+    head = {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1}
+    content = json.dumps({**head, **bill}, sort_keys=True)
+    return {**head, **bill, "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, content)}"}
 
 
 def _model(file: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _check_weights(path: Path, backbone: str) -> None:
         )
     unreadable = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError)
     try:
-        state = timm.models.load_state_dict(str(path))
+        state = timm.models.load_state_dict(str(path), weights_only=True)
     except (*unreadable, pickle.UnpicklingError, SafetensorError) as error:
         raise ConfigError(
             f"model.pretrained {path}: not a file of weights ({type(error).__name__}); give a "

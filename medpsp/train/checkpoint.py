@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -198,11 +199,20 @@ def read_state(path: Path) -> TrainState:
 def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Any], TrainState]:
     """Verified tensors and state.
 
+    Only tensors and plain values are read: a file that asks for anything else to be called is
+    refused, whatever its SHA-256.
+
     Raises:
-        CheckpointError: As `read_state`.
+        CheckpointError: As `read_state`, or it holds something else than tensors and plain values.
     """
     state = read_state(path)
-    tensors = torch.load(path / STATE, map_location=device, weights_only=True)
+    try:
+        tensors = torch.load(path / STATE, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: {STATE} is not a file of tensors ({type(error).__name__}); it was "
+            "not written by medpsp, so do not use it"
+        ) from None
     return tensors, state
 
 
