@@ -164,7 +164,8 @@ def test_make_bench_goes_on_where_a_bench_fails(tmp_path: Path) -> None:
         f'#!/bin/sh\necho "$@" >> {log}\ncase "$1" in *shards.py|*pooling.py) exit 3;; esac\n'
     )
     fake.chmod(0o755)
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    (tmp_path / ".ci").mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", ".ci/hashes.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "tests" / "bench").mkdir(parents=True)
     for place in (".venv/bin", *(f".venv-bench/{name}" for name in PEERS)):
