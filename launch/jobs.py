@@ -172,13 +172,14 @@ def publish_job(config: Config) -> None:
 
 
 def _show_shards(config: Config, manifest: Manifest) -> None:
+    from medpsp.dicom.codes import told_statuses
     from shards.index import reject_fraction
     from shards.report import write_report
 
     counts = ", ".join(f"{n} {status}" for status, n in manifest.counts.items())
     log.info("shards: %s (%d slices; objects: %s)", config.shards, manifest.slices, counts)
-    if manifest.codes:
-        log.info("not kept: %s", ", ".join(f"{n} {code}" for code, n in manifest.codes.items()))
+    for line in told_statuses(manifest.codes):
+        log.info("%s", line)
     log.info("report: %s", write_report(config.shards))
     fraction, limit = reject_fraction(manifest), config.data.max_reject_fraction
     if fraction > limit:

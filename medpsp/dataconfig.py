@@ -135,7 +135,7 @@ class DataConfig(Node):
     gaps: Literal["split", "fill", "reject"] = Field(
         default="split",
         description="A series with a hole or a change of spacing becomes several, stays one with "
-        "marked holes, or is refused.",
+        "marked holes, or is quarantined.",
     )
     burned_in: Literal["quarantine", "blank", "keep"] = Field(
         default="quarantine",
@@ -181,7 +181,9 @@ class DataConfig(Node):
         "environment variable MEDPSP_KEY.",
     )
     crosswalk: Path | None = Field(
-        default=None, description="If set, file_id to real path is written there, mode 0600."
+        default=None,
+        description="If set, pseudonym and real path of every object are written there, and of "
+        "images those of patient and series and the split; mode 0600.",
     )
     profile: Literal["default", "fast", "dense", "jpegls", "htj2k"] = Field(
         default="default",

@@ -5,6 +5,10 @@ against what was expected, and what to do. No message carries a patient's name, 
 objects of an archive are named by their pseudonymous ``file_id``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 EXIT_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: run the same command again."""
 EXIT_CONFIG = 2
@@ -40,12 +44,35 @@ class DicomError(SourceError):
     """A DICOM object cannot be read."""
 
 
+class OtherModality(DicomError):
+    """An image of a modality that is not asked for.
+
+    Args:
+        code, detail: As of any.
+        series_uid, sop_uid: Its real UIDs, for memory and the catalogue: labels may name them.
+    """
+
+    def __init__(self, code: str, detail: str, series_uid: str = "", sop_uid: str = "") -> None:
+        super().__init__(code, detail)
+        self.args = code, detail, series_uid, sop_uid
+        self.series_uid = series_uid
+        self.sop_uid = sop_uid
+
+
 class GeometryError(SourceError):
     """A series has no usable geometry."""
 
 
 class LabelError(SourceError):
     """A mask cannot be placed on its image."""
+
+
+def source_error(kind: str, values: Sequence[str]) -> SourceError:
+    """The error of a child process, from the name of its class and its ``args``."""
+    if kind == OtherModality.__name__:
+        return OtherModality(*values[:4])
+    known = {each.__name__: each for each in (GeometryError, LabelError)}.get(kind, DicomError)
+    return known(*values[:2])
 
 
 class ArchiveError(MedpspError, FileNotFoundError):

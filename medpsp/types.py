@@ -51,9 +51,9 @@ class ReadPolicy:
 
     Attributes:
         modalities: To keep; None keeps all.
-        gaps: A series with a hole becomes two, stays one with marked holes, or is refused.
-        burned_in: Objects that may show a name in their pixels: refused, blanked outside the
-            ultrasound region (and refused where there is none), or kept.
+        gaps: A series with a hole becomes two, stays one with marked holes, or is quarantined.
+        burned_in: Objects that may show a name in their pixels: quarantined, blanked outside the
+            ultrasound region (and quarantined where there is none), or kept.
         non_volumes: Localizers, secondary captures and dose sheets.
         colour: Colour images stay RGB, or become their brightness (ITU-R BT.601).
     """

@@ -20,6 +20,7 @@ from medpsp.dataconfig import DataConfig
 from medpsp.errors import ConfigError, ShardError, Unreachable
 from medpsp.identity import load_key
 from medpsp.progress import Bar
+from medpsp.words import many
 from shards.bucket import (
     clear_partials,
     clear_stale,
@@ -89,7 +90,7 @@ def _plan(data: DataConfig, key: bytes, root: Path, approve: Approve) -> Plan:
     require_no_spare_links(root, plan.slots)
     approve(plan)
     if data.crosswalk:
-        write_crosswalk(data, key)
+        write_crosswalk(plan, data, key)
     _withdraw(root)
     clear_stale(root, plan.shards)
     for bucket, slots in plan.slots.items():
@@ -205,7 +206,7 @@ class _Work:
 
 
 def _write(*arguments: Any) -> int:
-    """A shard task: its slices and their numbers go to disk, only how many were refused to us."""
+    """A shard task: its slices and their numbers go to disk, only how many are left out to us."""
     return len(write_shard(*arguments).refused)
 
 
@@ -231,7 +232,7 @@ def _run(ray: Any, task: Any, work: _Work, bar: Bar) -> None:
                 raise found from None
             waiting.append(found)  # the other shards need not wait for its sources
         del running[ready[0]]
-        bar.advance(note=f"{refused} refused" if refused else "")
+        bar.advance(note=f"{many(refused, 'slice')} skipped or quarantined" if refused else "")
     if waiting:
         raise ShardError(f"{waiting[0]}; shards that wait for such: {len(waiting)}")
 

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -27,18 +28,20 @@ from medpsp.dicom.scan import LabelFile
 from medpsp.dicom.walk import walk_files
 from medpsp.errors import ArchiveError
 from medpsp.types import ReadPolicy, ScanRow
+from shards.components import LeftOut
 from shards.headers import COLUMNS, FRAME, LABEL, REFUSED, STAMP, RowReader, file_id
 from shards.partition import KINDS, Part, lists, read_part
 from shards.partstore import FolderStore, NamelessStore, PartStore
 from shards.rescan import Advance, BatchReader, Rescan
 
 FOLDER = "catalog"
-FORMAT = 1
+FORMAT = 2
 SCANNER = "shards.scanner"
 """Module of the children of a scan."""
 PART_ROWS = 65536
 ALL = (*COLUMNS, *STAMP)
 _ROWS_AT_ONCE = 16384
+_NONE = np.zeros(0, np.int64)
 
 
 class Catalog:
@@ -110,6 +113,17 @@ class Catalog:
             table = read_part(self._store.get(part), {*columns, "kind"})
             found = table.filter(pc.equal(table["kind"], KINDS[kind])).select(columns)
             yield from found.combine_chunks().to_batches(max_chunksize=_ROWS_AT_ONCE)
+
+    def left_out(self) -> LeftOut:
+        """The images of modalities that are not asked for."""
+        series: set[str] = set()
+        images: list[LeftOut] = []
+        for batch in self.batches(REFUSED, ("common", "series_uid", "sop_uid")):
+            some = batch.filter(pc.equal(batch["common"], "MODALITY_SKIPPED"))
+            series.update(some["series_uid"].to_pylist())
+            images.append(LeftOut.of((), some["sop_uid"].to_pylist()))
+        whole = [part.images for part in images]
+        return LeftOut.of(series, ())._replace(images=np.concatenate(whole) if whole else _NONE)
 
     def rows_of(self, batch: pa.RecordBatch) -> Iterator[ScanRow]:
         """The refused objects that a batch of `REFUSED` holds."""

@@ -48,6 +48,24 @@ def link_of(patient: str, series: Iterable[str], images: Iterable[str]) -> Link:
     )
 
 
+class LeftOut(NamedTuple):
+    """Images of modalities that are not asked for: hashes of their series and of themselves."""
+
+    series: Hashes
+    images: Hashes
+
+    @classmethod
+    def of(cls, series: Iterable[str], images: Iterable[str]) -> LeftOut:
+        """Of their UIDs."""
+        link = link_of("", set(series) - {""}, set(images) - {""})
+        return cls(np.unique(link.series), np.unique(link.images))
+
+    def holds(self, link: Link) -> bool:
+        """Whether a label object names any of them."""
+        named = np.isin(link.series, self.series).any() or np.isin(link.images, self.images).any()
+        return bool(named)
+
+
 def cut_catalog(
     frames: Iterable[pa.RecordBatch], links: Sequence[Link], size: int
 ) -> tuple[Numbers, Numbers]:

@@ -81,7 +81,7 @@ def gather_dicom(
     else:
         other = []
     wanted = [file for file in labels if file.kind == data.label_format]
-    aims = Aims(wanted, pool)
+    aims = Aims(wanted, pool, catalog.left_out())
     used = {file.file_id for file in wanted}  # their rows say what became of them
     rows.extend(row for row in other if row.file_id not in used)
     rows.extend(aims.fate)

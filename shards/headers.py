@@ -32,7 +32,8 @@ KEYS = (*UIDS, FILE, "member")
 """Columns that say which frames can have to do with each other; see `components`."""
 TEXTS = ("kind", *UIDS, "member", "common", "value")
 """Columns that a child packs. Of a frame ``common`` is what most frames of a series share; of a
-refused object it is the code and ``value`` the detail; of a label object its kind."""
+refused object it is the code and ``value`` the detail; of a label object its kind. A refused image
+of another modality keeps the UIDs of its series and its own: labels may be drawn on it."""
 COLUMNS = (*KEYS, "frame", "common", "value")
 """What `RowReader` needs."""
 
@@ -92,11 +93,12 @@ class RowBuffer:
         """
         self.add_frames(file, item.refs)
         if item.row:
-            self._add_other(file, REFUSED, member, (item.row.code, item.row.detail))
+            what = item.row.code, item.row.detail
+            self._add_other(file, REFUSED, member, what, ("", *item.uids))
         if item.label:
             known = item.label
             value = _dumps([known.code, known.detail])
-            self._add_other(file, LABEL, member, (known.kind, value), known.patient_id)
+            self._add_other(file, LABEL, member, (known.kind, value), (known.patient_id,))
 
     def take(self) -> Packed:
         """All rows added since the last time."""
@@ -122,9 +124,10 @@ class RowBuffer:
         )
 
     def _add_other(
-        self, file: int, kind: str, member: str, what: tuple[str, str], patient: str = ""
+        self, file: int, kind: str, member: str, what: tuple[str, str], uids: tuple[str, ...]
     ) -> None:
-        self._rows.append((file, -1, (kind, patient, "", "", "", "", member, *what)))
+        known = (*uids, *[""] * len(UIDS))[: len(UIDS)]
+        self._rows.append((file, -1, (kind, *known, member, *what)))
 
 
 class RowReader:

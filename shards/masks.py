@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from medpsp.dicom.scan import LabelFile
 from medpsp.dicom.walk import leads_nowhere
 from medpsp.errors import LabelError, SourceError
 from medpsp.types import MaskKind, Place, ScanRow, Series
-from shards.components import Link, link_of
+from shards.components import LeftOut, Link, link_of
 from shards.spool import Span, Spool
 
 log = logging.getLogger("medpsp")
@@ -32,10 +32,11 @@ Reasons = dict[int, tuple[str, str]]
 
 
 class Aim(NamedTuple):
-    """A label object and what it references."""
+    """A label object, what it references, and whether that is an image that is left out."""
 
     file: LabelFile
     target: LabelRef
+    elsewhere: bool = False
 
 
 class Aims:
@@ -45,9 +46,14 @@ class Aims:
         links: Of each, for `components.cut_catalog`.
         fate: Rows of those that cannot be used.
         robbed: Patients of these: what they label may be background in other masks.
+
+    Args:
+        files: Label objects.
+        pool: Children that read them.
+        left: Images that are not asked for.
     """
 
-    def __init__(self, files: Iterable[LabelFile], pool: SandboxPool) -> None:
+    def __init__(self, files: Iterable[LabelFile], pool: SandboxPool, left: LeftOut) -> None:
         self._spool, self._spans = Spool(), list[Span]()
         self.links: list[Link] = []
         self.fate: list[ScanRow] = []
@@ -58,15 +64,16 @@ class Aims:
                 self.robbed.add(patient)
             else:
                 self.links.append(link_of(patient, target.series_uids, target.sop_uids))
-                text = json.dumps([asdict(file), asdict(target)])
+                known = left.holds(self.links[-1])
+                text = json.dumps([asdict(file), asdict(target), known])
                 self._spans.append(self._spool.append(text.encode()))
 
     def some(self, numbers: Iterable[int]) -> Iterator[Aim]:
         """Those of these numbers, in the order of `links`."""
         for number in numbers:
-            file, target = json.loads(self._spool.read(self._spans[number]))
+            file, target, known = json.loads(self._spool.read(self._spans[number]))
             place = Place(*file["place"])
-            yield Aim(LabelFile(**{**file, "place": place}), checked_target(target))
+            yield Aim(LabelFile(**{**file, "place": place}), checked_target(target), known)
 
 
 def nifti_masks(series: Sequence[Series], data: DataConfig) -> tuple[list[Series], Reasons]:
@@ -114,31 +121,36 @@ def is_there(path: Path, root: Path) -> bool:
 
 
 def dicom_masks(
-    series: Sequence[Series], aims: Iterable[Aim], robbed: Iterable[str], kind: MaskKind
+    series: Sequence[Series],
+    aims: Iterable[Aim],
+    robbed: Iterable[str],
+    kind: MaskKind,
+    name_of: Callable[[Series], str],
 ) -> tuple[list[Series], list[ScanRow]]:
     """Series with the label objects that belong to them, and a row for each object.
 
     One that fits nowhere marks the labelled series of its patient: what it labels may be
-    background there.
+    background there. One of images that are left out is no labels of theirs.
 
     Args:
         series: All that the objects may be meant for.
         aims: Label objects.
         robbed: Patients of whom other label objects could not be used.
         kind: Of the objects.
+        name_of: Pseudonym of a series, for messages.
     """
     masks: dict[int, list[Place]] = {}
     shared: set[int] = set()
     fate: list[ScanRow] = []
     robbed = set(robbed)
     index = _Index(series)
-    for file, target in aims:
+    for file, target, elsewhere in aims:
         some = index.of(target)
         try:
-            matched = match_series(target, [series[number] for number in some])
+            matched = match_series(target, [series[number] for number in some], elsewhere, name_of)
         except SourceError as error:
             fate.append(_refused(file, error))
-            robbed.add(target.patient_id)
+            robbed |= {target.patient_id} if fate[-1].status == "quarantined" else set()
             continue
         numbers = [some[place] for place in matched]
         for number in numbers:
@@ -193,5 +205,7 @@ def _target(box: Sandbox, file: LabelFile) -> tuple[LabelRef | SourceError, str]
 
 
 def _refused(file: LabelFile, error: SourceError) -> ScanRow:
-    log.warning("label object %s: %s", file.file_id, error)
-    return refusal(file.file_id, error.code, error.detail)
+    row = refusal(file.file_id, error.code, error.detail)
+    if row.status == "quarantined":
+        log.warning("label object %s: %s; data.crosswalk tells its file", file.file_id, error)
+    return row

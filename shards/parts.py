@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import refusal
@@ -28,6 +29,7 @@ def series_of_part(
     robbed: Iterable[str],
     data: DataConfig,
     same_pixels: SamePixels,
+    key: bytes,
 ) -> tuple[list[Series], list[ScanRow]]:
     """Group slices and give each series its masks; one without is left out or kept.
 
@@ -37,6 +39,7 @@ def series_of_part(
         robbed: See `Aims`.
         data: Of the configuration.
         same_pixels: See `group_series`.
+        key: Of the project.
 
     Returns:
         The series, and rows of the frames in none of them and of the label objects.
@@ -49,7 +52,8 @@ def series_of_part(
     if data.label_format == "nifti":
         series, reasons = nifti_masks(series, data)
     else:
-        series, fate = dicom_masks(series, aims, robbed, data.label_format)
+        name_of = partial(series_name, key)
+        series, fate = dicom_masks(series, aims, robbed, data.label_format, name_of)
         rows += fate
     kept = []
     for number, item in enumerate(series):
@@ -82,8 +86,7 @@ def planned_series(
         split=split,
         order=unit_hash(key, "stage", patient),
         patient=pseudonym(key, "patient", patient),
-        # one SeriesInstanceUID may hold several series: planes, localizers, stacks of one object
-        name=pseudonym(key, "series", "\0".join(_series_parts(first))),
+        name=series_name(key, series),
         stamp="",
         study_day=day,
     )
@@ -100,7 +103,10 @@ def _stamp(item: PlannedSeries, key: bytes, sources: Sequence[tuple[int, ...]]) 
     return pseudonym(key, "stamp", json.dumps([body, [found[:_LASTS] for found in sources]]))
 
 
-def _series_parts(first: SliceRef) -> tuple[str, ...]:
-    """What makes a series one; objects without UIDs are told apart by their names."""
+def series_name(key: bytes, series: Series) -> str:
+    """Pseudonym of a series; objects without UIDs are told apart by their names."""
+    first = series.first
     where = "" if first.series_uid and first.sop_uid else first.file_id
-    return first.patient_id, first.series_uid, first.sop_uid, str(first.frame), where
+    # one SeriesInstanceUID may hold several series: planes, localizers, stacks of one object
+    parts = first.patient_id, first.series_uid, first.sop_uid, str(first.frame), where
+    return pseudonym(key, "series", "\0".join(parts))

@@ -68,7 +68,7 @@ class Planner:
             stamps.update(reader.stamps(columns))
         missed: dict[str, SourceError] = {}
         same = partial(self._same_pixels, missed)
-        series, rows = series_of_part(refs, task.aims, self.robbed, self.data, same)
+        series, rows = series_of_part(refs, task.aims, self.robbed, self.data, same, self.key)
         found = [entry_of(planned_series(item, self.data, self.key, stamps)) for item in series]
         return Made(found, [_asked_again(row, missed) for row in rows], [])
 

@@ -197,13 +197,22 @@ def _deid(data: DataConfig, key: bytes) -> dict[str, Any]:
     }
 
 
-def write_crosswalk(data: DataConfig, key: bytes) -> None:
-    """file_id to real path, for the data owner only: mode 0600, outside the shards."""
+def write_crosswalk(plan: Plan, data: DataConfig, key: bytes) -> None:
+    """Every object, for the data owner only: mode 0600, outside the shards.
+
+    A line is file_id and real path, and for an image in the plan pseudonyms of its patient and
+    series, and its split.
+    """
     if data.crosswalk is None:
         return
+    owners: dict[str, str] = {}
+    for item in plan.gathered.planned:
+        owner = f"\t{item.patient}\t{item.name}\t{item.split}"
+        owners.update((ref.file_id, owner) for ref in item.series.slices)
     names = sorted({found.name for found in walk_objects(data.archive)})
     labels = data.labels if data.source == "dicom" and data.label_format != "nifti" else None
     if labels and not labels.resolve().is_relative_to(data.archive.resolve()):
         names += sorted({LABELS + found.name for found in walk_objects(labels)})
-    text = "".join(f"{file_id(key, name)}\t{name!r}\n" for name in names)
+    known = ((file_id(key, name), name) for name in names)
+    text = "".join(f"{number}\t{name!r}{owners.get(number, '')}\n" for number, name in known)
     write_bytes_durably(data.crosswalk, text.encode(), mode=0o600)

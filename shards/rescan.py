@@ -18,6 +18,7 @@ from medpsp.dicom.scan import read_object
 from medpsp.dicom.walk import Entry
 from medpsp.errors import ShardError, SourceError
 from medpsp.types import Place, ReadPolicy
+from medpsp.words import many
 from shards.headers import FILE, STAMP, TEXTS, Packed, RowBuffer
 from shards.merge import Piece, merged
 from shards.partition import (
@@ -127,7 +128,7 @@ class Rescan:
         self._rows: list[pa.Table] = []
         self._count = 0
         self._table: tuple[Part, pa.Table] | None = None
-        self._known = self._refused = 0
+        self._known = self._images = 0
 
     def run(self, entries: Iterator[Entry], read: BatchReader, pool: SandboxPool) -> list[Part]:
         """Read what is new or changed; the partitions of all.
@@ -163,7 +164,7 @@ class Rescan:
         part = self._waiting.popleft()
         self._done.append(part)
         self._known += part.objects
-        self._refused += part.refused
+        self._images += part.objects - part.refused
         self._tell(part.objects)
 
     def _take(self, piece: Piece, batches: Sequence[pa.RecordBatch]) -> None:
@@ -184,7 +185,7 @@ class Rescan:
         counts = count_rows(table)
         self._rows.append(table)
         self._count += len(table)
-        self._refused += counts.refused
+        self._images += counts.objects - counts.refused
         self._tell(counts.objects)
         return counts.objects
 
@@ -225,4 +226,5 @@ class Rescan:
         return self._table[1]
 
     def _tell(self, objects: int) -> None:
-        self._advance(objects, f"{self._refused} refused, {self._known} known")
+        known = f", {self._known} known" if self._known else ""
+        self._advance(objects, f"{many(self._images, 'image')}{known}")

@@ -22,6 +22,7 @@ from medpsp.dicom.walk import Entry, walk_files
 from medpsp.errors import ArchiveError, ConfigError
 from medpsp.types import MaskKind, ReadPolicy, Series, SliceRef
 from shards.catalog import FOLDER, PART_ROWS, Catalog
+from shards.components import LeftOut
 from shards.headers import FILE, FRAME, LABEL, REFUSED, RowReader
 from shards.masks import Aims, dicom_masks
 from shards.partition import Part, lists
@@ -151,7 +152,11 @@ def survey_index(index: Path, root: Path, most: int) -> Survey:
 
 
 def match_labels(
-    series: Sequence[Series], files: Sequence[LabelFile], kind: MaskKind, pool: SandboxPool
+    series: Sequence[Series],
+    files: Sequence[LabelFile],
+    kind: MaskKind,
+    pool: SandboxPool,
+    others: Sequence[Series] = (),
 ) -> Matched:
     """Find the series that label objects belong to.
 
@@ -160,13 +165,17 @@ def match_labels(
         files: Label objects; more than `MOST_LABELS` of a kind are sampled.
         kind: ``seg`` or ``rtstruct``.
         pool: Children that read them.
+        others: Series of modalities that are left out: objects of theirs are not of ``series``.
     """
     wanted = [file for file in files if file.kind == kind]
     wanted = evenly(wanted, MOST_LABELS)
     bare = [replace(item, masks=(), mask_kind="", mask_partial=False) for item in series]
     with _quiet():  # its warnings name objects; here they are counted
-        aims = Aims(wanted, pool)
-        found, fate = dicom_masks(bare, aims.some(range(len(aims.links))), aims.robbed, kind)
+        refs = [ref for item in others for ref in item.slices]
+        left = LeftOut.of((ref.series_uid for ref in refs), (ref.sop_uid for ref in refs))
+        aims = Aims(wanted, pool, left)
+        some = aims.some(range(len(aims.links)))
+        found, fate = dicom_masks(bare, some, aims.robbed, kind, lambda item: "")
     codes = Counter(row.code for row in (*aims.fate, *fate) if row.status != "kept")
     return Matched(tuple(found), len(wanted), codes)
 

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from medpsp.dicom.codes import CODES, UNKNOWN, code_of, codes_markdown, refusal
+from medpsp.dicom.codes import CODES, UNKNOWN, code_of, codes_markdown, refusal, told_statuses
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
@@ -78,6 +78,15 @@ def test_an_unknown_code_counts_as_quarantined():
     assert code_of("FROM_THE_FUTURE") == UNKNOWN
     assert UNKNOWN.status == "quarantined"
     assert refusal("f", "FROM_THE_FUTURE", "3 bytes", 2).status == "quarantined"
+
+
+def test_what_is_used_is_told_as_kept():
+    lines = told_statuses({"LABEL_USED": 16, "NOT_DICOM": 18, "FILE_EMPTY": 1, "LABEL_OBJECT": 2})
+    assert lines == [
+        "kept: 16 LABEL_USED",
+        "skipped: 2 LABEL_OBJECT, 18 NOT_DICOM",
+        "quarantined: 1 FILE_EMPTY",
+    ]
 
 
 def test_a_refused_object_is_never_kept_whatever_its_code():

@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import pack_bits
@@ -164,6 +165,33 @@ def test_a_damaged_object_marks_the_series_of_its_patient(
     assert code_of(found, prefix + "names") == ("kept", "LABEL_USED")
     assert len(series_of(found, "P1").masks) == 2
     assert found.objects == 6 * 4 + 6 + 3
+
+
+@pytest.mark.parametrize("by", ["series", "image"])
+def test_contours_of_a_modality_that_is_left_out_are_not_those_of_another(
+    tmp_path: Path, make_config: Make, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    images(tmp_path)
+    for patient in PATIENTS:
+        square(tmp_path / "dicom/labels" / patient, patient)
+    mr = Phantom(shape=(4, 12, 10), spacing=(5.0, 2.0, 2.0), modality="MR")
+    values = np.zeros(SHAPE.shape, np.int16)
+    one = pydicom.dcmread(write_series(tmp_path / "dicom/mr", "P0", values, mr)[0])
+    path = square(tmp_path / "dicom/labels/of-mr", "P0", left=5)
+    ds = pydicom.dcmread(path)
+    if by == "series":
+        series = item(SeriesInstanceUID=one.SeriesInstanceUID)
+        study = item(RTReferencedSeriesSequence=[series])
+        ds.ReferencedFrameOfReferenceSequence = [item(RTReferencedStudySequence=[study])]
+    else:
+        (drawn,) = ds.ROIContourSequence[0].ContourSequence
+        drawn.ContourImageSequence = [item(ReferencedSOPInstanceUID=one.SOPInstanceUID)]
+    ds.save_as(path)
+    found = gathered(make_config, tmp_path, label_format="rtstruct", labels=None, modalities=["CT"])
+    assert code_of(found, "labels/of-mr") == ("skipped", "LABEL_OTHER_MODALITY")
+    assert len(series_of(found, "P0").masks) == 1
+    assert "LABEL_INCOMPLETE" not in series_of(found, "P0").flags
+    assert "label object" not in caplog.text
 
 
 def test_a_labels_folder_below_the_archive_leaves_the_rest_of_it_out(

@@ -796,8 +796,8 @@ def test_series_without_labels_and_labels_without_series_are_counted(tmp_path: P
         write_labels(tmp_path / "dicom", "seg", number, ("liver", "kidney"))
     text = text_of(propose(look(tmp_path / "dicom", tmp_path / "a.yaml")).text)
     assert (
-        "Series are there for 3 of 4 SEG objects, of 3 patients. 2 series have none and are left "
-        "out." in text
+        "Series are there for 3 of 4 SEG objects, of 3 patients. Not the others: 1 "
+        "LABEL_UNMATCHED. 2 series have none and are left out." in text
     )
     for number in (0, 1, 2):
         (tmp_path / "dicom" / f"seg{number}.dcm").unlink()

@@ -598,6 +598,22 @@ def test_by_position() -> None:
     assert match_series(ref(), [at_z(5, "1.4"), mine]) == (1,)
 
 
+def test_an_object_of_images_that_are_left_out_is_not_laid_on_others_by_position() -> None:
+    mine, named = at_z(0, "1.3"), ref(series_uids=("1.9",))
+    assert match_series(named, [mine]) == (0,)  # of a series that was never there
+    with pytest.raises(LabelError) as caught:
+        match_series(named, [mine], elsewhere=True)
+    assert caught.value.code == "LABEL_OTHER_MODALITY"
+    both = ref(series_uids=("1.9", "1.3"))
+    assert match_series(both, [mine], elsewhere=True) == (0,)
+
+
+def test_an_ambiguous_object_says_which_series_it_fits() -> None:
+    pair = [at_z(0, "1.3", modality="MR"), at_z(0, "1.4")]
+    with pytest.raises(LabelError, match=r"2 series fit equally well: CT b4, MR b3$"):
+        match_series(ref(), pair, name_of=lambda item: "b" + item.first.series_uid[-1])
+
+
 def test_two_referenced_series() -> None:
     named = ref(series_uids=("1.3", "1.4"))
     assert match_series(named, [at_z(0, "1.3"), at_z(2.5, "1.4")]) == (0,)

@@ -21,13 +21,13 @@ from launch.new.facts import (
 from launch.new.labelfacts import Labels, Source, labelled_patients
 from launch.new.labelling import labels_of
 from launch.new.machine import this_machine
-from launch.new.words import listed, many
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.errors import ArchiveError, ConfigError
 from medpsp.identity import KEY_VARIABLE, load_key, unit_hash
 from medpsp.progress import Bar
 from medpsp.types import ReadPolicy, Series
+from medpsp.words import listed, many
 from shards.catalog import SCANNER
 from shards.survey import Survey, survey_folder, survey_index
 

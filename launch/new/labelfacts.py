@@ -12,8 +12,8 @@ from launch.new.facts import IMAGES
 from launch.new.maskpattern import Pattern
 from launch.new.regions import Classes
 from launch.new.trial import Tried
-from launch.new.words import many
 from medpsp.types import MaskKind, Series
+from medpsp.words import many
 from shards.survey import MOST_LABELS, Survey
 
 BACKGROUND = "background"
@@ -36,7 +36,8 @@ class Labels:
         found: What the names became, of label objects.
         beside: Labels of other kinds, in words.
         overlap: Classes lie over each other in some of those tried.
-        files: Label objects, or masks, that were looked at; ``unmatched`` belong to no series.
+        files: Label objects, or masks, that were looked at; ``unmatched`` belong to no series, for
+            the reasons ``codes``.
         modalities: Of the series to be used.
         series: All, those of other modalities too, with their masks.
         tried: Masks that were laid on.
@@ -56,6 +57,7 @@ class Labels:
     overlap: bool = False
     files: int = 0
     unmatched: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
     modalities: tuple[str, ...] = ()
     series: tuple[Series, ...] = ()
     tried: tuple[Tried, ...] = ()

@@ -7,10 +7,10 @@ from dataclasses import replace
 from launch.new.labelfacts import TITLES, Candidate, Labels, Source, no_labels
 from launch.new.labelmasks import mask_labels, masks_by_name
 from launch.new.labelobjects import object_labels
-from launch.new.words import listed, many
 from medpsp.dicom.nifti import SUFFIXES
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.types import MaskKind
+from medpsp.words import listed, many
 from shards.survey import Survey, match_labels
 
 _OBJECTS: tuple[MaskKind, ...] = ("seg", "rtstruct")

@@ -20,10 +20,10 @@ from launch.new.labelfacts import (
 from launch.new.maskpattern import Pattern, fields_of, patterns_of
 from launch.new.regions import MOST_CLASSES
 from launch.new.trial import Tried, chosen, try_masks
-from launch.new.words import many
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.types import IGNORE, Series
+from medpsp.words import many
 from shards.masks import nifti_masks
 from shards.survey import Survey
 

@@ -43,9 +43,10 @@ def object_labels(source: Source, candidate: Candidate, pool: SandboxPool) -> La
     kinds = mostly(candidate.series)
     # among these alone, as `medpsp shards` will: objects of other images may fit them, too
     files = source.survey.labels
-    match = match_labels(series_of(candidate.series, kinds), files, candidate.kind, pool)
-    series = list(match.series)
     others = [item for item in candidate.series if item.first.modality not in kinds]
+    own = series_of(candidate.series, kinds)
+    match = match_labels(own, files, candidate.kind, pool, others)
+    series = list(match.series)
     found = classes_of_names(_names(series, pool), told=source.told)
     labels = replace(
         no_labels(files=candidate.files),
@@ -54,6 +55,7 @@ def object_labels(source: Source, candidate: Candidate, pool: SandboxPool) -> La
         spelt=found.spelt,
         found=found,
         unmatched=sum(match.codes.values()),
+        codes=match.codes,
         modalities=kinds,
         series=(*series, *others),
     )

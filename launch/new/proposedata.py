@@ -10,9 +10,9 @@ from launch.new.facts import Kind
 from launch.new.proposelabels import label_lines
 from launch.new.proposewindow import window_lines
 from launch.new.shares import FEW, chance_of_none, shares_of
-from launch.new.words import listed, many
 from medpsp.dataconfig import DataConfig
 from medpsp.dicom.codes import code_of
+from medpsp.words import listed, many
 from shards.preflight import WORKER_MIB
 
 LARGE = 100_000
@@ -123,7 +123,7 @@ def _rejects(found: Evidence) -> Iterator[Line]:
     codes = {c: n for c, n in found.codes.items() if code_of(c).status == "quarantined"}
     said = [f"{codes[code]} {code}" for code in sorted(codes)]
     said += ["PHI_BURNED_IN as above"] if suspects else []
-    what = f"{share:.1%} of the objects are refused by their headers ({', '.join(said)})"
+    what = f"{share:.1%} of the objects are quarantined by their headers ({', '.join(said)})"
     if share - suspects > _MOST_REFUSED or share >= 1:
         yield Open(
             "data",

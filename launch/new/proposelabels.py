@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from launch.new.choices import Choice, Evidence, Line, Open
 from launch.new.labelfacts import BACKGROUND, TITLES, Labels, codes_of, names_hidden
-from launch.new.words import listed, many
+from medpsp.dicom.codes import told_codes
+from medpsp.words import listed, many
 
 
 def label_lines(found: Evidence) -> Iterator[Line]:
@@ -23,7 +24,8 @@ def label_lines(found: Evidence) -> Iterator[Line]:
     beside = f" Not used: {listed(labels.beside)}." if labels.beside else ""
     none = sum(found.kinds[n].series - kind.series for n, kind in found.kept.items())
     bare = f" {many(none, 'series')} have none and are left out." if none else ""
-    why = f"Series are there for {often}, of {who}.{bare}{beside}"
+    rest = f" Not the others: {told_codes(labels.codes)}." if labels.codes else ""
+    why = f"Series are there for {often}, of {who}.{rest}{bare}{beside}"
     yield Choice("data.label_format", labels.kind, why)
     if labels.kind == "nifti":
         also = "".join(f" {other} would find others." for other in labels.others)
@@ -65,8 +67,8 @@ def _classes(labels: Labels) -> Iterator[Line]:
         yield Open(
             "data",
             f"One mask alone of those tried holds {listed([str(v) for v in labels.rare_values])}: "
-            "no class is made of it, and such a mask is refused. A class? Add it to data.classes "
-            "and data.label_map.",
+            "no class is made of it, and such a mask is quarantined. A class? Add it to "
+            "data.classes and data.label_map.",
         )
     if found.rare:
         rare = listed([f"{name} ({count})" for name, count in found.rare.items()])
@@ -90,7 +92,7 @@ def _tried(labels: Labels) -> Iterator[Line]:
             "data.label_overlap",
             "priority",
             f"In {count} of {len(tried)} series tried two classes lie on one voxel; they would be "
-            "refused.",
+            "quarantined.",
         )
     if bad:
         yield Open(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from launch.new.choices import Choice, Evidence
 from launch.new.shares import to_train
-from launch.new.words import many
 from medpsp.config import TrainConfig
+from medpsp.words import many
 
 _GPU_PIXELS, _CPU_PIXELS = 768 * 768, 256 * 256
 """What the network sees at once, at most."""

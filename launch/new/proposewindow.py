@@ -11,8 +11,8 @@ import numpy as np
 
 from launch.new.choices import Choice, Evidence, Line, Open
 from launch.new.facts import Kind
-from launch.new.words import listed
 from medpsp.intensity import CT_WINDOW
+from medpsp.words import listed
 
 Range = tuple[float, float]
 SOFT: Range = (

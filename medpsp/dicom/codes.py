@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from medpsp.dicom.labelcodes import LABEL_CODES
-from medpsp.types import ScanRow, Status
+from medpsp.types import STATUSES, ScanRow, Status
 
 
 class Code(NamedTuple):
@@ -239,6 +239,14 @@ def codes_markdown() -> str:
 def told_codes(counts: Mapping[str, int]) -> str:
     """For a message: ``1 DEC_OOM, 2 FILE_EMPTY``."""
     return ", ".join(f"{n} {code}" for code, n in sorted(counts.items()))
+
+
+def told_statuses(codes: Mapping[str, int]) -> list[str]:
+    """Lines for people: ``quarantined: 2 FILE_EMPTY``, in the order of `STATUSES`."""
+    found: dict[str, dict[str, int]] = {status: {} for status in STATUSES}
+    for code, count in codes.items():
+        found[code_of(code).status][code] = count
+    return [f"{status}: {told_codes(of)}" for status, of in found.items() if of]
 
 
 def told_rows(rows: Iterable[ScanRow]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,25 +111,40 @@ def label_head(place: Place) -> tuple[str, str]:
         return KINDS.get(kind, ""), text_of(ds, "PatientID")
 
 
-def match_series(ref: LabelRef, series: Sequence[Series]) -> tuple[int, ...]:
+def match_series(
+    ref: LabelRef,
+    series: Sequence[Series],
+    elsewhere: bool = False,
+    name_of: Callable[[Series], str] = lambda item: "",
+) -> tuple[int, ...]:
     """Find the series that a label object was made on.
 
     First by referenced image, then by referenced series; where the object references nothing
     that is there, by position among the series of the same patient and frame of reference (which
     may be missing, but not differ). Where several series are left, positions decide.
 
+    Args:
+        ref: Of the object.
+        series: All that it may be meant for.
+        elsewhere: It references images that are left out: it is of these, if of none in ``series``.
+        name_of: Pseudonym of a series, for the message.
+
     Returns:
         Indices. More than one are parts of one series (split at a gap) or images of it at the same
         places (echoes); each is then a `Grid` with ``partial``.
 
     Raises:
-        LabelError: LABEL_UNMATCHED, LABEL_AMBIGUOUS.
+        LabelError: LABEL_UNMATCHED, LABEL_AMBIGUOUS, LABEL_OTHER_MODALITY.
     """
     images, uids = set(ref.sop_uids), set(ref.series_uids)
     imaged = [i for i, s in enumerate(series) if any(r.sop_uid in images for r in s.slices)]
     named = imaged or [i for i, s in enumerate(series) if s.first.series_uid in uids]
     if len(named) == 1:
         return (named[0],)
+    if elsewhere and not named:
+        raise LabelError(
+            "LABEL_OTHER_MODALITY", "drawn on images of a modality that is not in data.modalities"
+        )
     pool = named or [i for i, s in enumerate(series) if _may_belong(ref, s)]
     on = {i: _on_slices(ref.points, series[i]) for i in pool}
     groups: dict[str, list[int]] = defaultdict(list)
@@ -146,7 +161,13 @@ def match_series(ref: LabelRef, series: Sequence[Series]) -> tuple[int, ...]:
             f"holds {least:.0%} or more of its {len(ref.points)} positions",
         )
     if len(fit) > 1:
-        raise LabelError("LABEL_AMBIGUOUS", f"{len(fit)} series fit equally well")
+        which = (series[groups[uid][0]] for uid in sorted(fit))
+        said = sorted(f"{item.first.modality} {name_of(item)}".strip() for item in which)
+        raise LabelError(
+            "LABEL_AMBIGUOUS",
+            f"it references no image that is there, and {len(fit)} series fit equally well: "
+            f"{', '.join(said)}",
+        )
     return tuple(i for i in groups[fit.pop()] if on[i].any())
 
 

@@ -32,12 +32,9 @@ from medpsp.dicom.names import LabelVolume, NameRule
 from medpsp.dicom.placement import grid_of, grid_tree
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.wire import receive, send
-from medpsp.errors import DicomError, GeometryError, LabelError, SourceError
+from medpsp.errors import DicomError, SourceError, source_error
 from medpsp.types import Place, ReadPolicy, Series, SliceRef
 
-_ERRORS: dict[str, type[SourceError]] = {
-    kind.__name__: kind for kind in (DicomError, GeometryError, LabelError)
-}
 TASKS = "medpsp.dicom.tasks"
 Answer = tuple[Any, list[NDArray[Any]]]
 In = TypeVar("In")
@@ -192,7 +189,7 @@ class Sandbox:
         (kind, tree), arrays = receive(self._child.stdout, time.monotonic() + self._wall_seconds)
         if kind in ("ok", "item"):
             return kind, tree, arrays
-        raise _ERRORS.get(kind, DicomError)(str(tree[0]), str(tree[1]))
+        raise source_error(kind, [str(value) for value in tree])
 
     def _start(self) -> subprocess.Popen[bytes]:
         # the modules that we have, and none from the current folder

@@ -11,7 +11,7 @@ from medpsp.dicom.codes import refusal
 from medpsp.dicom.container import Found, walk_objects
 from medpsp.dicom.sandbox import Sandbox, SandboxPool
 from medpsp.dicom.series import group_series
-from medpsp.errors import ArchiveError, SourceError
+from medpsp.errors import ArchiveError, OtherModality, SourceError
 from medpsp.types import Place, ReadPolicy, ScanRow, Series, SliceRef
 
 
@@ -33,12 +33,17 @@ class LabelFile:
 
 
 class Read(NamedTuple):
-    """What one object is: its frames, or its row, and for a label object that too."""
+    """What one object is: its frames, or its row, and for a label object that too.
+
+    Attributes:
+        uids: Of the series and the image, where it is one of a modality that is not asked for.
+    """
 
     file_id: str
     refs: list[SliceRef]
     row: ScanRow | None = None
     label: LabelFile | None = None
+    uids: tuple[str, str] = ("", "")
 
 
 class Reader(Protocol):
@@ -145,6 +150,8 @@ def no_image(reader: Reader, place: Place, file_id: str, error: SourceError) -> 
     """What an object is whose header is not that of an image for us: a label object, perhaps."""
     code, detail = error.code, error.detail
     row = refusal(file_id, code, detail)
+    if isinstance(error, OtherModality):
+        return Read(file_id, [], row, uids=(error.series_uid, error.sop_uid))
     if code == "LABEL_OBJECT":
         return Read(file_id, [], row, LabelFile(place=place, file_id=file_id, kind=detail))
     if row.status != "quarantined":

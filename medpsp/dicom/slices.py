@@ -12,7 +12,7 @@ from medpsp.dicom.header import Header
 from medpsp.dicom.labelref import KINDS as LABEL_KINDS
 from medpsp.dicom.parse import Parsed, refusing
 from medpsp.dicom.values import covered_pixels
-from medpsp.errors import DicomError
+from medpsp.errors import DicomError, OtherModality
 from medpsp.types import Box, Place, ReadPolicy, SliceRef
 
 DICOMDIR = "1.2.840.10008.1.3.10"
@@ -33,7 +33,8 @@ def slices_of(
         _check_kind(parsed)
         modality = str(ds.get("Modality") or "")
         if policy.modalities is not None and modality not in policy.modalities:
-            raise DicomError("MODALITY_SKIPPED", "modality not in data.modalities")
+            uids = (str(ds.get(key) or "") for key in ("SeriesInstanceUID", "SOPInstanceUID"))
+            raise OtherModality("MODALITY_SKIPPED", "modality not in data.modalities", *uids)
         _check_wanted(ds, policy)
         layout = layout_of(parsed)
         if layout.frames > 1:  # a header may claim any number of them

@@ -187,7 +187,7 @@ def answers_to(
                 yield ["item", tree], arrays
                 limit()
     except SourceError as error:
-        yield [type(error).__name__, [error.code, error.detail]], []
+        yield [type(error).__name__, list(error.args)], []
     else:
         yield ["ok", None], []
 

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 
 def many(count: int, one: str) -> str:
-    """A number of things: 1 patient, 2 patients, 2 series."""
-    return f"{count} {one}" if count == 1 or one.endswith("s") else f"{count} {one}s"
+    """A number of things: 1 patient, 2 patients, 2 series, 2 classes."""
+    if count == 1:
+        return f"{count} {one}"
+    end = "es" if one.endswith(("ss", "ch")) else "" if one.endswith("s") else "s"
+    return f"{count} {one}{end}"
 
 
 def listed(words: Sequence[str]) -> str:
