@@ -11,12 +11,14 @@ from launch.phantom import Phantom, write_archive
 from launch.plan import plan_jobs
 from launch.rundir import RunDir, open_run
 from launch.submit import submit_plan
-from launch.trained import shown
+from launch.trained import BY_CASE, POOLED, shown
 from medpsp.config import Config
 from medpsp.identity import create_key
+from medpsp.words import many
 
 log = logging.getLogger("medpsp")
 PATIENTS = 24
+BLIND = f"{POOLED}, of the constant mask"
 KEY = "0123456789abcdef" * 4
 """Public on purpose: the patients are drawn, and the split must repeat."""
 
@@ -59,14 +61,16 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
 
 def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
     scores = json.loads(run.evaluation.read_text(encoding="utf-8"))
-    dice = ", ".join(f"{name} {shown(value)}" for name, value in scores["dice"].items())
-    blind = ", ".join(f"{n} {shown(v)}" for n, v in scores["dice_constant_mask"].items())
+    lines = []
+    for title, key in ((BY_CASE, "dice"), (POOLED, "dice_pooled"), (BLIND, "dice_constant_mask")):
+        told = (f"{name} {shown(of[key]['value'])}" for name, of in scores["classes"].items())
+        lines.append(f"{title}: {', '.join(told)}")
     overlays = [f for f in files if f.suffix == ".png"]
     sheet = overlays.pop(0)
     return [
         f"page         {run.page}",
         f"shards       {config.shards}",
-        f"tensorboard  {run.tensorboard}   (tensorboard --logdir {run.tensorboard})",
+        f"tensorboard  {run.tensorboard}   (tensorboard --logdir {run.root})",
         f"checkpoint   {run.checkpoints / 'best'}",
         f"onnx fp32    {run.fp32}",
         f"onnx int8    {run.int8}",
@@ -75,6 +79,6 @@ def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
         f"masks        {next(f for f in files if f.suffix == '.gz')}",
         f"meshes       {next(f for f in files if f.suffix == '.glb')}",
         f"overlays     {sheet}   (and {len(overlays)} single slices in {overlays[0].parent})",
-        f"held-out Dice of {scores['patients']} patients: {dice}",
-        f"constant mask, for comparison: {blind}",
+        f"of {many(scores['patients'], 'held-out patient')}:",
+        *(f"  {line}" for line in lines),
     ]

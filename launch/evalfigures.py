@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launch.trained import BY_CASE, POOLED
 from medpsp.train.pictures import Rgb
+from medpsp.words import many
 from shards.page import Html, join, percent, table, tag
 from shards.thumbs import class_colour
 
@@ -17,7 +19,7 @@ BARS = 46
 CASES = "cases"
 """Place of the pictures in the page of an evaluation."""
 
-METRICS = {"dice": "Dice, mean of cases", "dice_pooled": "Dice, pooled", "iou": "IoU, mean",
+METRICS = {"dice": BY_CASE, "dice_pooled": POOLED, "iou": "IoU, mean of cases",
            "hd95_mm": "HD95, mm", "nsd": "NSD"}  # fmt: skip
 """Of `evaluation.json`, see `launch.scores`, and their names in tables."""
 
@@ -55,7 +57,11 @@ def doubts_of(result: Mapping[str, Any]) -> Iterator[object]:
             "best step by them. The scores are too good."
         )
     if result["patients"] < FEW_PATIENTS:
-        yield "Few patients: the intervals are narrower than what is not known."
+        yield (
+            f"Only {many(result['patients'], 'patient')} held out: so few show little of how "
+            "patients differ, and the 95 % intervals are too narrow. New patients may well score "
+            "outside them."
+        )
     for name, of in result["classes"].items():
         yield from _doubts_of_class(name, of)
 
@@ -65,9 +71,11 @@ def _doubts_of_class(name: str, of: Mapping[str, Any]) -> Iterator[Html]:
     if low is not None and blind is not None and low <= blind:
         yield join([tag("strong", name), " may be no better than the constant mask."])
     if of["missed"]:
-        yield join([tag("strong", name), " was missed altogether in ", of["missed"], " cases."])
+        where = many(of["missed"], "case")
+        yield join([tag("strong", name), " was missed altogether in ", where, "."])
     if of["invented"]:
-        yield join([tag("strong", name), " was invented in ", of["invented"], " cases."])
+        where = many(of["invented"], "case")
+        yield join([tag("strong", name), " was invented in ", where, "."])
     if of["dice"]["value"] is None:
         yield join([tag("strong", name), " is in no held-out case."])
 
@@ -78,8 +86,8 @@ def scores_table(result: Mapping[str, Any]) -> Iterator[Html]:
         "p", "With 95 % intervals over patients; the constant mask is the floor.", css="quiet"
     )
     head = (
-        "class", "Dice, mean of cases", "Dice, pooled", "constant mask", "IoU, mean",
-        "HD95, mm", f"NSD at {result['settings']['nsd_mm']:g} mm", "present", "missed", "invented",
+        "class", BY_CASE, POOLED, "constant mask, pooled", "IoU, mean of cases", "HD95, mm",
+        f"NSD at {result['settings']['nsd_mm']:g} mm", "present", "missed", "invented",
         "absent",
     )  # fmt: skip
     estimates = ("dice", "dice_pooled", "dice_constant_mask", "iou", "hd95_mm", "nsd")

@@ -21,10 +21,11 @@ from launch.evalfigures import (
 )
 from launch.evalpictures import draw_case
 from launch.scores import Case
-from launch.trained import shown
+from launch.trained import BY_CASE, shown
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from medpsp.train.pictures import BOTH, PREDICTED, TRUTH
+from medpsp.words import many
 from shards.figures import read_columns
 from shards.index import INDEX
 from shards.page import Html, join, page, pairs, picture, table, tag
@@ -108,8 +109,9 @@ def evaluation_page(
 
 def _title(result: dict[str, Any]) -> Html:
     lead = (
-        result["patients"], " held-out patients (", result["split"], "), ", result["cases"],
-        " cases, ", result["slices"], " slices; network of step ", result["step"], ".",
+        many(result["patients"], "held-out patient"), " (", result["split"], "), ",
+        many(result["cases"], "case"), ", ", many(result["slices"], "slice"),
+        "; network of step ", result["step"], ".",
     )  # fmt: skip
     links = (
         ("scores", "Scores"), *((f"by-{n}", f"By {by}") for n, by in enumerate(result["strata"])),
@@ -125,7 +127,9 @@ def _doubts(result: dict[str, Any], cases: Sequence[Case]) -> Html:
     lines: list[object] = [*doubts_of(result)]
     flat = sum(not np.isfinite(case.z_step) for case in cases)
     if flat:
-        lines.append(join([flat, " cases have no known distance between slices: no HD95, no NSD."]))
+        lines.append(
+            f"Without a known distance between slices: {many(flat, 'case')}, no HD95, no NSD."
+        )
     if choice := result["postprocess"]:
         used = [f"{n}: {s}" for n, s in choice["chosen"].items() if s != "none"]
         lines.append(
@@ -145,7 +149,7 @@ def _stratum(groups: dict[str, Any], by: str) -> Html:
         "patients",
         "cases",
         "class",
-        "Dice",
+        BY_CASE,
         "IoU",
         "HD95, mm",
         "NSD",
@@ -213,7 +217,7 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
         f"{name} {shown(None if np.isnan(d) else d)}"
         for name, d in zip(names[1:], case.dice[1:], strict=True)
     )
-    about = f"{case.modality}, {case.scanner or 'scanner unknown'}, {case.slices} slices"
+    about = f"{case.modality}, {case.scanner or 'scanner unknown'}, {many(case.slices, 'slice')}"
     header = tag(
         "header",
         tag("strong", rank),

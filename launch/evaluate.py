@@ -8,6 +8,8 @@ import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +17,20 @@ from numpy.typing import NDArray
 
 from launch.rundir import RunDir
 from launch.stacks import Labels, Network, Stack, grid_of, predict_stack, stacks_of
-from launch.trained import labelled_rows, load_trained, number, shown, weights_digest
+from launch.trained import (
+    BY_CASE,
+    POOLED,
+    labelled_rows,
+    load_trained,
+    number,
+    shown,
+    weights_digest,
+)
+from medpsp import __version__
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from medpsp.types import IGNORE
+from medpsp.words import many
 
 if TYPE_CHECKING:
     from launch.scores import Case
@@ -26,8 +38,11 @@ if TYPE_CHECKING:
     from medpsp.train.metrics import ConstantMask
     from medpsp.train.postprocess import Step
     from shards.index import SliceRow
+    from shards.reader import ShardReader
 
 log = logging.getLogger("medpsp")
+SHOWN = 6
+"""Patients whose pseudonyms are on the console; all are in the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +72,9 @@ class Blind:
 def evaluate_job(config: Config) -> dict[str, Any]:
     """Score the held-out patients in 3-D, beside the best mask that never looks at the image.
 
+    What was scored before with the same network, shards and configuration is not scored again, as
+    long as all of its files are there and whole.
+
     Raises:
         ShardError: No patient is held out.
         CheckpointError: Not trained yet, or trained with another network.
@@ -67,14 +85,17 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     if not held_out:
         raise ShardError(f"shards {config.shards}: no held-out patient; raise data.split.test")
     model, step = load_trained(config)
+    weights, place = weights_digest(model), RunDir(config.out).evaluation
+    made_of = _made_of(config, weights)
+    if known := _known(place, made_of):
+        log.info("evaluate: nothing changed since %s; delete it to score again", place)
+        _show(known, place)
+        return known
     import torch
 
-    from launch.evalpage import evaluation_page
-    from launch.scores import cases_csv, summarise
+    from launch.scores import summarise
     from medpsp.progress import Bar
-    from shards.index import write_bytes_durably
     from shards.reader import ShardReader
-    from shards.sealed import sealed_page
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = ShardReader(config.shards)
@@ -89,22 +110,59 @@ def evaluate_job(config: Config) -> dict[str, Any]:
         "patients": len({case.patient for case in cases}),
         "slices": len(held_out),
         "step": step,
-        "weights": weights_digest(model),
+        "weights": weights,
         **summarise(cases, names, config.evaluate, config.seed),
         "postprocess": choice,
         "settings": config.evaluate.model_dump(mode="json"),
+        "held_out": sorted({case.patient for case in cases}),
+        "made_of": made_of,
     }
+    _write(config, result, cases, reader)
+    _show(result, place)
+    return result
+
+
+def _made_of(config: Config, weights: str) -> str:
+    """Changes with whatever scores depend on; with more than that, to be on the safe side."""
+    from shards.index import read_manifest
+
+    tables = read_manifest(config.shards).tables
+    settings = config.model_dump(mode="json", exclude={"out", "export"})
+    facts = json.dumps([__version__, weights, tables, settings], sort_keys=True)
+    return sha256(facts.encode()).hexdigest()
+
+
+def _known(place: Path, made_of: str) -> dict[str, Any] | None:
+    """The result of before, if it is of the same things and its files are what was written."""
+    try:
+        known: dict[str, Any] = json.loads(place.read_bytes())
+        same = known["made_of"] == made_of and all(
+            sha256(place.with_suffix(suffix).read_bytes()).hexdigest() == digest
+            for suffix, digest in known["files"].items()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return known if same else None
+
+
+def _write(
+    config: Config, result: dict[str, Any], cases: Sequence[Case], reader: ShardReader
+) -> None:
+    """Table, page and JSON; the last one, which says what the others are, at the end."""
+    from launch.evalpage import evaluation_page
+    from launch.scores import cases_csv
+    from shards.index import write_bytes_durably
+    from shards.sealed import sealed_page
+
     place = RunDir(config.out).evaluation
     files = {
-        ".csv": cases_csv(cases, names).encode(),
+        ".csv": cases_csv(cases, config.data.classes).encode(),
         ".html": sealed_page(evaluation_page(config, result, cases, reader).encode()),
-        ".json": json.dumps(result, indent=1).encode(),
     }
+    result["files"] = {suffix: sha256(data).hexdigest() for suffix, data in files.items()}
+    files[".json"] = json.dumps(result, indent=1).encode()
     for suffix, data in files.items():
         write_bytes_durably(place.with_suffix(suffix), data)
-    _show(result)
-    log.info("page: %s", place.with_suffix(".html"))
-    return result
 
 
 def score_stack(
@@ -198,23 +256,38 @@ def _constant_mask(net: Network, rows: Sequence[SliceRow]) -> ConstantMask:
     return constant
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], place: Path) -> None:
     log.info(
-        "held-out Dice (%s, %d patients, %d slices):",
-        *(result[key] for key in ("split", "patients", "slices")),
+        "held-out %s (%s, %s, %s):",
+        BY_CASE,
+        result["split"],
+        many(result["patients"], "patient"),
+        many(result["slices"], "slice"),
     )
     for name, of in result["classes"].items():
-        low, high = (shown(of["dice_pooled"][end]) for end in ("low", "high"))
+        log.info("  %-12s %s, %s", name, _interval(of["dice"]), _distances(of))
         log.info(
-            "  %-12s %s (95 %% %s to %s)  (mean of patients %s, constant mask %s)",
-            name,
-            shown(of["dice_pooled"]["value"]),
-            low,
-            high,
-            *(shown(result[key][name]) for key in ("dice_patient_mean", "dice_constant_mask")),
-        )
-        log.info(
-            "  %-12s mean of cases: Dice %s, IoU %s, HD95 %s mm, NSD %s",
+            "  %-12s %s: %s, constant mask %s",
             "",
-            *(shown(of[key]["value"]) for key in ("dice", "iou", "hd95_mm", "nsd")),
+            POOLED,
+            _interval(of["dice_pooled"]),
+            shown(of["dice_constant_mask"]["value"]),
         )
+    who = result["held_out"]
+    more = f" and {len(who) - SHOWN} more" if len(who) > SHOWN else ""
+    log.info(
+        "held out: patient %s%s; data.crosswalk=FILE of `medpsp shards` tells their files",
+        ", ".join(who[:SHOWN]),
+        more,
+    )
+    log.info("page: %s", place.with_suffix(".html"))
+
+
+def _interval(of: dict[str, Any]) -> str:
+    ends = "" if of["low"] is None else f" (95 % {shown(of['low'])} to {shown(of['high'])})"
+    return f"{shown(of['value'])}{ends}"
+
+
+def _distances(of: dict[str, Any]) -> str:
+    iou, hd95, nsd = (shown(of[key]["value"]) for key in ("iou", "hd95_mm", "nsd"))
+    return f"IoU {iou}, HD95 {hd95} mm, NSD {nsd}"

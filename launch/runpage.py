@@ -20,10 +20,11 @@ from launch.runsections import (
     repeat_section,
     what_section,
 )
-from launch.trained import shown
+from launch.trained import BY_CASE, shown
 from medpsp.deploy.dossier import Facts
 from medpsp.dicom.codes import code_of
 from medpsp.types import STATUSES
+from medpsp.words import many
 from shards.figures import Columns
 from shards.index import REPORT, SHARDS, Manifest, file_sha256, write_bytes_durably
 from shards.layout import changed_settings
@@ -172,7 +173,8 @@ def _stand(facts: RunFacts) -> Iterator[tuple[str, object]]:
         yield "evaluation", coded(scores.line)
     else:
         dice = ", ".join(f"{n} {shown(of['dice']['value'])}" for n, of in scores["classes"].items())
-        yield "evaluation", f"Dice of {scores['patients']} held-out patients: {dice}"
+        who = many(scores["patients"], "held-out patient")
+        yield "evaluation", f"{BY_CASE}, of {who}: {dice}"
     if isinstance(dossier, Lack):
         yield "export", coded(dossier.line)
     else:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from shards.index import SliceRow
 
 
+BY_CASE, POOLED = "Dice, mean of cases", "Dice, pooled over voxels"
+"""The two Dice of `launch.scores`, wherever one is shown; the first one is the headline."""
+
+
 def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
     """Labelled rows of the index, which fit the configuration.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import re
 from dataclasses import replace
@@ -14,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from launch import evaluate
 from launch.evalpage import ranked
 from launch.evalpictures import Pictures
-from launch.evaluate import evaluate_job
+from launch.evaluate import evaluate_job, score_stack
 from launch.exportfacts import of_these_files
 from launch.rundir import RunDir
 from launch.scores import Case, summarise
 from launch.stacks import grid_of, stacks_of
-from launch.trained import labelled_rows, load_trained, weights_digest
+from launch.trained import BY_CASE, POOLED, labelled_rows, load_trained, weights_digest
 from medpsp.config import Config, EvaluateConfig
 from medpsp.tiles import Tiling, tile_starts
 from medpsp.train.calibration import BINS, calibration_bins, calibration_error
@@ -341,10 +343,42 @@ def test_evaluation_of_a_run(trained: Config) -> None:
         lines = list(csv.DictReader(file))
     assert [line["class"] for line in lines] == [*names, *names]
     assert sum(int(line["truth_voxels"]) for line in lines) == np.sum(result["confusion"][1:])
+    assert result["held_out"] == sorted({line["patient"] for line in lines})
     page = place.with_suffix(".html").read_text()
     assert page.count("data:image/png") == 8  # two cases of two pictures and what lies over them
     assert not re.search(r"(src|href)=\"(?!data:image/png|#)", page)
     assert {line["patient"] for line in lines} <= set(re.findall(r"<code>([0-9a-f]+)</code>", page))
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_what_was_scored_is_not_scored_again_unless_something_changed(
+    trained: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = evaluate_job(trained)
+    scored: list[str] = []
+
+    def spy(*arguments: object) -> Case:
+        scored.append("case")
+        return score_stack(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate, "score_stack", spy)
+    with caplog.at_level(logging.INFO, "medpsp"):
+        assert evaluate_job(trained) == first
+    assert "nothing changed since" in caplog.text
+    for text in (
+        f"held-out {BY_CASE} (test, 2 patients, 8 slices)",
+        f"{POOLED}: ",
+        *first["held_out"],
+    ):
+        assert text in caplog.text
+    assert scored == []
+    place = RunDir(trained.out).evaluation
+    place.with_suffix(".csv").write_text("other")
+    assert evaluate_job(trained) == first
+    place.unlink()
+    assert evaluate_job(trained) == first
+    assert evaluate_job(trained.model_copy(update={"seed": 99}))["made_of"] != first["made_of"]
+    assert len(scored) == 6
 
 
 @pytest.mark.usefixtures("own_handlers")
@@ -397,6 +431,7 @@ def test_what_may_show_a_name_is_scored_and_never_drawn(
 
     monkeypatch.setattr(evalpage, "draw_case", spy)
     monkeypatch.setattr(evalpage, "withheld", withheld)
+    RunDir(trained.out).evaluation.unlink(missing_ok=True)
     result = evaluate_job(trained)
     assert result["cases"] == 2
     page = RunDir(trained.out).evaluation.with_suffix(".html").read_text()
