@@ -53,6 +53,7 @@ from medpsp.train.pictures import (
     contoured,
     outline,
     reliability_picture,
+    tinted_rows,
 )
 from medpsp.train.validate import evaluate
 from tests.squares import CPU, SIZE, make_config, make_run, network, squares
@@ -147,6 +148,9 @@ def test_worst_median_and_best() -> None:
         "median": (3, pytest.approx(0.4)),  # 2 * 1 / (4 + 1), the lower of the two in the middle
         "best": (0, 1.0),
     }
+    assert list(ranked(truth[:3], found[:3])) == ["worst", "median", "best"]
+    assert ranked(truth[:2], found[:2]) == {"worst": (1, pytest.approx(2 / 3)), "best": (0, 1.0)}
+    assert ranked(truth[:1], found[:1]) == {"worst": (0, 1.0)}
     assert ranked(truth[4:], found[4:]) == {}  # nothing there, nothing found
     truth[4] = 255
     assert ranked(truth[4:], found[4:]) == {}
@@ -159,16 +163,31 @@ def test_contours_by_hand() -> None:
     found[:4] = 1
     truth[:, 7] = 255
     drawn = contoured(np.full((8, 8), 0.5, np.float32), truth, found, "a case")
-    assert drawn.shape == (2 * 384 + 24, 384, 3)
-    plain, lower = drawn[:384], drawn[384:768]
+    assert drawn.shape == (2 * 640 + 40, 640, 3)
+    plain, lower = drawn[:640], drawn[640:1280]
     assert np.unique(plain).tolist() == [127]
-    cell = 48
+    cell = 80
     assert tuple(lower[6 * cell, 4 * cell - 1]) == TRUTH
     assert tuple(lower[4 * cell - 1, 6 * cell]) == PREDICTED
     assert tuple(lower[4 * cell - 1, 4 * cell - 1]) == BOTH
     assert tuple(lower[4 * cell, 7 * cell + 9]) == UNKNOWN
     assert tuple(lower[2 * cell, 2 * cell]) == (127, 127, 127)  # inside
     assert outline(np.zeros((5, 5), np.uint8)).sum() == 0
+
+
+def test_a_network_draws_nothing_on_padding() -> None:
+    """On 4 x 4: the last column is padding, and the network calls all of it a class."""
+    truth, found = np.zeros((1, 4, 4), np.uint8), np.ones((1, 4, 4), np.uint8)
+    truth[..., 3] = 255
+    drawn = tinted_rows(np.full((1, 4, 4), 0.5, np.float32), truth, found)
+    assert drawn.shape == (4, 12, 3)
+    image, true, predicted = np.split(drawn, 3, axis=1)
+    assert np.unique(image).tolist() == [127]
+    for panel in (true, predicted):
+        assert {tuple(pixel) for pixel in panel[:, 3].tolist()} == {UNKNOWN}
+    assert (true[:, :3] == 127).all()
+    assert (predicted[:, :3] == predicted[0, 0]).all()
+    assert (predicted[0, 0] != 127).any()
 
 
 def test_a_confusion_matrix_is_darker_where_more_is() -> None:
@@ -381,7 +400,7 @@ def test_pictures_of_a_board(tmp_path: Path) -> None:
         for tag in events.Tags()["images"]
     }
     assert sizes.pop("val/overlay (image, truth, prediction)") == (3 * 16, 4 * 16)
-    assert sizes == {f"val/case/{name}": (384, 792) for name in ("worst", "median", "best")}
+    assert sizes == {f"val/case/{name}": (640, 1320) for name in ("worst", "median", "best")}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from medpsp.train.pictures import (
     tinted_rows,
 )
 from medpsp.types import IGNORE
+from medpsp.words import many
 
 ROWS = 4
 """Examples drawn at every evaluation; of the others only those that are worst, median or best."""
@@ -101,7 +102,7 @@ class Board:
         rows = tinted_rows(shown[:ROWS], truth[:ROWS], predicted[:ROWS])
         self._picture("val/overlay (image, truth, prediction)", rows, step)
         for name, (index, dice) in ranked(truth, predicted).items():
-            caption = f"{name} of {len(truth)}: no. {index}, Dice {dice:.3f}"
+            caption = f"{name} of {many(len(truth), 'slice')}: no. {index}, Dice {dice:.3f}"
             drawn = contoured(shown[index], truth[index], predicted[index], caption)
             self._picture(f"val/case/{name}", drawn, step)
         self.writer.flush()
@@ -151,7 +152,8 @@ def ranked(truth: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> dict[str, 
 
     Returns:
         By name; none where all slices are background only. Of equal ones the first, and of an
-        even number the lower median.
+        even number the lower median; no slice has two names: of two there is no median, of one
+        no best either.
     """
     classes = 1 + max(int(m[m != IGNORE].max(initial=0)) for m in (truth, predicted))
     pairs = zip(truth, predicted, strict=True)
@@ -159,5 +161,6 @@ def ranked(truth: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> dict[str, 
     order = sorted((n for n, d in enumerate(dice) if np.isfinite(d)), key=lambda n: dice[n])
     if not order:
         return {}
-    places = {"worst": 0, "median": (len(order) - 1) // 2, "best": -1}
-    return {name: (order[at], dice[order[at]]) for name, at in places.items()}
+    last = len(order) - 1
+    places = {last // 2: "median", last: "best", 0: "worst"}  # of equal places the last one counts
+    return {places[at]: (order[at], dice[order[at]]) for at in (0, last // 2, last)}

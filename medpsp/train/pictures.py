@@ -22,9 +22,12 @@ PREDICTED: Rgb = (255, 60, 220)
 BOTH: Rgb = (255, 255, 255)
 """Of the contours; no class has them."""
 UNKNOWN: Rgb = (128, 128, 128)
-LEAST_SIDE = 384
-"""Of a case, in pixels: contours of smaller ones hide what they enclose."""
-LINE = 5
+LEAST_SIDE = 640
+"""Of a case, in pixels: contours of smaller ones hide what they enclose, and TensorBoard enlarges
+pixels, so that letters of smaller ones are jagged."""
+LETTERS = 20
+"""Pixels of the letters below a case."""
+LINE = 7
 """Pixels of the neighbourhood whose labels are compared."""
 WHITE, BLACK, GREY, BLUE, RED = "#ffffff", "#202020", "#b0b0b0", "#0072b2", "#d55e00"
 PLOT = 400
@@ -40,14 +43,22 @@ def tinted_rows(
 
     Args:
         images: (N, H, W) or (N, H, W, 3) in [0, 1].
-        truth: (N, H, W) class indices.
+        truth: (N, H, W) class indices; what is ignored, padding too, is grey beside the image.
         predicted: (N, H, W) class indices.
     """
     rows = [
-        np.concatenate([overlay(i, np.zeros_like(t)), overlay(i, t), overlay(i, p)], axis=1)
+        np.concatenate([overlay(i, np.zeros_like(t)), _known(i, t, t), _known(i, p, t)], axis=1)
         for i, t, p in zip(images, truth, predicted, strict=True)
     ]
     return np.concatenate(rows)
+
+
+def _known(
+    image: NDArray[np.float32], mask: NDArray[np.uint8], truth: NDArray[np.uint8]
+) -> Picture:
+    drawn = overlay(image, mask)
+    drawn[truth == IGNORE] = UNKNOWN
+    return drawn
 
 
 def contoured(
@@ -77,13 +88,13 @@ def contoured(
     for where, colour in ((second, PREDICTED), (first, TRUTH), (first & second, BOTH)):
         drawn[where] = colour
     both = np.concatenate([plain, drawn])  # TensorBoard shows pictures of one width
-    sheet = Image.new("RGB", (both.shape[1], both.shape[0] + 24), BLACK)
+    sheet = Image.new("RGB", (both.shape[1], both.shape[0] + 2 * LETTERS), BLACK)
     sheet.paste(Image.fromarray(both))
-    draw, at = ImageDraw.Draw(sheet), 6
+    draw, at = ImageDraw.Draw(sheet), LETTERS // 2
     legend = ((caption, BOTH), ("truth", TRUTH), ("prediction", PREDICTED), ("both", BOTH))
     for text, colour in legend:
-        draw.text((at, both.shape[0] + 4), text, fill=colour, font=_font(13))
-        at += round(draw.textlength(text, font=_font(13))) + 14
+        draw.text((at, both.shape[0] + LETTERS // 2), text, fill=colour, font=_font(LETTERS))
+        at += round(draw.textlength(text, font=_font(LETTERS))) + LETTERS
     return np.asarray(sheet)
 
 

@@ -73,9 +73,10 @@ class Clock:
             "perf/step_ms_min": 1e3 * float(every[:, 0].min()),
             "perf/step_ms_median": 1e3 * float(np.median(every[:, 0])),
             "perf/step_ms_max": 1e3 * float(every[:, 0].max()),
-            "perf/slowest_rank": float(every[:, 1].argmax()),
             **self._memory(),
         }
+        if self._world.size > 1:
+            found["perf/slowest_rank"] = float(every[:, 1].argmax())
         if self._peak:
             found["perf/mfu"] = tflops / self._peak
         self.restart()
