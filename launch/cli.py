@@ -18,6 +18,7 @@ from launch.doctor.command import doctor
 from launch.new.command import new
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
+from medpsp.words import many
 
 if TYPE_CHECKING:
     from medpsp.config import Config
@@ -158,7 +159,7 @@ def voc(
 
     folder.log_to("voc")
     images, masks = export_voc(resolved, out, bits)
-    typer.echo(f"{out}  {images} images, {masks} masks")
+    typer.echo(f"{out}  {many(images, 'image')}, {many(masks, 'mask')}")
 
 
 @app.command()

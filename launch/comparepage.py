@@ -13,6 +13,7 @@ from launch.evalfigures import METRICS, estimate
 from launch.plot import Line, plot
 from launch.runfacts import Lack, config_of, curves_of, evaluation_of
 from medpsp.configio import tree_without_paths
+from medpsp.words import many
 from shards.index import write_bytes_durably
 from shards.page import Html, coded, join, page, table, tag
 from shards.sections import section
@@ -43,7 +44,7 @@ def comparison_page(roots: Sequence[Path]) -> str:
         "settings": ("What was set otherwise", _settings(runs)),
     }
     nav = tag("nav", *(tag("a", title, href=f"#{name}") for name, (title, _) in parts.items()))
-    lead = tag("p", f"{len(runs)} runs, the best mean Dice first.", css="lead")
+    lead = tag("p", f"{many(len(runs), 'run')}, the best mean Dice first.", css="lead")
     header = tag("header", tag("h1", "Runs side by side"), lead, nav)
     sections = (section(name, title, content) for name, (title, content) in parts.items())
     return page("Runs side by side", (header, *sections))
@@ -67,7 +68,7 @@ def _scores(runs: dict[str, Path]) -> Iterator[Html]:
         if isinstance(scores, Lack):
             yield tag("p", tag("strong", name), ": ", coded(scores.line), css="quiet")
             continue
-        about = f"{scores['split']}, {scores['patients']} patients, step {scores['step']}"
+        about = f"{scores['split']}, {many(scores['patients'], 'patient')}, step {scores['step']}"
         for label, of in scores["classes"].items():
             values: dict[str, Any] = {**of}
             said = join([name, tag("small", about)])

@@ -20,6 +20,7 @@ from medpsp.deploy.folders import nothing_left
 from medpsp.deploy.inputs import GraphInput
 from medpsp.errors import ExportError
 from medpsp.types import ReadPolicy
+from medpsp.words import many
 
 if TYPE_CHECKING:
     from launch.exportfacts import Found
@@ -187,7 +188,7 @@ def _write_variants(
         if not found.restored[name].after.mean >= least:
             found.scores.pop(name, None)  # of an earlier file: this one was not asked about
         if layers := found.restored[name].nodes:
-            log.info("export: %d layers back to fp32: %s", len(layers), ", ".join(layers))
+            log.info("export: %s back to fp32: %s", many(len(layers), "layer"), ", ".join(layers))
     if "cpu" in wanted.variants:
         found.saturation = saturation(run.fp32, run.int8, lambda: tiles(probes))
         found.gates.append(saturation_gate(*found.saturation))

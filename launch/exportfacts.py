@@ -33,6 +33,7 @@ from medpsp.deploy.dossier import (
 from medpsp.deploy.gates import Differing
 from medpsp.intensity import overlay
 from medpsp.types import SPLITS
+from medpsp.words import many
 from shards.index import file_sha256
 
 if TYPE_CHECKING:
@@ -205,7 +206,8 @@ def _overlays(config: Config, found: Found) -> Iterator[OverlayFact]:
     for name in config.export.variants:
         for one in found.scores[name].worst:
             share = 100 * one.pixels / one.fp32.size
-            title = f"{said_of(name)}: {one.pixels} pixels differ, {share:.2f} % of the slice"
+            where = f"{many(one.pixels, 'pixel')}, {share:.2f} % of the slice"
+            title = f"{said_of(name)}: masks differ at {where}"
             yield {"title": title, "png": _picture(one)}
 
 

@@ -21,6 +21,7 @@ from launch.train import train_job
 from medpsp.config import Config
 from medpsp.configio import load_config
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError, ShardError
+from medpsp.words import many
 
 if TYPE_CHECKING:
     from shards.index import Manifest
@@ -153,7 +154,7 @@ def plan_job(config: Config) -> None:
 
     if config.data.index is None:
         raise ConfigError("data.index: not set; steps that are commands of their own need it")
-    log.info("plan: %d shards", len(plan_shards(config).shards))
+    log.info("plan: %s", many(len(plan_shards(config).shards), "shard"))
 
 
 def convert_job(config: Config, part: int = 1, parts: int = 1) -> None:
@@ -161,7 +162,7 @@ def convert_job(config: Config, part: int = 1, parts: int = 1) -> None:
     from shards.build import convert_part
 
     count = convert_part(config, part, parts)
-    log.info("convert: part %d of %d, %d shards", part, parts, count)
+    log.info("convert: part %d of %d, %s", part, parts, many(count, "shard"))
 
 
 def publish_job(config: Config) -> None:
@@ -177,7 +178,8 @@ def _show_shards(config: Config, manifest: Manifest) -> None:
     from shards.report import write_report
 
     counts = ", ".join(f"{n} {status}" for status, n in manifest.counts.items())
-    log.info("shards: %s (%d slices; objects: %s)", config.shards, manifest.slices, counts)
+    slices = many(manifest.slices, "slice")
+    log.info("shards: %s (%s; objects: %s)", config.shards, slices, counts)
     for line in told_statuses(manifest.codes):
         log.info("%s", line)
     log.info("report: %s", write_report(config.shards))
@@ -211,7 +213,7 @@ def check_job(config: Config, *, repair: bool = False, quick: bool = False) -> N
         write_report(config.shards)
         problems = _problems(config, quick)
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        count = many(len(problems), "problem")
         advice = "see the log" if repair else "run `medpsp check --repair`, or see the log"
         raise ShardError(f"shards {config.shards}: {count}, the first: {problems[0]}; {advice}")
     log.info("check: every digest, slice and split is as the manifest says")

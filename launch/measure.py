@@ -18,6 +18,7 @@ from launch.ranks import end_with_parent, start_ranks
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
 from medpsp.config import Config
+from medpsp.words import many
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,8 @@ def measure_job(config: Config) -> None:
     if world.rank == 0:
         write_json(config.out / "scale.json", found)
         rate = found["batch"] / found["step_s"]
-        log.info("measure: %s, %d ranks: %.1f images/s", found["backbone"], world.size, rate)
+        ranks = many(world.size, "rank")
+        log.info("measure: %s, %s: %.1f images/s", found["backbone"], ranks, rate)
 
 
 def _measured(config: Config, world: World, device: torch.device) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from medpsp.errors import ConfigError
+from medpsp.words import many
 
 if TYPE_CHECKING:
     from medpsp.deploy.answers import Format
@@ -48,7 +50,7 @@ def predict_source(model: Path, source: Path, out: Path, threads: int, formats: 
 
 
 def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanRow]) -> None:
-    """A line a series, the time a slice, and what was not segmented."""
+    """A line a series and the files of each, the time a slice, and what was not segmented."""
     import numpy as np
 
     from medpsp.dicom.codes import told_rows
@@ -56,12 +58,14 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
     for item in found:
         parts = []
         for number, name in enumerate(predictor.model.classes[1:], 1):
-            amount = f"{item.pixels[number]} pixels"
+            amount = many(item.pixels[number], "pixel")
             if item.volumes:
                 amount = f"{item.volumes[number]:.1f} ml"
             parts.append(f"{name} {amount}")
         where = item.files[0] if item.files else f"{item.name}: no surface to write"
-        typer.echo(f"{where}  {item.slices} slices, {', '.join(parts)}")
+        typer.echo(f"{where}  {many(item.slices, 'slice')}, {', '.join(parts)}")
+        for line in _others(item.files):
+            typer.echo(f"  {line}")
     if times := predictor.model.times:
         ms = np.percentile(np.array(times) * 1e3, [50, 95])
         typer.echo(f"network: {ms[0]:.0f} ms a slice (p50), {ms[1]:.0f} ms (p95)")
@@ -70,6 +74,18 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
             typer.echo(f"{row.code}: {row.detail}")
     if rows:
         typer.echo(told_rows(rows))
+
+
+def _others(files: Sequence[Path]) -> Iterator[str]:
+    """Files of a series but the first one; of single slices the folder, and how many they are."""
+    inside = Counter(path.parent for path in files)
+    beside = files[0].parent if files else None
+    for path in files[1:]:
+        if path.parent == beside:
+            yield str(path)
+    for folder, count in inside.items():
+        if folder != beside:
+            yield f"{folder}  {many(count, 'slice')}"
 
 
 def watch(
@@ -152,4 +168,4 @@ def sbom(
         typer.echo(text)
         return
     out.write_text(text + "\n", encoding="utf-8")
-    typer.echo(f"{out}  {len(json.loads(text)['components'])} components")
+    typer.echo(f"{out}  {many(len(json.loads(text)['components']), 'component')}")

@@ -9,6 +9,7 @@ from typing import Any
 from launch.profile import Profile
 from medpsp.config import Config
 from medpsp.errors import ConfigError
+from medpsp.words import many
 
 GPU_JOBS = ("preflight", "train", "evaluate")
 """Run where the GPUs are, if the site has any."""
@@ -137,7 +138,7 @@ def those(plan: tuple[JobSpec, ...], names: set[str]) -> tuple[JobSpec, ...]:
 def describe(plan: tuple[JobSpec, ...], config: Path) -> str:
     """One line a job."""
     return "\n".join(
-        f"{job.name:9} {job.cores} core{'s' if job.cores > 1 else ''}, {job.minutes} min"
+        f"{job.name:9} {many(job.cores, 'core')}, {job.minutes} min"
         f"{', after ' + ', '.join(job.after) if job.after else ''}: medpsp {job.name} {config}"
         for job in plan
     )

@@ -14,6 +14,7 @@ from launch.meeting import wait_for_json, write_json
 from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.errors import LaunchError
+from medpsp.words import many
 
 log = logging.getLogger("medpsp")
 MOST_SKEW_S = 5.0
@@ -62,7 +63,8 @@ def preflight_job(config: Config) -> None:
         for line in faults(everyone, room_needed(config, run)):
             raise LaunchError(line)
         nodes = sorted({facts["node"] for facts in everyone})
-        log.info("preflight: %d ranks on %s see each other and %s", world.size, nodes, run.root)
+        ranks = many(world.size, "rank")
+        log.info("preflight: %s on %s: each sees the others and %s", ranks, nodes, run.root)
 
 
 def faults(everyone: list[dict[str, Any]], need: int) -> list[str]:

@@ -165,8 +165,10 @@ def _stand(facts: RunFacts) -> Iterator[tuple[str, object]]:
     if isinstance(manifest, Lack):
         yield "shards", coded(manifest.line)
     else:
-        patients = "" if isinstance(columns, Lack) else f", {len(set(columns.patient))} patients"
-        yield "shards", f"{manifest.slices} slices{patients}"
+        said = [many(manifest.slices, "slice")]
+        if not isinstance(columns, Lack):
+            said.append(many(len(set(columns.patient)), "patient"))
+        yield "shards", ", ".join(said)
     yield "training", coded(_trained(facts))
     scores, dossier = facts.evaluation, facts.dossier
     if isinstance(scores, Lack):

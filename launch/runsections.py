@@ -11,6 +11,7 @@ from launch.plot import Line, plot
 from launch.profile import shipped_profiles
 from launch.runfacts import Lack, RunFacts
 from medpsp.configio import without_paths
+from medpsp.words import many
 from shards.index import SHARDS, file_sha256
 from shards.page import Html, coded, duration, number, pairs, percent, table, tag
 from shards.sections import section
@@ -38,7 +39,7 @@ def what_section(facts: RunFacts) -> Html:
         ("input channels", str(model.channels)),
         ("slices of a step", str(train.batch_size)),
         ("micro-batches of a rank", str(train.accumulate)),
-        ("engine", f"{train.engine}, {train.ranks} ranks, {train.precision}"),
+        ("engine", f"{train.engine}, {many(train.ranks, 'rank')}, {train.precision}"),
         ("loss", f"{loss.dice:g} Dice + {loss.focal:g} Focal, gamma {loss.gamma:g}, class weights "
          f"{loss.class_weights}"),
         ("seed", str(facts.config.seed)),

@@ -19,6 +19,7 @@ from launch.chain import Chain, Submitted, Told, label_of, read_chain, told_by
 from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
 from medpsp.errors import LaunchError
+from medpsp.words import many
 
 SILENT_S = 600.0
 """A controller that is started again takes less."""
@@ -133,7 +134,7 @@ def heartbeat(run: RunDir) -> str:
     if not fresh:
         return ""
     last = min(fresh, key=lambda note: int(note["step"]))
-    return f"step {last['step']} ({last['phase']}), {len(fresh)} ranks"
+    return f"step {last['step']} ({last['phase']}), {many(len(fresh), 'rank')}"
 
 
 def table(run: RunDir, rows: list[Row]) -> Group:

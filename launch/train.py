@@ -20,6 +20,7 @@ from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.errors import ConfigError
 from medpsp.types import World
+from medpsp.words import many
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,9 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
         layout = torch.channels_last if train.channels_last else torch.contiguous_format
         model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
         if world.rank == 0:
-            log.info("train: %d ranks on %s, engine %s", world.size, device.type, train.engine)
+            log.info(
+                "train: %s on %s, engine %s", many(world.size, "rank"), device.type, train.engine
+            )
             log.info("train: %s", memory_note(model, train, world))
             _warn_of_random_parts(config)
         parts = _run_of(config, world, rows, device, before.step if before else 0)
@@ -109,7 +112,7 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
             state = fit(parts, model)
             finish(parts.board, config, state.step, state.best)
     if world.rank == 0:
-        log.info("train: %d steps, best validation Dice %.3f", state.step, state.best)
+        log.info("train: %s, best validation Dice %.3f", many(state.step, "step"), state.best)
 
 
 def _last_state(run: RunDir) -> TrainState | None:

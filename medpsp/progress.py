@@ -38,6 +38,7 @@ class Bar:
         self.done = self.start = 0
         self.began = self.last_line = time.monotonic()
         self.note = ""
+        self._said = -1
         self._rich: Progress | None = None
         if show and sys.stderr.isatty():
             self._rich = Progress(
@@ -65,7 +66,7 @@ class Bar:
     ) -> None:
         if self._rich:
             self._rich.stop()
-        if self.show and kind is None:
+        if self.show and kind is None and self._said != self.done:
             self._line()
 
     def resume_at(self, done: int) -> None:
@@ -93,7 +94,7 @@ class Bar:
         return (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
 
     def _line(self) -> None:
-        self.last_line = time.monotonic()
+        self.last_line, self._said = time.monotonic(), self.done
         rate = self.rate()
         left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
         of = f"/{self.total}" if self.total else ""

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from medpsp.config import Config
 from medpsp.errors import ShardError
+from medpsp.words import many
 from shards.build import build_shards
 from shards.commit import committed_names, read_commit, write_commit
 from shards.index import Manifest
@@ -48,8 +49,8 @@ def repair_shards(config: Config, problems: Sequence[Problem]) -> Manifest:
         )
     manifest = build_shards(config, lambda plan: _forget(config, plan, damaged))
     log.info(
-        "repair: %d shards converted again%s; tables, plan and manifest written anew",
-        len(damaged),
+        "repair: %s converted again%s; tables, plan and manifest written anew",
+        many(len(damaged), "shard"),
         f" ({', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''})" if damaged else "",
     )
     return manifest

@@ -16,6 +16,7 @@ from medpsp.dicom.codes import code_of
 from medpsp.errors import ShardError
 from medpsp.intensity import CLASS_COLOURS
 from medpsp.types import STATUSES
+from medpsp.words import many
 from shards.figures import Columns, class_shares, count_flags, count_splits, read_columns
 from shards.index import (
     INDEX,
@@ -168,7 +169,7 @@ def _case(reader: ShardReader, columns: Columns, case: Case) -> Html:
         label = f"label on {case.first} to {case.last}"
     else:
         label = "label is empty" if case.labelled else "no label"
-    number_of = "1 slice" if case.slices == 1 else f"{case.slices} slices"
+    number_of = many(case.slices, "slice")
     header = tag(
         "header",
         tag("span", "patient ", tag("code", columns.patient[row])),

@@ -301,7 +301,7 @@ def test_numbers_go_on_and_what_a_killed_one_left_is_removed(
         assert spool.stat().st_mode & 0o777 == 0o700
         assert [p.name for p in spool.iterdir()] == ["000001.dcm"]
         assoc.release()
-        heard.until("assoc-000042: 1 objects, 1 series, 1 slices")
+        heard.until("assoc-000042: 1 object, 1 series, 1 slice,")
     assert no_spool(tmp_path / "out")
 
 
@@ -329,7 +329,7 @@ def test_it_lives_on_after_what_it_cannot_segment(
         assoc = associate(receiver.address)
         assoc.send_c_store(files[0])
         assoc.abort()
-        assert "aborted after 1 objects" in heard.until("assoc-000002: dropped")
+        assert "aborted after 1 object" in heard.until("assoc-000002: dropped")
         assoc = associate(receiver.address)  # the cable is pulled
         assoc.send_c_store(files[0])
         assoc.dul.socket.socket.shutdown(socket.SHUT_RDWR)
@@ -595,7 +595,7 @@ def test_a_full_disk_is_told_to_the_sender(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "write_bytes", full)
             assert send(receiver.address, files) == [0, 0xA700, 0, 0]
-            assert "1 of 4 objects are not stored" in heard.until("assoc-000001: dropped")
+            assert "not stored: 1 of 4 objects" in heard.until("assoc-000001: dropped")
         assert send(receiver.address, files) == [0] * 4
         heard.until("assoc-000002: 4 objects, 1 series")
     assert "assoc-000001: an object cannot be stored: No space left on device" in heard.lines
@@ -655,7 +655,7 @@ def test_receive_ends_with_0_when_it_is_asked_to_while_it_works(model: Path, tmp
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     assert "assoc-000001: 96 objects, 1 series, 96 slices" in said
-    assert "assoc-000002: 1 objects, 1 series, 1 slices" in said
+    assert "assoc-000002: 1 object, 1 series, 1 slice," in said
     assert no_spool(out)
 
 
@@ -734,7 +734,7 @@ def test_every_kind_of_entry_is_done_once(
     found = sorted(len(list(out.glob(f"{name}/*"))) for name in names)
     assert found == [0, 1, 2, 2, 2]  # the text; the NIfTI has no SEG; the others SEG and NIfTI
     (failed,) = out.glob("*.failed")
-    line = "nothing to segment among 1 files (NOT_DICOM); the model takes CT"
+    line = "nothing to segment among 1 file (NOT_DICOM); the model takes CT"
     assert failed.read_text() == line + "\n"
     assert f"{failed.stem}: failed: {line}" in heard.lines
     assert len([name for name in heard.lines if "1 series, 4 slices" in name]) == 3

@@ -623,7 +623,15 @@ def test_the_device_needs_neither_torch_nor_the_cluster(
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith(f"{tmp_path / 'out/series-000.nii.gz'}  4 slices, organ ")
+    out = tmp_path / "out"
+    first, *others = done.stdout.splitlines()
+    assert first.startswith(f"{out / 'series-000.nii.gz'}  4 slices, organ ")
+    assert sorted(others[:3]) == [
+        f"  {out / 'series-000'}  4 slices",
+        f"  {out / 'series-000.dcm'}",
+        f"  {out / 'series-000.png'}",
+    ]
+    assert sum("predict 1 series" in line for line in done.stderr.splitlines()) == 1
     modules = set((tmp_path / "modules").read_text().split())
     assert {"onnxruntime", "pydicom", "medpsp.deploy.predict"} <= modules
     heavy = {"torch", "ray", "zarr", "pyarrow", "timm", "albumentations", "submitit", "onnx"}

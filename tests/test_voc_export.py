@@ -401,7 +401,7 @@ def test_command(tmp_path: Path) -> None:
     command = ["voc", str(tmp_path / "c.yaml"), str(out), "data.workers=1", "--bits", "16"]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0
-    assert done.stdout == f"{out}  1 images, 1 masks\n"
+    assert done.stdout == f"{out}  1 image, 1 mask\n"
     assert table(out)[0]["bits"] == "16"
     assert (config.out / "logs" / "voc.log").is_file()
     with pytest.raises(ConfigError, match="not empty"):

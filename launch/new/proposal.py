@@ -19,6 +19,7 @@ from medpsp import __version__
 from medpsp.config import Config
 from medpsp.configio import load_config
 from medpsp.errors import ConfigError
+from medpsp.words import many
 
 _WIDTH = 98
 _REQUIRED = ("out", "data.archive", "data.classes")
@@ -55,7 +56,7 @@ def propose(found: Evidence) -> Proposal:
     ]
     said += [one.why for one in choices if one.key == "data.label_format"]
     said += [f"open: {one.text}" for one in opened]
-    said.append(f"{found.places.file}  {len(written)} values, each with its reason")
+    said.append(f"{found.places.file}  {many(len(written), 'value')}, each with its reason")
     return Proposal(text=text, said=(*said, *_next(found)))
 
 

@@ -18,6 +18,7 @@ from medpsp.dicom.codes import told_rows
 from medpsp.durable import sync
 from medpsp.errors import MedpspError
 from medpsp.types import ScanRow
+from medpsp.words import many
 
 WORK, SPOOL = ".part-", ".spool-"
 """Beginnings of names of what is not whole yet in a folder of answers."""
@@ -100,7 +101,7 @@ def _without_path(text: str) -> str:
 
 def _line(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) -> str:
     slices = sum(made.slices for made in found)
-    line = f"{len(found)} series, {slices} slices, {seconds:.1f} s"
+    line = f"{len(found)} series, {many(slices, 'slice')}, {seconds:.1f} s"
     return "; ".join(filter(None, (line, told_rows(rows))))
 
 

@@ -28,6 +28,7 @@ from medpsp.dicom.voc import SUFFIXES
 from medpsp.errors import ArchiveError, ConfigError, DicomError, SourceError
 from medpsp.intensity import ValueCounts, overlay
 from medpsp.types import Place, ScanRow, Series
+from medpsp.words import many
 
 DECODERS, AHEAD = 4, 2
 """Children that decode, at most, and slices that each may be ahead."""
@@ -138,8 +139,8 @@ class Predictor:
         if not predictions:
             codes = sorted({row.code for row in rows})
             raise ArchiveError(
-                f"{named}: nothing to segment among {len(rows)} files ({', '.join(codes)}); the "
-                f"model takes {', '.join(self.model.modalities)}"
+                f"{named}: nothing to segment among {many(len(rows), 'file')} "
+                f"({', '.join(codes)}); the model takes {', '.join(self.model.modalities)}"
             )
         return predictions, rows
 

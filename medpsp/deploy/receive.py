@@ -24,6 +24,7 @@ from medpsp.deploy.jobs import SPOOL, owned, run_job
 from medpsp.deploy.predict import Predictor
 from medpsp.deploy.sender import PAUSES, Sender, unsent
 from medpsp.errors import ConfigError
+from medpsp.words import many
 
 if TYPE_CHECKING:
     from pynetdicom.association import Association
@@ -195,7 +196,9 @@ class Receiver:
         if spool is None:
             return
         if spool.stored < spool.came:  # a mask of half a series looks like one of a whole one
-            self._drop(spool, f"{spool.came - spool.stored} of {spool.came} objects are not stored")
+            self._drop(
+                spool, f"not stored: {spool.came - spool.stored} of {many(spool.came, 'object')}"
+            )
         else:
             self._whole.put(spool)
         del self._open[event.assoc]  # last: `_at_hand` must see it all the time
@@ -203,7 +206,7 @@ class Receiver:
     def _aborted(self, assoc: Association) -> None:
         spool = self._open.pop(assoc, None)
         if spool:
-            self._drop(spool, f"aborted after {spool.stored} objects")
+            self._drop(spool, f"aborted after {many(spool.stored, 'object')}")
 
     def _drop(self, spool: _Spool, why: str) -> None:
         log.error("%s: dropped: %s; its sender has to send it again", spool.name, why)
@@ -239,9 +242,9 @@ class Receiver:
             shutil.rmtree(spool.folder, ignore_errors=True)
         if job is None or job.failed:
             why = job.line if job else ""
-            log.error("%s: %d objects, failed: %s", spool.name, spool.stored, why)
+            log.error("%s: %s, failed: %s", spool.name, many(spool.stored, "object"), why)
             return
-        log.info("%s: %d objects, %s", spool.name, spool.stored, job.line)
+        log.info("%s: %s, %s", spool.name, many(spool.stored, "object"), job.line)
         if sender:
             sender.wake()
 

@@ -16,6 +16,7 @@ from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.session import MARGIN, clear_pixels, feeds_of, open_session
 from medpsp.errors import ParityError
 from medpsp.types import FloatArray
+from medpsp.words import many
 
 _DRAWN = np.random.default_rng(0)
 SHAPES: tuple[tuple[int, int, int], ...] = (
@@ -100,8 +101,9 @@ def check_parity(
         )
     for row in rows:
         if row.changed or not row.confidence <= tolerance:
+            changed = many(row.changed, "pixel")
             raise ParityError(
-                f"{path.name} at (N,H,W)={row.shape}: {row.changed} pixels have another class "
+                f"{path.name} at (N,H,W)={row.shape}: {changed} of another class "
                 f"although their logits are {MARGIN:.0e} apart, confidences differ by "
                 f"{row.confidence:.2e}; report it, with the versions of torch and onnxruntime"
             )
