@@ -265,7 +265,7 @@ def cancel(out: RunArg) -> None:
 
 
 def resume(out: RunArg) -> None:
-    """Submit again what was submitted and is not done, to the same cluster and as configured."""
+    """Submit again what is not done. To the same cluster, and as configured."""
     from launch.chain import read_chain, unfinished
     from launch.jobs import setup_logging
     from launch.plan import plan_cluster, those

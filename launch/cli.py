@@ -14,6 +14,7 @@ import typer
 
 from launch import chaincli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
+from launch.clihelp import InOrder, Settable, begin
 from launch.doctor.command import doctor
 from launch.new.command import new
 from launch.tensorrt import tensorrt
@@ -24,13 +25,15 @@ if TYPE_CHECKING:
     from medpsp.config import Config
 
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=InOrder,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="From a DICOM archive to an ONNX file that segments DICOM.",
 )
+app.callback()(begin)
 
 
 class Step(enum.StrEnum):
@@ -41,7 +44,7 @@ class Step(enum.StrEnum):
     publish = enum.auto()
 
 
-@app.command()
+@app.command(cls=Settable)
 def shards(
     config: ConfigArg,
     overrides: Overrides = None,
@@ -74,7 +77,7 @@ def shards(
         {None: shards_job, Step.plan: plan_job, Step.publish: publish_job}[step](resolved)
 
 
-@app.command()
+@app.command(cls=Settable)
 def check(
     config: ConfigArg,
     overrides: Overrides = None,
@@ -116,11 +119,11 @@ for _name, _help in (
     ("evaluate", "Score the held-out patients."),
     ("export", "Write checked fp32 and int8 ONNX files."),
 ):
-    app.command(_name, help=_help)(_job(_name))
-app.command("measure", hidden=True)(_job("measure"))  # for the ranks of `scale`
+    app.command(_name, help=_help, cls=Settable)(_job(_name))
+app.command("measure", hidden=True, cls=Settable)(_job("measure"))  # for the ranks of `scale`
 
 
-@app.command()
+@app.command(cls=Settable)
 def report(config: ConfigArg, overrides: Overrides = None) -> None:
     """Write the report page of shards that exist anew."""
     from launch.jobs import setup_logging
@@ -134,7 +137,7 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
 
 @app.command()
 def page(run: chaincli.RunArg) -> None:
-    """Write all of a run on one page: what it saw, learnt, scores, cost, and how to repeat it."""
+    """Write all of a run on one page. What it saw, learnt, scored, cost, how to repeat it."""
     from launch.jobs import setup_logging
     from launch.runpage import write_run_page
 
@@ -142,14 +145,14 @@ def page(run: chaincli.RunArg) -> None:
     typer.echo(str(write_run_page(run)))
 
 
-@app.command()
+@app.command(cls=Settable)
 def voc(
     config: ConfigArg,
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     overrides: Overrides = None,
     bits: Annotated[int, typer.Option(help="8: windowed; 16: modality values.")] = 8,
 ) -> None:
-    """Write the shards as a PASCAL VOC folder: PNG images and masks, split lists, a table."""
+    """Write the shards as a PASCAL VOC folder. PNG images and masks, split lists, a table."""
     from launch.jobs import setup_logging
     from launch.rundir import open_run
 
@@ -162,7 +165,7 @@ def voc(
     typer.echo(f"{out}  {many(images, 'image')}, {many(masks, 'mask')}")
 
 
-@app.command()
+@app.command(cls=Settable)
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for everything the demo makes.")] = Path(
         "runs/demo"
@@ -197,7 +200,7 @@ def predict(
     predict_source(model, source, out, threads, formats)
 
 
-@app.command()
+@app.command(cls=Settable)
 def backbones(
     config: Annotated[str, typer.Argument(help="As for `train`; none: the defaults.")] = "",
     overrides: Overrides = None,
@@ -205,7 +208,7 @@ def backbones(
     width: Annotated[int, typer.Option(min=0, max=4096, help="Columns; 0: train.size.")] = 0,
     classes: Annotated[int, typer.Option(min=0, help="0: as many as data.classes.")] = 0,
 ) -> None:
-    """What each backbone costs with the head of a configuration, and what it is for."""
+    """Show what each backbone costs. With the head of a configuration, and what it is for."""
     from launch.backbones import setting, show_backbones
 
     rows, columns, count, model = setting(config, tuple(overrides or ()))
@@ -217,7 +220,8 @@ _chain = (chaincli.run, chaincli.status, chaincli.logs, chaincli.cancel, chaincl
 _several = (sweepcli.sweep, sweepcli.compare, sweepcli.scale)
 _device = (ondevice.watch, ondevice.receive, tensorrt, ondevice.sbom)
 for _command in (*_first, *_chain, *_several, *_device):
-    app.command()(_command)
+    takes_settings = "overrides" in _command.__annotations__
+    app.command(cls=Settable if takes_settings else None)(_command)
 
 
 key_app = typer.Typer(no_args_is_help=True, help="The key of the pseudonyms.")
@@ -253,7 +257,7 @@ def config_list() -> None:
     typer.echo("\n".join(shipped_configs()))
 
 
-@config_app.command("show")
+@config_app.command("show", cls=Settable)
 def config_show(config: ConfigArg, overrides: Overrides = None) -> None:
     """Print the resolved configuration."""
     from launch.rundir import find_config

@@ -105,7 +105,7 @@ def watch(
     threads: Threads = 0,
     formats: Formats = "seg,nifti,png",
 ) -> None:
-    """Segment whatever comes into a folder, each entry once; it stays as it is."""
+    """Segment whatever comes into a folder. Each entry once; it stays as it is."""
     from launch.jobs import setup_logging
     from launch.rundir import keep_private
     from medpsp.deploy.jobs import owned
@@ -135,7 +135,7 @@ def receive(
     threads: Threads = 0,
     formats: Formats = "seg",
 ) -> None:
-    """Segment what is sent by C-STORE, each association for itself, and send SEG back."""
+    """Segment what is sent by C-STORE. Each association for itself; SEG may be sent back."""
     from launch.jobs import setup_logging
     from medpsp.deploy.dicomnet import Peer
     from medpsp.deploy.predict import Predictor
@@ -158,7 +158,7 @@ def sbom(
         Path | None, typer.Option(help="File to write; none: it is printed.", show_default=False)
     ] = None,
 ) -> None:
-    """The software that is installed here, as a bill of materials (CycloneDX 1.6)."""
+    """Write what is installed as a bill of materials (CycloneDX 1.6)."""
     import json
 
     from medpsp.deploy.sbom import bill_of_install

@@ -38,7 +38,7 @@ def sweep(
     cluster: Annotated[str, typer.Option(help="As for `run`.")] = "",
     wait: Annotated[bool, typer.Option(help="As for `run`.")] = False,
 ) -> None:
-    """Train one configuration with several values, on the same shards, and compare them."""
+    """Train one configuration with several values, and compare. On the same shards."""
     from rich.console import Console
 
     from launch.compare import compare, comparison_table
@@ -142,7 +142,7 @@ def scale(
     ] = 12.5,
     cluster: Annotated[str, typer.Option(help="As for `run`.")] = "",
 ) -> None:
-    """Time short pieces of training at several numbers of ranks; shards must be there."""
+    """Time training at several numbers of ranks. Short pieces; shards must be there."""
     from rich.console import Console
 
     from launch.jobs import setup_logging

@@ -7,6 +7,7 @@ frozen tree or raises `ConfigError` with the key, the value found and what is le
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def _explain(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         legal = _keys_at(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), legal, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"legal: {', '.join(legal)}"
+        whole = ".".join(str(part) for part in (*fault["loc"][:-1], *near))
+        hint = f"did you mean '{whole}'?" if near else f"legal: {', '.join(legal)}"
         text = f"{where}: unknown key; {hint}"
     elif fault["type"] == "missing":
         text = f"{where}: required, but not given"
@@ -166,6 +168,25 @@ def _explain(error: ValidationError) -> str:
         text = f"{where}: {fault['msg'].removeprefix('Value error, ')}"
         text += "" if fault["type"] == "value_error" else f", got {shown}"
     return text + (f" (and {count - 1} more)" if count > 1 else "")
+
+
+def keys_like(name: str) -> list[str]:
+    """Whole keys that are a name or end in it, else in what is nearest to it."""
+    keys = list(_keys_below(Config))
+    if same := [key for key in keys if f".{key}".endswith(f".{name}")]:
+        return same
+    ends = [key.rpartition(".")[2] for key in keys]
+    near = difflib.get_close_matches(name, [*keys, *ends], n=1)
+    return [key for key in keys if f".{key}".endswith(f".{near[0]}")] if near else []
+
+
+def _keys_below(node: type[Node]) -> Iterator[str]:
+    for name, field in node.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Node):
+            yield from (f"{name}.{key}" for key in _keys_below(kind))
+        else:
+            yield name
 
 
 def _keys_at(loc: tuple[int | str, ...]) -> list[str]:

@@ -79,6 +79,10 @@ class ArchiveError(MedpspError, FileNotFoundError):
     """The archive is missing, empty, or yields nothing to train on."""
 
 
+class NoArchive(ArchiveError, ConfigError):
+    """There is no such folder or file; the command line exits with 2."""
+
+
 class ShardError(MedpspError, RuntimeError):
     """Shards or their manifest are missing, incomplete or damaged."""
 
@@ -122,6 +126,10 @@ class ParityError(ExportError):
 
 class ModelFileError(MedpspError, ValueError):
     """The ONNX file given to `predict` is not one that medpsp wrote."""
+
+
+class NoModelFile(ModelFileError, ConfigError):
+    """There is no such file; the command line exits with 2."""
 
 
 class LaunchError(MedpspError, RuntimeError):

@@ -8,22 +8,24 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from functools import partial
+from os import fsdecode
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.dataconfig import DataConfig
-from medpsp.dicom.codes import told_codes
+from medpsp.dicom.codes import is_no_dicom, told_codes
 from medpsp.dicom.sandbox import SandboxPool, shared_sandbox
 from medpsp.dicom.scan import LabelFile, find_labels
 from medpsp.dicom.voc import scan_voc
 from medpsp.errors import ArchiveError, ConfigError
 from medpsp.progress import Bar
 from medpsp.types import SPLITS, Place, ScanRow
+from medpsp.words import ends_of, many
 from shards.catalog import SCANNER, Catalog
 from shards.components import PartSpool, cut_catalog
-from shards.headers import FRAME, KEYS, LABEL, REFUSED, file_id
+from shards.headers import FILE, FRAME, KEYS, LABEL, REFUSED, file_id
 from shards.masks import Aims
 from shards.parts import planned_series
 from shards.planfile import Gathered
@@ -53,11 +55,23 @@ def gather(data: DataConfig, key: bytes) -> Gathered:
             with Bar("scan", 0, "files") as bar:
                 catalog = Catalog.scan(data, key, pool, bar.advance)
             found = gather_dicom(catalog, data, key, pool)
+            _require_dicom(catalog, found, data)
     if not len(found.planned):
         codes = told_codes(Counter(row.code for row in found.rows))
         raise ArchiveError(f"data.archive: nothing usable; found {codes or 'no image'}")
     _require_splits(found.planned, listed=listed)
     return found
+
+
+def _require_dicom(catalog: Catalog, found: Gathered, data: DataConfig) -> None:
+    """A folder of something else says what that is."""
+    if len(found.planned) or not all(is_no_dicom(row.code) for row in found.rows):
+        return
+    names = (n for b in catalog.batches(REFUSED, [FILE]) for n in b[FILE].to_pylist())
+    raise ArchiveError(
+        f"data.archive {data.archive}: nothing DICOM in it, {many(found.objects, 'file')}: "
+        f"{ends_of(map(fsdecode, names))}; give the root of the DICOM files"
+    )
 
 
 def gather_dicom(

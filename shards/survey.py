@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from medpsp.dicom.codes import is_no_dicom
 from medpsp.dicom.sandbox import SandboxPool
 from medpsp.dicom.scan import LabelFile
 from medpsp.dicom.series import group_series
@@ -40,10 +41,6 @@ would not show."""
 MOST_LABELS = 300
 """Label objects whose references are read; one may take a second."""
 Item = TypeVar("Item")
-_NO_DICOM = tuple(
-    "NOT_DICOM NOT_REGULAR FILE_ FOLDER_ SYMLINK_ SAME_FILE ARCHIVE_ GZIP INFLATE_ SIZE_".split()
-)
-"""What codes begin with of objects that were not seen to be DICOM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +75,7 @@ class Survey:
     @property
     def no_dicom(self) -> bool:
         """Whether nothing that was looked at is DICOM."""
-        return not self.series and not self.labels and all(map(_no_dicom, self.codes))
-
-
-def _no_dicom(code: str) -> bool:
-    return code.startswith(_NO_DICOM)
+        return not self.series and not self.labels and all(map(is_no_dicom, self.codes))
 
 
 class Matched(NamedTuple):
@@ -241,7 +234,7 @@ def _survey(
         others += [
             os.fsdecode(name)
             for name, code in zip(rows[FILE], rows["common"], strict=True)
-            if _no_dicom(code)
+            if is_no_dicom(code)
         ]
     labels = tuple(f for batch in catalog.batches(LABEL) for f in catalog.labels_of(batch))
     met, read = seen

@@ -347,7 +347,7 @@ def test_curves_never_double(resumed: Path, tmp_path: Path) -> None:
         for tag in scalars:
             every = SCORED if tag.startswith("val/") else list(range(1, STEPS + 1))
             assert steps[tag] == ([STEPS + 1] if tag == "val/dice_best" else every), tag
-        assert len(images) == 6
+        assert len(images) == 5  # of two examples none is the median
         assert all([event.step for event in found.Images(tag)] == SCORED for tag in images)
         curves = read_tensors(tmp_path, "val/pr/square")
         assert [step for step, _ in curves] == SCORED

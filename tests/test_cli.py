@@ -21,9 +21,11 @@ import yaml
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.clihelp import ORDER
 from launch.phantom import Phantom, draw, write_mask, write_series
 from launch.plan import describe, plan_jobs
 from launch.rundir import find_config, shipped_configs
+from medpsp import __version__
 from medpsp.config import BACKBONES, Config
 from medpsp.configio import dump_yaml, load_config
 from medpsp.deploy.inputs import GraphInput
@@ -77,7 +79,7 @@ NONSENSE = {
     "not YAML": (2, r"not YAML \(line 2\)", "shards {not_yaml}"),
     "unknown key": (
         2,
-        r"train\.batchsize: .*did you mean 'batch_size'",
+        r"train\.batchsize: .*did you mean 'train.batch_size'",
         "train {c} train.batchsize=1",
     ),
     "bad override": (2, "override 'train.size': expected key=value", "train {c} train.size"),
@@ -95,7 +97,7 @@ NONSENSE = {
     "show nonsense": (2, "unknown key", "config show {c} nonsense=1"),
     "doctor of nothing": (2, "config 'dmeo': .*did you mean 'demo'", "doctor dmeo"),
     "doctor of no cluster": (2, "cluster 'nope': no such file", "doctor {c} --cluster nope"),
-    "new of nothing": (1, "nowhere: no such folder", "new {root}/nowhere --out {root}/n.yaml"),
+    "new of nothing": (2, "nowhere: no such folder", "new {root}/nowhere --out {root}/n.yaml"),
     "new without DICOM": (
         1,
         r"nothing DICOM in it, 2 of 2 files .*: 2 \.nii\.gz",
@@ -106,7 +108,7 @@ NONSENSE = {
         "nothing in it belongs to the images; seen: 4 DICOM images",
         "new {dicom}/1 --labels {dicom}/3 --out {root}/n.yaml",
     ),
-    "missing archive": (1, "no such folder", "shards {c} data.archive={root}/nowhere"),
+    "missing archive": (2, "no such folder", "shards {c} data.archive={root}/nowhere"),
     "empty archive": (1, "holds no file", "shards {c} data.archive={empty}"),
     "out below a file": (1, "out .*: cannot be written", "shards {c} out={file}/run"),
     "check before shards": (1, "no manifest.json; run `medpsp shards`", "check {c}"),
@@ -121,19 +123,42 @@ NONSENSE = {
         "shards {c} data.archive={two}/dicom data.labels={two}/masks",
     ),
     "chain on a missing archive": (
-        1,
+        2,
         "shards: archive .*no such folder",
         "run {c} data.archive={root}/nowhere",
     ),
     "chain with a wrong folder": (2, "shards: data.labels", "run {c} data.labels={root}/no"),
     "demo below a file": (1, r"cannot be written \(Not a directory\)", "demo {file}/demo"),
-    "no model": (1, "model .*: no such file", "predict {root}/no.onnx {dicom} {out}/p"),
+    "no model": (2, "model .*: no such file", "predict {root}/no.onnx {dicom} {out}/p"),
     "a model from elsewhere": (1, "not from `medpsp export`", "predict {foreign} {dicom} {out}/p"),
     "predict what": (
         2,
         "--format masks: expected some of seg",
         "predict {ours} {dicom} {out}/p --format masks",
     ),
+    "a model that is none": (1, "is not an ONNX file", "predict {not_yaml} {dicom} {out}/p"),
+    "predict what is not there": (
+        2,
+        "no: no such folder or file",
+        "predict {ours} {root}/no {out}/p",
+    ),
+    "predict what is no DICOM": (
+        1,
+        r"nothing DICOM in it, 2 files: 2 \.nii\.gz; the model takes CT",
+        "predict {ours} {two}/masks {out}/p",
+    ),
+    "shards of what is no DICOM": (
+        1,
+        r"data\.archive .*: nothing DICOM in it, 2 files: 2 \.nii\.gz; give the root",
+        "shards {c} data.archive={two}/masks",
+    ),
+    "a setting as an option": (
+        2,
+        r"--steps: no such option; settings are written as train\.steps=3$",
+        "train {c} --steps 3",
+    ),
+    "a setting like an option": (2, r"written as train\.batch_size=4$", "run {c} --batch-siz=4"),
+    "an option that is nearly one": (2, "did you mean '--repair'", "check {c} --repiar"),
     "predict nothing": (1, "holds no file", "predict {ours} {empty} {out}/p"),
     "sbom below a file": (1, "Not a directory: ", "sbom --out {file}/s.json"),
     "predict below a file": (1, "Not a directory: ", "predict {ours} {dicom} {file}/p"),
@@ -258,6 +283,21 @@ def test_nonsense_ends_in_one_clear_line(
     assert done.stdout == ""
     if code == 2 and not name.startswith("chain") and name != "no validation":
         assert len([line for line in lines if not line.startswith("scan ")]) == 1
+
+
+def test_the_help_fits_80_columns_in_the_order_of_use(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done, bare = (CliRunner().invoke(app, words) for words in (["--help"], []))
+    assert (done.exit_code, bare.exit_code) == (0, 0)
+    assert done.stdout == bare.stdout
+    lines = done.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line for line in lines if "..." in line or len(line) > 80] == []
+    assert [line.split()[0] for line in lines] == [name for name in ORDER if name != "measure"]
+
+
+def test_the_version():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"medpsp {__version__}\n")
 
 
 def test_commands_and_flags_are_frozen():

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.new import machine
 from launch.new.choices import Evidence, Open, Places
-from launch.new.evidence import ends_of, gather
+from launch.new.evidence import gather
 from launch.new.facts import Kind
 from launch.new.labelfacts import Labels, no_labels
 from launch.new.labelmasks import _marks, _numbers
@@ -45,6 +45,7 @@ from medpsp.configio import load_config
 from medpsp.dicom.regionnames import region_names
 from medpsp.errors import ArchiveError, ConfigError
 from medpsp.identity import create_key, split_of
+from medpsp.words import ends_of
 from shards.build import build_shards
 from shards.index import read_index, read_manifest
 from tests.canary import Canaries, Scanner, leaks

@@ -531,9 +531,9 @@ def empty(model: Path, path: Path) -> Path:
     [
         (lambda model, path: path, "no such file; give the .onnx of `medpsp export`"),
         (lambda model, path: path.parent, "no such file"),
-        (not_onnx, "onnxruntime cannot load it"),
-        (cut, "onnxruntime cannot load it"),
-        (empty, "onnxruntime cannot load it"),
+        (not_onnx, "is not an ONNX file"),
+        (cut, "is not an ONNX file, or a damaged one"),
+        (empty, "is not an ONNX file"),
         (lambda m, p: with_metadata(m, p, author="elsewhere"), "not from `medpsp export`"),
         (lambda m, p: with_metadata(m, p, medpsp="{"), r"metadata is damaged \(JSONDecodeError\)"),
         (lambda m, p: with_metadata(m, p, medpsp="[]"), r"metadata is damaged \(no table"),

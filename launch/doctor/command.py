@@ -26,7 +26,7 @@ def doctor(
     overrides: Overrides = None,
     cluster: Annotated[str, typer.Option(help="As for `run`: a profile to check as well.")] = "",
 ) -> None:
-    """Check this machine, and what a configuration asks of it; 1 where there is a problem."""
+    """Check this machine and what a configuration asks of it. 1 where there is a problem."""
     from launch.doctor.checks import steps_for
     from launch.doctor.rows import Verdict, lines_of
 

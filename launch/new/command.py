@@ -28,7 +28,7 @@ def new(
         int, typer.Option(min=1, help="Files to look at; of more a sample is taken.")
     ] = 50_000,
 ) -> None:
-    """Propose a configuration for an archive, with the reason for each value."""
+    """Propose a configuration for an archive. With the reason for each value."""
     from launch.jobs import setup_logging
     from launch.new.choices import Places
     from launch.new.evidence import gather

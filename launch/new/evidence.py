@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from launch.new.choices import Evidence, Places
 from launch.new.facts import (
@@ -27,17 +27,11 @@ from medpsp.errors import ArchiveError, ConfigError
 from medpsp.identity import KEY_VARIABLE, load_key, unit_hash
 from medpsp.progress import Bar
 from medpsp.types import ReadPolicy, Series
-from medpsp.words import listed, many
+from medpsp.words import ends_of, listed, many
 from shards.catalog import SCANNER
 from shards.survey import Survey, survey_folder, survey_index
 
 _VOLUMES = ("CT", "MR")
-_SHOWN = frozenset(
-    ".dcm .ima .nii .nii.gz .nrrd .mha .mhd .png .jpg .jpeg .tif .tiff .bmp .txt .csv .tsv .json "
-    ".xml .yaml .md .pdf .html .zip .tar .gz .7z .rar .mat .npy .npz .h5 .img .hdr .raw .stl .obj "
-    ".ply .xlsx .docx .log .py".split()
-)
-"""Ends of names that are shown; any other may be of a patient's name."""
 
 
 def gather(archive: Path, labels: Path | None, places: Places, most: int) -> Evidence:
@@ -128,17 +122,6 @@ def _require_images(survey: Survey) -> None:
         f"archive {survey.root}: DICOM, but no image that can be used: {codes or 'no code'}; "
         "docs/codes.md says what each means"
     )
-
-
-def ends_of(names: Iterable[str]) -> str:
-    """How many names there are of each kind, by what they end in; nothing else of them."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        ends = "".join(PurePosixPath(name.lower()).suffixes[-2:])
-        last = PurePosixPath(name).suffix.lower()
-        counts[next((end for end in (ends, last) if end in _SHOWN), OTHERS)] += 1
-    often = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    return listed([f"{count} {end}" for end, count in often]) if often else "none"
 
 
 def _source(survey: Survey, labels: Path | None, most: int, pool: SandboxPool, bar: Bar) -> Source:

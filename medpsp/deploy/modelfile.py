@@ -26,7 +26,7 @@ from medpsp.deploy.session import (
     run_graph,
 )
 from medpsp.dicom.nifti import Axes
-from medpsp.errors import ModelFileError
+from medpsp.errors import ModelFileError, NoModelFile
 from medpsp.tiles import Tiling
 from medpsp.types import FloatArray, ReadPolicy, Window
 
@@ -60,12 +60,16 @@ class ModelFile:
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         if not path.is_file():
-            raise ModelFileError(f"model {path}: no such file; give the .onnx of `medpsp export`")
+            raise NoModelFile(f"model {path}: no such file; give the .onnx of `medpsp export`")
         try:
             self.session = open_session(path, threads)
         except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception
+            kind = type(error).__name__
+            what = "is not an ONNX file, or a damaged one"
+            if kind != "InvalidProtobuf":
+                what = f"onnxruntime cannot load it ({kind})"
             raise ModelFileError(
-                f"model {path}: onnxruntime cannot load it ({type(error).__name__})"
+                f"model {path}: {what}; give the .onnx of `medpsp export`"
             ) from None
         self.path = path
         self.times: list[float] = []

@@ -19,16 +19,16 @@ from medpsp.deploy.folders import alone
 from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.stream import Frame, Seen, Segmented, count_values, needs_counts, segment
 from medpsp.dicom import nifti
-from medpsp.dicom.codes import refusal
+from medpsp.dicom.codes import is_no_dicom, refusal
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, SandboxPool, or_error
 from medpsp.dicom.scan import scan_folder
 from medpsp.dicom.values import luma
 from medpsp.dicom.voc import SUFFIXES
-from medpsp.errors import ArchiveError, ConfigError, DicomError, SourceError
+from medpsp.errors import ArchiveError, ConfigError, DicomError, NoArchive, SourceError
 from medpsp.intensity import ValueCounts, overlay
 from medpsp.types import Place, ScanRow, Series
-from medpsp.words import many
+from medpsp.words import ends_of, many
 
 DECODERS, AHEAD = 4, 2
 """Children that decode, at most, and slices that each may be ahead."""
@@ -81,7 +81,12 @@ class Predictor:
             ConfigError: As `folder`.
             ArchiveError: As `folder`.
         """
-        if source.is_dir() or not source.exists():
+        if not source.exists():
+            raise NoArchive(
+                f"{source}: no such folder or file; give a DICOM file, a folder or a zip of such, "
+                "or a NIfTI"
+            )
+        if source.is_dir():
             return self.folder(source, out, advance)
         with alone(out):
             return self._source(source, out, advance)
@@ -137,12 +142,16 @@ class Predictor:
             if not scan.series:
                 predictions = self._images(pool, source, out, rows)
         if not predictions:
-            codes = sorted({row.code for row in rows})
-            raise ArchiveError(
-                f"{named}: nothing to segment among {many(len(rows), 'file')} "
-                f"({', '.join(codes)}); the model takes {', '.join(self.model.modalities)}"
-            )
+            raise ArchiveError(f"{named}: {self._nothing(rows)}")
         return predictions, rows
+
+    def _nothing(self, rows: list[ScanRow]) -> str:
+        """What there was in place of something to segment."""
+        files, codes = many(len(rows), "file"), sorted({row.code for row in rows})
+        what = f"nothing to segment among {files} ({', '.join(codes)})"
+        if all(map(is_no_dicom, codes)):
+            what = f"nothing DICOM in it, {files}: {ends_of(row.file_id for row in rows)}"
+        return f"{what}; the model takes {', '.join(self.model.modalities)}"
 
     def _series(
         self, pool: SandboxPool, series: Series, out: Path, name: str, rows: list[ScanRow]

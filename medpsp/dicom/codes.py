@@ -22,6 +22,11 @@ class Code(NamedTuple):
     action: str
 
 
+_NO_DICOM = tuple(
+    "NOT_DICOM NOT_REGULAR FILE_ FOLDER_ SYMLINK_ SAME_FILE ARCHIVE_ GZIP INFLATE_ SIZE_".split()
+)
+"""What codes begin with of objects that were not seen to be DICOM."""
+
 UNKNOWN = Code("quarantined", "A code that this version does not know.", "Report it.")
 """What `code_of` gives for a code of no table; a test holds that no source raises one."""
 
@@ -212,6 +217,11 @@ CODES: dict[str, Code] = {
 def code_of(code: str) -> Code:
     """What a code means; `UNKNOWN` for one of another version."""
     return CODES.get(code, UNKNOWN)
+
+
+def is_no_dicom(code: str) -> bool:
+    """Whether it is of an object that was not seen to be DICOM."""
+    return code.startswith(_NO_DICOM)
 
 
 def refusal(file_id: str, code: str, detail: str, frame: int = -1) -> ScanRow:

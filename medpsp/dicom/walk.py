@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from medpsp.errors import ArchiveError, DicomError
+from medpsp.errors import ArchiveError, DicomError, NoArchive
 
 _AGAIN = (errno.EIO, errno.ESTALE)  # network file systems: often the second try succeeds
 _NOWHERE = (errno.ENOENT, errno.ENOTDIR)
@@ -78,7 +78,7 @@ def walk_files(root: Path) -> Iterator[Entry]:
         ArchiveError: The folder does not exist or cannot be listed.
     """
     if not root.is_dir():
-        raise ArchiveError(f"archive {root}: no such folder; give the root of the DICOM files")
+        raise NoArchive(f"archive {root}: no such folder; give the root of the DICOM files")
     top = os.path.join(root, "")
     real, seen = os.path.realpath(root), Seen()
     try:
