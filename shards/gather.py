@@ -24,7 +24,7 @@ from medpsp.progress import Bar
 from medpsp.types import SPLITS, Place, ScanRow
 from medpsp.words import ends_of, many
 from shards.catalog import SCANNER, Catalog
-from shards.components import PartSpool, cut_catalog
+from shards.components import LeftOut, PartSpool, cut_catalog
 from shards.headers import FILE, FRAME, KEYS, LABEL, REFUSED, file_id
 from shards.masks import Aims
 from shards.parts import planned_series
@@ -95,7 +95,7 @@ def gather_dicom(
     else:
         other = []
     wanted = [file for file in labels if file.kind == data.label_format]
-    aims = Aims(wanted, pool, catalog.left_out())
+    aims = Aims(wanted, pool, catalog.left_out() if wanted else LeftOut.of((), ()))
     used = {file.file_id for file in wanted}  # their rows say what became of them
     rows.extend(row for row in other if row.file_id not in used)
     rows.extend(aims.fate)
