@@ -66,7 +66,7 @@ class ModelFile:
         except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception
             kind = type(error).__name__
             what = "is not an ONNX file, or a damaged one"
-            if kind != "InvalidProtobuf":
+            if kind != "InvalidProtobuf" and path.stat().st_size:
                 what = f"onnxruntime cannot load it ({kind})"
             raise ModelFileError(
                 f"model {path}: {what}; give the .onnx of `medpsp export`"
