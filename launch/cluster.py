@@ -42,9 +42,8 @@ def detect_world() -> World:
 def sleep_at_barriers() -> None:
     """Let threads of OpenMP sleep while they wait for one another; before torch is imported.
 
-    libgomp has them spin for milliseconds at each barrier, of which a step has hundreds. Where
-    another process holds a core, those that are done spin on theirs, and the one that they wait
-    for is not moved there. What the environment says already, stays.
+    libgomp has them spin for milliseconds at each barrier, of which a step has hundreds: beside
+    other programs a step took several times as long. What the environment says already, stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
