@@ -15,6 +15,7 @@ import typer
 from launch import chaincli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
 from launch.clihelp import InOrder, Settable, begin
+from launch.cluster import sleep_at_barriers
 from launch.doctor.command import doctor
 from launch.new.command import new
 from launch.tensorrt import tensorrt
@@ -268,6 +269,7 @@ def config_show(config: ConfigArg, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Entry point: one clear line and a code for every error a user can cause."""
+    sleep_at_barriers()
     try:
         app()
     except (MedpspError, OSError, ImportError, MemoryError, RuntimeError) as error:

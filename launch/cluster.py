@@ -39,6 +39,15 @@ def detect_world() -> World:
     return World(rank=rank, size=size, local_rank=local)
 
 
+def sleep_at_barriers() -> None:
+    """Let threads of OpenMP sleep while they wait for one another; before torch is imported.
+
+    libgomp has them spin for milliseconds at each barrier, of which a step has hundreds: beside
+    other programs a step took several times as long. What the environment says already, stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def end_time() -> float | None:
     """When the scheduler ends this job, seconds since 1970; None where nothing says so."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.chain import Told, depends_on, has_failed, label_of, tell
+from launch.cluster import sleep_at_barriers
 from launch.diagnose import diagnosis, lost_peer
 from launch.evaluate import evaluate_job
 from launch.export import export_job
@@ -48,6 +49,7 @@ def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) ->
         0 and nothing, or an exit code and the one line a user needs, which is also in
         ``logs/<name>.failed``.
     """
+    sleep_at_barriers()
     setup_logging()
     config = load_config(config_path)
     keep_private(config.data.archive, config.data.labels)

@@ -140,7 +140,8 @@ class TrainConfig(Node):
     )
     ranks: Annotated[int, Field(ge=1)] = Field(
         default=1,
-        description="Processes that train together: a GPU each, or all on the CPU.",
+        description="Processes that train together: a GPU each, or all on the CPU, where one uses "
+        "all cores.",
     )
     engine: Literal["ddp", "zero1", "zero2", "zero3"] = Field(
         default="ddp", description="zero1-3: DeepSpeed; slower, for networks that do not fit."
@@ -217,7 +218,9 @@ class TrainConfig(Node):
         default=300, description="A rank that takes longer for any other step hangs."
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="torch threads a rank; 0: cores divided by ranks."
+        default=0,
+        description="torch threads a rank, which sleep while they wait for one another "
+        "unless OMP_WAIT_POLICY or GOMP_SPINCOUNT says otherwise; 0: cores divided by ranks.",
     )
 
     @field_validator("stages", mode="wrap")

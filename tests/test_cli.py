@@ -344,6 +344,32 @@ def test_help_imports_nothing_heavy_for_any_command():
     assert modules[-1] & set(HEAVY) <= {"pydantic"}  # typer reads types of arguments with it
 
 
+@pytest.mark.parametrize(
+    ("way", "asked", "spins"),
+    [
+        ("cli.main()", {}, "0"),  # commands, and ranks that torchrun starts
+        ("jobs.run_command('train', Path('none.yaml'))", {}, "0"),  # submitit's processes
+        ("cli.main()", {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+        ("cli.main()", {"GOMP_SPINCOUNT": "1000"}, "1000"),
+    ],
+)
+def test_threads_of_torch_sleep_at_barriers_unless_asked_not_to(
+    way: str, asked: dict[str, str], spins: str
+):
+    code = (
+        "import sys\nfrom contextlib import suppress\nfrom pathlib import Path\n"
+        "from launch import cli, jobs\n"
+        "sys.argv[1:] = ['config', 'list']\n"
+        f"with suppress(SystemExit, cli.ConfigError):\n    {way}\n"
+        "import torch\n"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    env = {**kept, **asked, "OMP_DISPLAY_ENV": "VERBOSE"}  # libgomp says what it goes by
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stderr
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said)) == {spins}
+
+
 def test_a_dry_run_prints_the_plan_and_starts_nothing(places: dict[str, Path], tmp_path: Path):
     done = CliRunner().invoke(app, ["run", str(places["c"]), f"out={tmp_path}", "--dry-run"])
     config = load_config(places["c"], (f"out={tmp_path}",))

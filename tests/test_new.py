@@ -639,6 +639,9 @@ def tree(found: Evidence, tmp_path: Path) -> dict[str, Any]:
 def test_a_gpu_asks_for_other_settings(tmp_path: Path):
     on_cpu = tree(evidence(), tmp_path)
     assert on_cpu["train"] == {"batch_size": 8}  # crops of 256 x 256 are the default
+    text = text_of(propose(evidence()).text)
+    assert "ranks (default): Without a GPU one rank computes on 8 cores" in text
+    assert "loader_workers (default)" in text
     assert on_cpu["data"]["workers"] == 8
     gpus = Machine(cores=32, memory_gib=256.0, gpus=2, gpu_gib=80.0, bf16=True)
     on_gpus = tree(evidence(machine=gpus), tmp_path)
