@@ -303,7 +303,7 @@ def test_without_labels_it_says_how_to_give_them(plain: Path, tmp_path: Path):
     assert (config.data.labels, config.data.label_format) == (None, "nifti")
     assert len(config.data.classes) == 2
     said = text_of(found.text)
-    assert "OPEN. Labels: none found." in said
+    assert "OPEN: Labels: none found." in said
     assert "Give the folder of DICOM SEG, RTSTRUCT or NIfTI masks with --labels" in said
     assert found.said[-2:] == (
         f"medpsp key new {tmp_path / 'a.key'}",
@@ -401,7 +401,7 @@ def test_ultrasound_without_regions_is_for_people_to_look_at(tmp_path: Path):
     said = propose(look(tmp_path / "us", tmp_path / "a.yaml")).said
     (line,) = [line for line in said if "may show a name" in line]
     assert "data.burned_in=keep if they are clean" in line
-    assert line.startswith("open: 100% of the US slices")
+    assert line.startswith("OPEN: 100% of the US slices")
 
 
 # identity ----------------------------------------------------------------------------------------
@@ -466,7 +466,7 @@ def test_canaries_were_met_and_counted(
     objects = yaml.safe_load((out / "objects.yaml").read_text())["data"]
     assert objects["classes"] == ["background", "liver"]
     said = done["objects"].stdout.decode()
-    assert "open: 8 names of segments or regions not shown" in said
+    assert "OPEN: 8 names of segments or regions not shown" in said
     masks = yaml.safe_load((out / "masks.yaml").read_text())["data"]
     assert len(masks["classes"]) == 4
     assert "77, 78, 79 and 80" in done["masks"].stdout.decode()  # of one mask
@@ -802,7 +802,7 @@ def test_series_without_labels_and_labels_without_series_are_counted(tmp_path: P
     for number in (0, 1, 2):
         (tmp_path / "dicom" / f"seg{number}.dcm").unlink()
     text = text_of(propose(look(tmp_path / "dicom", tmp_path / "a.yaml")).text)
-    assert "OPEN. Labels: 1 SEG or RTSTRUCT object found, but none that belongs to" in text
+    assert "OPEN: Labels: 1 SEG or RTSTRUCT object found, but none that belongs to" in text
 
 
 def test_images_in_the_folder_of_the_labels_are_no_trouble(
@@ -904,8 +904,8 @@ def test_open_questions_are_in_the_file_and_said(plain: Path, tmp_path: Path):
     made = propose(found)
     assert opened
     for one in opened:
-        assert f"OPEN. {one.text}" in text_of(made.text)
-        assert f"open: {one.text}" in made.said
+        assert f"OPEN: {one.text}" in text_of(made.text)
+        assert f"OPEN: {one.text}" in made.said
     assert isinstance(found.labels, Labels)
 
 

@@ -17,6 +17,7 @@ from medpsp.dicom import nifti, voc
 from medpsp.dicom.codes import told_rows
 from medpsp.durable import sync
 from medpsp.errors import MedpspError
+from medpsp.progress import duration
 from medpsp.types import ScanRow
 
 WORK, SPOOL = ".part-", ".spool-"
@@ -100,7 +101,7 @@ def _without_path(text: str) -> str:
 
 def _line(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) -> str:
     slices = sum(made.slices for made in found)
-    line = f"{len(found)} series, {slices} slices, {seconds:.1f} s"
+    line = f"{len(found)} series, {slices} slices, {duration(seconds)}"
     return "; ".join(filter(None, (line, told_rows(rows))))
 
 
