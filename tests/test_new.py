@@ -26,8 +26,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.new import machine
-from launch.new.choices import Evidence, Open, Places
+from launch.new import machine, pace
+from launch.new.choices import Evidence, Open, Pace, Places
 from launch.new.evidence import ends_of, gather
 from launch.new.facts import Kind
 from launch.new.labelfacts import Labels, no_labels
@@ -222,10 +222,10 @@ def test_shards_run_on_the_file_as_it_is(
     assert {len(row.histogram) for row in rows} == {5}
     sides = Counter(row.split for row in rows)
     said = re.search(
-        r"With the key: (\d) of 8 \S+ for training, (\d) for\D+(\d) for", text_of(text)
+        r"With the key: val (\d), test (\d) of 8 patients, (\d) for training", text_of(text)
     )
     assert said
-    assert tuple(sides[s] // 4 for s in ("train", "val", "test")) == tuple(map(int, said.groups()))
+    assert tuple(sides[s] // 4 for s in ("val", "test", "train")) == tuple(map(int, said.groups()))
     assert min(sides.values()) >= 4
     assert read_manifest(config.shards).slices == 32
 
@@ -657,6 +657,75 @@ def test_a_gpu_asks_for_other_settings(tmp_path: Path):
     assert on_small["batch_size"] == 4  # 152 MiB an image, half of 2 GiB
     assert "precision" not in on_small
     assert on_small["loader_workers"] == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "time"),
+    [
+        (0.25, 6000, "About 25 min here (0.25 s a step, measured;"),
+        (0.6, 6000, "About 1 h here"),
+        (0.82, 4350, "About 59 min here (0.82 s a step, measured;"),  # 3600 / 0.82 is 4390
+        (5.5, 650, "About 1 h here"),
+        (36.0, 300, "About 3 h here"),
+    ],
+)
+def test_a_first_model_on_a_cpu_takes_an_hour(
+    seconds: float, steps: int, time: str, tmp_path: Path
+):
+    found = evidence(pace=Pace(seconds, "measured"))
+    train = tree(found, tmp_path)["train"]
+    assert train.get("steps", 6000) == steps
+    text = text_of(propose(found).text)
+    assert time in text
+    assert ("A GPU or more steps will give a better one: train.steps=6000" in text) == (
+        steps < 6000
+    )
+    assert ("not with fewer than 300 steps" in text) == (steps == 300)
+    assert any(line.startswith(f"train.steps {steps}: ") for line in propose(found).said)
+    stages = load_config(tmp_path / "0.yaml").train.stages
+    assert [stage.steps for stage in stages] == [
+        round(0.15 * steps),
+        round(0.25 * steps),
+        steps - round(0.15 * steps) - round(0.25 * steps),
+    ]
+    gpu = Machine(cores=8, memory_gib=32.0, gpus=1, gpu_gib=80.0)
+    on_gpu = evidence(pace=Pace(36.0, "measured"), machine=gpu)
+    assert tree(on_gpu, tmp_path)["train"]["steps"] >= 3000  # it only says how long
+
+
+def test_a_step_is_timed_by_as_many_processes_as_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And estimated where it takes too long: 3 x 2.39 GMACs x 8 images at 30 GMACs/s on 8 cores."""
+    small = {"backbone": "timm/test_resnet", "psp_channels": 16, "decoder_channels": 16}
+    config: dict[str, Any] = {
+        "data": {"archive": "a", "classes": ["a", "b"]},
+        "model": small,
+        "train": {"size": [48, 48], "batch_size": 4, "ranks": 2},
+    }
+    found = pace.pace_of(yaml.safe_dump(config), evidence().machine)
+    assert found
+    assert found.how == "measured"
+    assert 0 < found.seconds < 10
+    monkeypatch.setattr(pace, "LIMIT_S", 0.05)
+    config |= {"model": {"backbone": "resnet18"}, "train": {"batch_size": 8}}
+    found = pace.pace_of(yaml.safe_dump(config), evidence().machine)
+    assert found
+    assert found.seconds == pytest.approx(3 * 2.39 * 8 / 30 / 8)
+    assert found.how.startswith("estimated from multiply-adds, as a step takes more than the")
+    assert pace.pace_of(yaml.safe_dump(config), replace(evidence().machine, gpus=1)) is None
+
+
+def test_a_file_is_the_same_but_for_the_time_of_a_step(tmp_path: Path):
+    """It never takes the same time twice; anything else that differs is refused."""
+    out = tmp_path / "a.yaml"
+    write_proposal(out, propose(evidence(pace=Pace(0.82, "measured"))).text)
+    before = out.read_text()
+    write_proposal(out, propose(evidence(pace=Pace(0.2, "measured"))).text)
+    assert out.read_text() == before
+    other = Machine(cores=2, memory_gib=32.0)
+    with pytest.raises(ConfigError, match="exists and says something else"):
+        write_proposal(out, propose(evidence(pace=Pace(0.82, "measured"), machine=other)).text)
 
 
 def test_a_large_archive_on_a_large_gpu(tmp_path: Path):

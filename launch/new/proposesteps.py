@@ -35,7 +35,7 @@ def steps_of(found: Evidence, batch: int) -> Choice:
     wanted, pace = _wanted(found, batch), found.pace
     if pace is None:
         return Choice("train.steps", wanted.steps, wanted.why)
-    each = f"{duration(pace.seconds)} a step, {pace.how}; scoring comes on top"
+    each = f"{duration(pace.seconds)} a step, {pace.how}; reading and scoring come on top"
     fit = int(BUDGET_S / pace.seconds)
     if found.machine.gpus or wanted.steps <= fit:
         time = about(wanted.steps * pace.seconds)
