@@ -705,14 +705,14 @@ def test_a_step_is_timed_by_as_many_processes_as_ranks(
     }
     found = pace.pace_of(yaml.safe_dump(config), evidence().machine)
     assert found
-    assert found.how == "measured"
+    assert found.how.startswith("measured")
     assert 0 < found.seconds < 10
     monkeypatch.setattr(pace, "LIMIT_S", 0.05)
     config |= {"model": {"backbone": "resnet18"}, "train": {"batch_size": 8}}
     found = pace.pace_of(yaml.safe_dump(config), evidence().machine)
     assert found
     assert found.seconds == pytest.approx(3 * 2.39 * 8 / 30 / 8)
-    assert found.how.startswith("estimated from multiply-adds, as a step takes more than the")
+    assert found.how.startswith("estimated from multiply-adds, as timing took more than 0.05 s")
     assert pace.pace_of(yaml.safe_dump(config), replace(evidence().machine, gpus=1)) is None
 
 

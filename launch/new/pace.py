@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from itertools import repeat
 from pathlib import Path
 
@@ -42,6 +44,9 @@ def pace_of(text: str, machine: Machine) -> Pace | None:
     Returns:
         None where nothing is known.
     """
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = f" while others used this machine (load {load:.0f} on {cores} cores)"
+    busy = busy if load > cores + 1 else ""  # one is our own
     with tempfile.TemporaryDirectory(prefix="medpsp-") as folder:
         file = Path(folder) / "new.yaml"
         file.write_text(text, encoding="utf-8")
@@ -52,7 +57,7 @@ def pace_of(text: str, machine: Machine) -> Pace | None:
             log.info("timing a step of the proposed network: %s at most", duration(LIMIT_S))
             found, why = _timed(file, config.train.ranks)
     if found:
-        return Pace(statistics.median(found[_WARM_UP:] or found), "measured")
+        return Pace(statistics.median(found[_WARM_UP:] or found), f"measured{busy}")
     if machine.gpus:
         log.warning("a step could not be timed: %s", why)
         return None
@@ -71,19 +76,23 @@ def _timed(file: Path, ranks: int) -> tuple[list[float], str]:
             env |= {**place, **{name: str(number) for name, number in numbers.items()}}
         out = subprocess.DEVNULL if rank else subprocess.PIPE
         started.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.DEVNULL))
-    first, why = started[0], ""
+    first, found = started[0], list[float]()
+    clock = threading.Timer(LIMIT_S, first.kill)
+    clock.start()
     try:
-        said, _ = first.communicate(timeout=LIMIT_S)
-        why = "its process failed" if first.returncode else ""
-    except subprocess.TimeoutExpired:
-        first.kill()
-        said, _ = first.communicate()
-        why = f"a step takes more than the {duration(LIMIT_S)} that timing may take"
+        for line in first.stdout or ():
+            found.append(float(line))
+            if len(found) == _WARM_UP + _STEPS:
+                break  # ranks take a while to part
     finally:
+        clock.cancel()
+        if first.stdout:
+            first.stdout.close()
         for process in started:
             process.kill()
             process.wait()
-    return [float(line) for line in said.split() if b"." in line], why
+    late = first.returncode == -signal.SIGKILL
+    return found, f"timing took more than {duration(LIMIT_S)}" if late else "its process failed"
 
 
 def _estimated(config: Config, machine: Machine) -> float:
