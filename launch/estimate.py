@@ -10,8 +10,8 @@ from launch.measure import measured
 from launch.profile import Profile
 from launch.rundir import RunDir
 from medpsp.config import Config
+from medpsp.progress import duration
 from medpsp.stages import total_steps
-from shards.page import duration
 from shards.preflight import WORKER_MIB
 
 COUNTED = 50_000

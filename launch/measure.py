@@ -8,7 +8,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,23 +59,14 @@ def _measured(config: Config, world: World, device: torch.device) -> dict[str, A
     import torch
 
     from medpsp.model.psp import build_model
-    from medpsp.train.loop import enter_stage, train_step
-    from medpsp.train.optimizer import no_moments
     from shards.dataset import train_batches
 
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(config.data.classes)).to(device)
-    rows = labelled_rows(config)
-    run, progress = parts_of_fit(model, config, world, device)
-    engine = enter_stage(model, config.train.stages[0], run, no_moments())
-    steps, waits = [], []
-    batches = train_batches(config.shards, rows, config, world, (0, 0))
-    for number, (batch, waited) in enumerate(_timed(batches, config.train.stages[0].steps or 20)):
-        began = time.perf_counter()
-        train_step(run, engine, progress, batch, number)
-        _settle(device)
-        steps.append(time.perf_counter() - began)
-        waits.append(waited)
+    batches = train_batches(config.shards, labelled_rows(config), config, world, (0, 0))
+    waits = list[float]()
+    some = _waited(batches, config.train.stages[0].steps or 20, waits)
+    steps = list(step_times(model, config, world, device, some))
     gradient = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     return {
         "backbone": config.model.backbone,
@@ -128,14 +119,49 @@ def parts_of_fit(
     return run, progress
 
 
-def _timed(batches: Iterator[Batch], count: int) -> Iterator[tuple[Batch, float]]:
-    """Batches, and how long each was waited for."""
+def step_times(
+    model: PSPNet, config: Config, world: World, device: torch.device, batches: Iterable[Batch]
+) -> Iterator[float]:
+    """Seconds of each step of the first stage."""
+    from medpsp.train.loop import enter_stage, train_step
+    from medpsp.train.optimizer import no_moments
+
+    run, progress = parts_of_fit(model, config, world, device)
+    engine = enter_stage(model, config.train.stages[0], run, no_moments())
+    for number, batch in enumerate(batches):
+        began = time.perf_counter()
+        train_step(run, engine, progress, batch, number)
+        _settle(device)
+        yield time.perf_counter() - began
+
+
+def made_batch(config: Config, count: int) -> Batch:
+    """Noise in the place of slices, for `step_times`: nothing is read for it."""
+    import torch
+
+    from medpsp.train.batch import Batch
+
+    size, classes = config.train.size, len(config.data.classes)
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, classes, (count, *size), generator=generator)
+    return Batch(
+        image=torch.rand(count, config.model.channels, *size, generator=generator),
+        label=label.to(torch.uint8),
+        patients=("",) * count,
+        keys=torch.arange(count),
+        samples=("",) * count,
+    )
+
+
+def _waited(batches: Iterator[Batch], count: int, waits: list[float]) -> Iterator[Batch]:
+    """Batches; how long each was waited for is added to ``waits``."""
     for _ in range(count + WARM_UP):
         began = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
             return
-        yield batch, time.perf_counter() - began
+        waits.append(time.perf_counter() - began)
+        yield batch
 
 
 def _settle(device: torch.device) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from launch.cluster import free_port, own_address
 from launch.meeting import wait_for_json, write_json
 from medpsp.errors import LaunchError
+from medpsp.progress import duration
 
 OBJECT_STORE = 100 * 2**20
 """Bytes of Ray in shared memory, as `shards.build` asks for them."""
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
 def _lend(meeting: Path) -> int:
     """Join the head's cluster until it says that it is done."""
-    why = f"ray: no {meeting} within {START_S:.0f} s; did the first node start?"
+    why = f"ray: no {meeting} within {duration(START_S)}; did the first node start?"
     address, token = wait_for_json(meeting, START_S, why)
     with _ray(token, f"--address={address}") as node:
         while meeting.exists():
@@ -114,7 +115,7 @@ def _wait_for(head: subprocess.Popen[bytes], address: str) -> None:
         with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
             return
         time.sleep(_POLL_S)
-    raise LaunchError(f"ray: the head did not come up within {START_S:.0f} s")
+    raise LaunchError(f"ray: the head did not come up within {duration(START_S)}")
 
 
 def _node_ip(address: str) -> str:

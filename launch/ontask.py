@@ -13,6 +13,7 @@ from launch.cluster import free_port, own_address
 from launch.meeting import wait_for_json, write_json
 from launch.rundir import RunDir
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, MedpspError
+from medpsp.progress import duration
 
 MEET_S = 600.0
 """For all ranks to start: nodes boot, containers load."""
@@ -81,7 +82,7 @@ def meet(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
     path = folder / f".meet-{env['SLURM_JOB_ID']}-{restart}-{step}.json"
     if rank == 0:
         write_json(path, [own_address(), free_port()])
-    why = f"ranks: {path} did not appear within {MEET_S:.0f} s; is {folder} on all nodes?"
+    why = f"ranks: {path} did not appear within {duration(MEET_S)}; is {folder} on all nodes?"
     address, port = wait_for_json(path, MEET_S, why)
     nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", "1"))
     return {

@@ -9,6 +9,7 @@ from typing import Any
 from launch.profile import Profile
 from medpsp.config import Config
 from medpsp.errors import ConfigError
+from medpsp.progress import duration
 from medpsp.words import many
 
 GPU_JOBS = ("preflight", "train", "evaluate")
@@ -22,7 +23,7 @@ class JobSpec:
     Attributes:
         name: What to run, a key of `launch.jobs.JOBS`.
         after: Jobs that must have succeeded.
-        cores: CPU cores of a task.
+        cores: CPU cores of a task; on one machine workers of shards, or ranks.
         minutes: Wall-clock limit.
         nodes: That it spans.
         tasks: Processes on each node; ranks of training.
@@ -136,9 +137,12 @@ def those(plan: tuple[JobSpec, ...], names: set[str]) -> tuple[JobSpec, ...]:
 
 
 def describe(plan: tuple[JobSpec, ...], config: Path) -> str:
-    """One line a job."""
-    return "\n".join(
-        f"{job.name:9} {many(job.cores, 'core')}, {job.minutes} min"
-        f"{', after ' + ', '.join(job.after) if job.after else ''}: medpsp {job.name} {config}"
-        for job in plan
-    )
+    """One line a job of one's own machine, and what bounds them."""
+    lines = [f"{job.name:9} {_here(job)}medpsp {job.name} {config}" for job in plan]
+    limit = duration(60 * max(job.minutes for job in plan))
+    return "\n".join([*lines, f"One after the other on this machine, each for {limit} at most."])
+
+
+def _here(job: JobSpec) -> str:
+    what = {"shards": "worker", "check": "worker", "train": "rank"}.get(job.name, "")
+    return f"{many(job.cores, what)}: " if what else ""

@@ -11,9 +11,10 @@ from launch.plot import Line, plot
 from launch.profile import shipped_profiles
 from launch.runfacts import Lack, RunFacts
 from medpsp.configio import without_paths
+from medpsp.progress import duration
 from medpsp.words import many
 from shards.index import SHARDS, file_sha256
-from shards.page import Html, coded, duration, number, pairs, percent, table, tag
+from shards.page import Html, coded, number, pairs, percent, table, tag
 from shards.sections import section
 
 DEVICE_JOBS = ("evaluate",)

@@ -12,6 +12,7 @@ from launch.plan import JobSpec
 from launch.profile import Profile
 from launch.rundir import RunDir
 from medpsp.errors import ConfigError
+from medpsp.progress import duration
 
 TEARDOWN = r"""
 code=$?
@@ -193,4 +194,4 @@ def _shape(job: JobSpec) -> str:
     tasks = f"{job.nodes} x {job.tasks} tasks of " if job.nodes * job.tasks > 1 else ""
     array = f"{job.parts} parts of " if job.parts > 1 else ""
     where = "gpu" if job.gpu else "cpu"
-    return f"{array}{tasks}{job.cores} cores ({where}), {job.minutes} min"
+    return f"{array}{tasks}{job.cores} cores ({where}), {duration(60 * job.minutes)}"

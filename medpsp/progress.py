@@ -12,15 +12,44 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 log = logging.getLogger("medpsp")
 LINE_EVERY_S = 5.0
 """Seconds between two lines where there is no terminal."""
+
+
+def duration(seconds: float) -> str:
+    """As people say it: ``9 h 10 min``, ``12 min 30 s``, ``45 s``, ``0.8 s``."""
+    if seconds < 9.5:
+        return f"{seconds:.2g} s" if seconds >= 0.01 else "0 s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return _parts(*divmod(whole, 60), "min", "s")
+    return _parts(*divmod(round(seconds / 60), 60), "h", "min")
+
+
+def _parts(large: int, small: int, unit: str, below: str) -> str:
+    return f"{large} {unit} {small} {below}" if small else f"{large} {unit}"
+
+
+class _Times(ProgressColumn):
+    """Of a bar on a terminal: how long it has taken, and will take."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        text = duration(round(task.elapsed or 0))
+        if task.time_remaining and not task.finished:
+            text += f", ETA {duration(round(task.time_remaining))}"
+        return Text(text)
 
 
 class Bar:
@@ -47,8 +76,7 @@ class Bar:
                 TaskProgressColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]} {task.fields[note]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                _Times(),
                 console=Console(stderr=True),  # stdout is for results
             )
             self._task = self._rich.add_task(label, total=total or None, rate="", note="")
@@ -99,13 +127,13 @@ class Bar:
         left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
         of = f"/{self.total}" if self.total else ""
         log.info(
-            "%s %d%s %s, %.1f %s/s, ETA %.0f s%s",
+            "%s %d%s %s, %.1f %s/s, ETA %s%s",
             self.label,
             self.done,
             of,
             self.unit,
             rate,
             self.unit,
-            left,
+            duration(round(left)),
             f", {self.note}" if self.note else "",
         )

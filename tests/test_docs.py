@@ -48,7 +48,7 @@ SMALL = (
 """Sizes with which the commands of the pages run, and a network that has learnt nothing."""
 SUBSTITUTED = (
     ("make demo", f"medpsp demo runs/demo {shlex.join(SMALL)}"),  # what its recipe says
-    ("medpsp run liver.yaml", f"medpsp run liver.yaml {shlex.join(SMALL)}"),
+    ("medpsp run organs.yaml", f"medpsp run organs.yaml {shlex.join(SMALL)}"),
     # the file of the quickstart, whose commands have made the shards and trained
     ("medpsp run resnet18", "medpsp run my.yaml --from export"),
     ("/archive/", "../archive/"),
@@ -124,18 +124,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert set(files) == {"my.yaml", "my-site.yaml"}
     (root / "my.yaml").write_text(substituted(files["my.yaml"]))
     files["my.yaml"] = dump_yaml(load_config(root / "my.yaml", SMALL))
-    for page, text in TEXTS.items():
+    for page in TEXTS:
         folder = root / page
         folder.mkdir()
         if page != "README":
             (folder / "runs").symlink_to(root / "runs")
         for name, content in files.items():
             (folder / name).write_text(content)
-        if "medpsp key new project.key" not in commands(text):
+        if "medpsp key new project.key" not in here(page):
             write_key(folder / "project.key")
-    # it makes a configuration of its own, with the same folder; other pages show its demo
+    # other pages show what its commands have made
     (root / "runs/demo").symlink_to(root / "README/runs/demo")
+    (root / "runs/organs").symlink_to(root / "README/runs/organs")
     return root
+
+
+def here(page: str) -> list[str]:
+    """Commands that run in the folder of a page: those that README has, too, run once, there."""
+    known = commands(TEXTS["README"]) if page == "quickstart" else []
+    return [c for c in commands(TEXTS[page]) if c not in (*ELSEWHERE, *known)]
 
 
 def write_archives(root: Path) -> None:
@@ -174,7 +181,7 @@ def ran(place: Path) -> dict[str, list[subprocess.CompletedProcess[str]]]:
     """Every command and every piece of Python, page after page; a page ends where one fails."""
     done: dict[str, list[subprocess.CompletedProcess[str]]] = {page: [] for page in TEXTS}
     for page, text in TEXTS.items():
-        shell = [["bash", "-c", substituted(c)] for c in commands(text) if c not in ELSEWHERE]
+        shell = [["bash", "-c", substituted(c)] for c in here(page)]
         python = [[sys.executable, "-c", b.text] for b in blocks(text) if b.language == "python"]
         for command in (*shell, *python):
             done[page].append(execute(command, place / page))

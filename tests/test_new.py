@@ -26,8 +26,8 @@ from pydicom.uid import ExplicitVRLittleEndian
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.new import machine
-from launch.new.choices import Evidence, Open, Places
+from launch.new import machine, pace
+from launch.new.choices import Evidence, Open, Pace, Places
 from launch.new.evidence import gather
 from launch.new.facts import Kind
 from launch.new.labelfacts import Labels, no_labels
@@ -223,10 +223,10 @@ def test_shards_run_on_the_file_as_it_is(
     assert {len(row.histogram) for row in rows} == {5}
     sides = Counter(row.split for row in rows)
     said = re.search(
-        r"With the key: (\d) of 8 \S+ for training, (\d) for\D+(\d) for", text_of(text)
+        r"With the key: val (\d), test (\d) of 8 patients, (\d) for training", text_of(text)
     )
     assert said
-    assert tuple(sides[s] // 4 for s in ("train", "val", "test")) == tuple(map(int, said.groups()))
+    assert tuple(sides[s] // 4 for s in ("val", "test", "train")) == tuple(map(int, said.groups()))
     assert min(sides.values()) >= 4
     assert read_manifest(config.shards).slices == 32
 
@@ -304,7 +304,7 @@ def test_without_labels_it_says_how_to_give_them(plain: Path, tmp_path: Path):
     assert (config.data.labels, config.data.label_format) == (None, "nifti")
     assert len(config.data.classes) == 2
     said = text_of(found.text)
-    assert "OPEN. Labels: none found." in said
+    assert "OPEN: Labels: none found." in said
     assert "Give the folder of DICOM SEG, RTSTRUCT or NIfTI masks with --labels" in said
     assert found.said[-2:] == (
         f"medpsp key new {tmp_path / 'a.key'}",
@@ -402,7 +402,7 @@ def test_ultrasound_without_regions_is_for_people_to_look_at(tmp_path: Path):
     said = propose(look(tmp_path / "us", tmp_path / "a.yaml")).said
     (line,) = [line for line in said if "may show a name" in line]
     assert "data.burned_in=keep if they are clean" in line
-    assert line.startswith("open: 100% of the US slices")
+    assert line.startswith("OPEN: 100% of the US slices")
 
 
 # identity ----------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_canaries_were_met_and_counted(
     objects = yaml.safe_load((out / "objects.yaml").read_text())["data"]
     assert objects["classes"] == ["background", "liver"]
     said = done["objects"].stdout.decode()
-    assert "open: 8 names of segments or regions not shown" in said
+    assert "OPEN: 8 names of segments or regions not shown" in said
     masks = yaml.safe_load((out / "masks.yaml").read_text())["data"]
     assert len(masks["classes"]) == 4
     assert "77, 78, 79 and 80" in done["masks"].stdout.decode()  # of one mask
@@ -663,6 +663,75 @@ def test_a_gpu_asks_for_other_settings(tmp_path: Path):
     assert on_small["loader_workers"] == 3
 
 
+@pytest.mark.parametrize(
+    ("seconds", "steps", "time"),
+    [
+        (0.25, 6000, "About 25 min here (0.25 s a step, measured;"),
+        (0.6, 6000, "About 1 h here"),
+        (0.82, 4350, "About 59 min here (0.82 s a step, measured;"),  # 3600 / 0.82 is 4390
+        (5.5, 650, "About 1 h here"),
+        (36.0, 300, "About 3 h here"),
+    ],
+)
+def test_a_first_model_on_a_cpu_takes_an_hour(
+    seconds: float, steps: int, time: str, tmp_path: Path
+):
+    found = evidence(pace=Pace(seconds, "measured"))
+    train = tree(found, tmp_path)["train"]
+    assert train.get("steps", 6000) == steps
+    text = text_of(propose(found).text)
+    assert time in text
+    assert ("A GPU or more steps will give a better one: train.steps=6000" in text) == (
+        steps < 6000
+    )
+    assert ("not with fewer than 300 steps" in text) == (steps == 300)
+    assert any(line.startswith(f"train.steps {steps}: ") for line in propose(found).said)
+    stages = load_config(tmp_path / "0.yaml").train.stages
+    assert [stage.steps for stage in stages] == [
+        round(0.15 * steps),
+        round(0.25 * steps),
+        steps - round(0.15 * steps) - round(0.25 * steps),
+    ]
+    gpu = Machine(cores=8, memory_gib=32.0, gpus=1, gpu_gib=80.0)
+    on_gpu = evidence(pace=Pace(36.0, "measured"), machine=gpu)
+    assert tree(on_gpu, tmp_path)["train"]["steps"] >= 3000  # it only says how long
+
+
+def test_a_step_is_timed_by_as_many_processes_as_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And estimated where it takes too long: 3 x 2.39 GMACs x 8 images at 30 GMACs/s on 8 cores."""
+    small = {"backbone": "timm/test_resnet", "psp_channels": 16, "decoder_channels": 16}
+    config: dict[str, Any] = {
+        "data": {"archive": "a", "classes": ["a", "b"]},
+        "model": small,
+        "train": {"size": [48, 48], "batch_size": 4, "ranks": 2},
+    }
+    found = pace.pace_of(yaml.safe_dump(config), evidence().machine)
+    assert found
+    assert found.how.startswith("measured")
+    assert 0 < found.seconds < 10
+    monkeypatch.setattr(pace, "LIMIT_S", 0.05)
+    config |= {"model": {"backbone": "resnet18"}, "train": {"batch_size": 8}}
+    found = pace.pace_of(yaml.safe_dump(config), evidence().machine)
+    assert found
+    assert found.seconds == pytest.approx(3 * 2.39 * 8 / 30 / 8)
+    assert found.how.startswith("estimated from multiply-adds, as timing took more than 0.05 s")
+    assert pace.pace_of(yaml.safe_dump(config), replace(evidence().machine, gpus=1)) is None
+
+
+def test_a_file_is_the_same_but_for_the_time_of_a_step(tmp_path: Path):
+    """It never takes the same time twice; anything else that differs is refused."""
+    out = tmp_path / "a.yaml"
+    write_proposal(out, propose(evidence(pace=Pace(0.82, "measured"))).text)
+    before = out.read_text()
+    write_proposal(out, propose(evidence(pace=Pace(0.2, "measured"))).text)
+    assert out.read_text() == before
+    other = Machine(cores=2, memory_gib=32.0)
+    with pytest.raises(ConfigError, match="exists and says something else"):
+        write_proposal(out, propose(evidence(pace=Pace(0.82, "measured"), machine=other)).text)
+
+
 def test_a_large_archive_on_a_large_gpu(tmp_path: Path):
     many = replace(evidence().used, patients=400, slices=80_000)
     gpu = Machine(cores=16, memory_gib=128.0, gpus=1, gpu_gib=80.0, bf16=True)
@@ -806,7 +875,7 @@ def test_series_without_labels_and_labels_without_series_are_counted(tmp_path: P
     for number in (0, 1, 2):
         (tmp_path / "dicom" / f"seg{number}.dcm").unlink()
     text = text_of(propose(look(tmp_path / "dicom", tmp_path / "a.yaml")).text)
-    assert "OPEN. Labels: 1 SEG or RTSTRUCT object found, but none that belongs to" in text
+    assert "OPEN: Labels: 1 SEG or RTSTRUCT object found, but none that belongs to" in text
 
 
 def test_images_in_the_folder_of_the_labels_are_no_trouble(
@@ -908,8 +977,8 @@ def test_open_questions_are_in_the_file_and_said(plain: Path, tmp_path: Path):
     made = propose(found)
     assert opened
     for one in opened:
-        assert f"OPEN. {one.text}" in text_of(made.text)
-        assert f"open: {one.text}" in made.said
+        assert f"OPEN: {one.text}" in text_of(made.text)
+        assert f"OPEN: {one.text}" in made.said
     assert isinstance(found.labels, Labels)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.doctor.rows import Row, Verdict, note, private, problem, row_of
+from medpsp.progress import duration
 
 ALL_S = 120.0
 """For all lanes together; what has not begun by then is not checked."""
@@ -219,7 +220,7 @@ def _turn(running: list[_Lane], end: float) -> Iterator[Answer]:
 def _late(lanes: Iterable[_Lane], seconds: float) -> Iterator[Answer]:
     for lane in lanes:
         for step in lane.steps:
-            text = step.named(f"not checked, {seconds:.0f} s were over")
+            text = step.named(f"not checked, {duration(seconds)} were over")
             yield step, [note(step.what, text, "see what did not answer before it")]
 
 

@@ -53,6 +53,13 @@ class Places:
     index: Path | None = None
 
 
+class Pace(NamedTuple):
+    """Of training on this machine: seconds a step, and how they are known."""
+
+    seconds: float
+    how: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """All that is known.
@@ -69,6 +76,7 @@ class Evidence:
         codes: Of objects in no series.
         objects: With a slice in the series to be used.
         machine: To train on.
+        pace: Of the network that all this asks for; None where it is not known.
     """
 
     places: Places
@@ -83,6 +91,7 @@ class Evidence:
     codes: Counter[str]
     objects: int
     machine: Machine
+    pace: Pace | None = None
 
     @property
     def whole(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ def new(
     from launch.jobs import setup_logging
     from launch.new.choices import Places
     from launch.new.evidence import gather
+    from launch.new.pace import pace_of
     from launch.new.proposal import propose, write_proposal
     from launch.rundir import keep_private
     from medpsp.identity import KEY_VARIABLE
@@ -43,6 +45,9 @@ def new(
     if key is None and not os.environ.get(KEY_VARIABLE):
         key = out.with_suffix(".key")
     places = Places(archive=archive, file=out, key=key, index=index)
-    found = propose(gather(archive, labels, places, most))
+    seen = gather(archive, labels, places, most)
+    found = propose(seen)
+    if seen.labels.kind:  # there is something to train
+        found = propose(replace(seen, pace=pace_of(found.text, seen.machine)))
     write_proposal(out, found.text)
     typer.echo("\n".join(found.said))

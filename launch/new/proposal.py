@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,9 @@ def propose(found: Evidence) -> Proposal:
         next(one.why for one in choices if one.key == "data.archive").removeprefix("As given. ")
     ]
     said += [one.why for one in choices if one.key == "data.label_format"]
-    said += [f"open: {one.text}" for one in opened]
+    if found.pace:
+        said += [f"train.steps {c.value}: {c.why}" for c in choices if c.key == "train.steps"]
+    said += [f"OPEN: {one.text}" for one in opened]
     said.append(f"{found.places.file}  {many(len(written), 'value')}, each with its reason")
     return Proposal(text=text, said=(*said, *_next(found)))
 
@@ -69,7 +72,8 @@ def write_proposal(path: Path, text: str) -> None:
     if path.is_dir():
         raise ConfigError(f"--out {path}: a folder, expected the name of a file to write")
     if path.exists():
-        if path.read_text(encoding="utf-8", errors="replace") != text:
+        there = path.read_text(encoding="utf-8", errors="replace")
+        if _but_steps(there) != _but_steps(text):
             raise ConfigError(
                 f"--out {path}: exists and says something else; take another name, or delete it"
             )
@@ -82,6 +86,13 @@ def write_proposal(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _but_steps(text: str) -> str:
+    """Without `train.steps` and its reason: a step never takes the same time twice."""
+    return re.sub(
+        r"(  # .*\n)*  (steps: |# steps \(default\): ).*\n(  # (?!\S+ \().*\n)*", "", text
+    )
 
 
 def _defaults() -> dict[str, Any]:
@@ -115,7 +126,7 @@ def _document(
         written = any(_is_written(one, usual) for one in some)
         yield f"{section}:" if written else f"# {section}: nothing but defaults"
         for note in (one for one in opened if one.section == section):
-            yield from _comment(f"OPEN. {note.text}", "  ")
+            yield from _comment(f"OPEN: {note.text}", "  ")
         for one in some:
             if _is_written(one, usual):
                 yield from _value(one, "  ")

@@ -155,9 +155,10 @@ def _split(found: Evidence) -> Iterator[Line]:
     if shares.counts:
         train, val, test = shares.counts
         why = (
-            f"With the key: {train} of {count} patients for training, {val} for validation, {test} "
+            f"With the key: val {val}, test {test} of {count} patients, {train} for training. "
+            "Shares are compared with the keyed hash of each patient: they need not be the "
+            "fractions that come out."
         )
-        why += "for test."
     elif count < FEW:
         none = chance_of_none(shares.val, count)
         why = f"{count} patients, and the key decides who is where: {none:.0%} of the keys leave "

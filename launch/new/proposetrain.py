@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from launch.new.choices import Choice, Evidence
+from launch.new.proposesteps import steps_of
 from launch.new.shares import to_train
-from medpsp.config import TrainConfig
 from medpsp.words import many
 
 _GPU_PIXELS, _CPU_PIXELS = 768 * 768, 256 * 256
@@ -19,8 +19,6 @@ _MIB = {"resnet18": 38.0, "convnext_tiny": 132.0}
 """What training keeps of an image of 256 x 256, fp32 (`medpsp backbones`)."""
 _BATCH, _MOST_BATCH, _CPU_BATCH = 16, 64, 8
 _MANY_PATIENTS, _MANY_SLICES, _LARGE_GIB = 200, 20_000, 16.0
-_PASSES, _MOST_STEPS = 20, 60_000
-_MOST_PASSES, _LEAST_STEPS = 300, 1500
 _FEW_TRAIN = 10
 _LOADERS = 8
 
@@ -33,7 +31,7 @@ def model_lines(found: Evidence) -> Iterator[Choice]:
         "model.output_stride",
         16,
         f"{rows // 16} x {columns // 16} cells for the pyramid. Compared with 8 and 32 at 96 x 96 "
-        "only, where it scored best (DECISIONS.md).",
+        "only, where it scored best.",
     )
     yield _context(found)
 
@@ -43,7 +41,7 @@ def train_lines(found: Evidence) -> Iterator[Choice]:
     yield _size(found)
     batch = _batch(found)
     yield batch
-    yield _steps(found, batch.value)
+    yield steps_of(found, batch.value)
     yield from _preset(found)
     yield from _foreground(found)
     yield from _on_gpus(found) if found.machine.gpus else _on_cpu(found)
@@ -125,35 +123,6 @@ def _batch(found: Evidence) -> Choice:
         f"{share} for each of {many(machine.gpus, 'GPU')}; about {share * each / 1024:.1f} of "
         f"{machine.gpu_gib:.0f} GiB, calculated; lower it if memory runs out.",
     )
-
-
-def _steps(found: Evidence, batch: int) -> Choice:
-    usual, kept = TrainConfig().steps, _slices_to_train(found)
-    passes = usual * batch / kept
-    if found.machine.gpus and passes < _PASSES:
-        steps = min(_MOST_STEPS, math.ceil(_PASSES * kept / batch / 1000) * 1000)
-        return Choice(
-            "train.steps",
-            steps,
-            f"About {kept:.0f} slices to train on: {usual} steps would be {passes:.1f} passes.",
-        )
-    if passes > _MOST_PASSES:
-        steps = max(_LEAST_STEPS, math.ceil(_MOST_PASSES * kept / batch / 500) * 500)
-        return Choice(
-            "train.steps",
-            steps,
-            f"{kept:.0f} slices to train on: at most about {_MOST_PASSES} passes over them, a rule "
-            "of thumb.",
-        )
-    return Choice(
-        "train.steps", usual, f"About {passes:.0f} passes over some {kept:.0f} training slices."
-    )
-
-
-def _slices_to_train(found: Evidence) -> float:
-    """About so many, of the whole archive."""
-    share = to_train(found.patients) / len(found.patients)
-    return max(1.0, found.used.slices * share * found.met / found.read)
 
 
 def _preset(found: Evidence) -> Iterator[Choice]:

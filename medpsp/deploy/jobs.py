@@ -17,6 +17,7 @@ from medpsp.dicom import nifti, voc
 from medpsp.dicom.codes import told_rows
 from medpsp.durable import sync
 from medpsp.errors import MedpspError
+from medpsp.progress import duration
 from medpsp.types import ScanRow
 from medpsp.words import many
 
@@ -101,7 +102,7 @@ def _without_path(text: str) -> str:
 
 def _line(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) -> str:
     slices = sum(made.slices for made in found)
-    line = f"{len(found)} series, {many(slices, 'slice')}, {seconds:.1f} s"
+    line = f"{len(found)} series, {many(slices, 'slice')}, {duration(seconds)}"
     return "; ".join(filter(None, (line, told_rows(rows))))
 
 

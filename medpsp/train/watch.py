@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import NamedTuple
 
 from medpsp.errors import EXIT_AGAIN
+from medpsp.progress import duration
 from medpsp.train.ranks import write_record
 from medpsp.train.stop import StopRequest
 from medpsp.types import World
@@ -175,7 +176,7 @@ class Watch:
         rank, size = self._world.rank, self._world.size
         with suppress(OSError), (self._folder / f"stack-{rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file)
-        text = f"train: rank {rank} hangs at step {_told(note)} for {note.seconds:.0f} s"
+        text = f"train: rank {rank} hangs at step {_told(note)} for {duration(round(note.seconds))}"
         if size > 1:
             text += f"; {behind(size, self._before, self._heard(), rank)}"
         limit = f"the limit is train.{'first_' * self._now[3]}step_seconds"

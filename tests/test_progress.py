@@ -1,0 +1,46 @@
+"""How durations and progress are said."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+
+from medpsp.progress import Bar, duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.004, "0 s"),
+        (0.814, "0.81 s"),
+        (3.25, "3.2 s"),
+        (9, "9 s"),
+        (9.6, "10 s"),
+        (45.2, "45 s"),
+        (59.7, "1 min"),
+        (90, "1 min 30 s"),
+        (750, "12 min 30 s"),
+        (3599.6, "1 h"),
+        (3629, "1 h"),
+        (3631, "1 h 1 min"),
+        (33027, "9 h 10 min"),
+        (90000, "25 h"),
+    ],
+)
+def test_durations_as_people_say_them(seconds: float, text: str):
+    assert duration(seconds) == text
+
+
+def test_a_line_says_hours(caplog: pytest.LogCaptureFixture):
+    """Five steps in 25 s, and 5995 are left: 8 h 20 min."""
+    with caplog.at_level("INFO", "medpsp"), Bar("train", 6000, "steps") as bar:
+        bar.began = time.monotonic() - 25
+        bar.advance(5, note="rise loss 0.679")
+        logging.getLogger("medpsp")
+    (line,) = caplog.messages
+    assert line.startswith("train 5/6000 steps, 0.2 steps/s, ETA 8 h 19 min, rise") or (
+        line.startswith("train 5/6000 steps, 0.2 steps/s, ETA 8 h 20 min, rise")
+    )
