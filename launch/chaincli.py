@@ -59,7 +59,7 @@ def run(
         typer.echo(describe(plan, RunDir(planned.out).config))
         return
     resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs)
-    from launch.submit import submit_plan
+    from launch.local import submit_plan
 
     submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
     if folder.page.is_file():

@@ -75,6 +75,11 @@ class RunDir:
         return self.jobs / "chain.json"
 
     @property
+    def planned(self) -> Path:
+        """Which jobs were begun last on this machine."""
+        return self.jobs / "local.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints of the run."""
         return self.root / "checkpoints"

@@ -64,8 +64,8 @@ def sweep(
             return
         follow_runs(runs_of(folder))
     else:
+        from launch.local import submit_plan
         from launch.plan import plan_jobs
-        from launch.submit import submit_plan
         from launch.sweep import own_part, shared_part
 
         plan = plan_jobs(base)
@@ -157,8 +157,8 @@ def scale(
     if cluster:
         _scale_on(cluster, folder, opened)
     else:
+        from launch.local import submit_plan
         from launch.plan import JobSpec
-        from launch.submit import submit_plan
 
         for member, run in opened:
             forget(run)

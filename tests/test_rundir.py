@@ -33,7 +33,7 @@ def test_the_resolved_configuration_lies_in_the_run_and_reads_back_equal(tmp_pat
 def test_every_path_lies_below_the_out_folder(tmp_path: Path):
     run = RunDir(tmp_path)
     names = [n for n, v in vars(RunDir).items() if isinstance(v, property)]
-    assert len(names) == len({getattr(run, n) for n in names}) == 12
+    assert len(names) == len({getattr(run, n) for n in names}) == 13
     assert all(getattr(run, n).is_relative_to(tmp_path) for n in names)
     assert [f.name for f in fields(RunDir)] == ["root", "export_name"]
 
