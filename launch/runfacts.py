@@ -201,9 +201,8 @@ def jobs_of(run: RunDir) -> dict[str, Told | Lack]:
     """What the jobs of `medpsp run` said last, in the order of their beginning."""
     found: dict[str, Told | Lack] = {}
     for path in sorted(run.jobs.glob("*.json")):
-        if path not in (run.chain, run.planned) and not path.name.startswith(
-            "."
-        ):  # where ranks met
+        hidden = path.name.startswith(".")  # where ranks met
+        if path not in (run.chain, run.planned) and not hidden:
             told = _read(run, path, TOLD, ("", "the job writes it anew when it runs again"))
             found[path.stem] = told
     return dict(sorted(found.items(), key=lambda item: _began(item[1])))

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.cluster import kill_all
 from launch.jobs import run_command, shards_job
 from launch.local import _lines, submit_plan
+from launch.localstate import rows_here
 from launch.phantom import Phantom, write_archive
 from launch.plan import JobSpec
 from launch.rundir import RunDir
+from launch.status import ended, log_files, require_success, status_of
 from medpsp.config import Config
 from medpsp.errors import EXIT_AGAIN, ConfigError, LaunchError, ShardError
 
@@ -132,6 +136,40 @@ def test_a_failing_job_gives_its_own_reason_and_stops_the_chain(
     assert not (run.logs / "train.log").exists()
 
 
+def test_status_and_logs_of_a_run_on_this_machine(made: Config, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "shards").symlink_to(made.shards)
+    run = RunDir.create(made.model_copy(update={"out": out}))
+    with pytest.raises(LaunchError, match="nothing was begun there; `medpsp run CONFIG` does"):
+        status_of(run)
+    with pytest.raises(LaunchError):
+        submit_plan(chain("check", "evaluate", "export"), run)
+    rows = {row.name: row for row in status_of(run)}
+    assert {n: r.state for n, r in rows.items()} == {
+        "check": "done",
+        "evaluate": "failed",
+        "export": "not run",
+    }
+    assert "run `medpsp train` first" in rows["evaluate"].note
+    with pytest.raises(LaunchError, match=r"^evaluate: failed \(checkpoint .*\)$"):
+        require_success(list(rows.values()))
+    done = CliRunner().invoke(app, ["status", str(out)])
+    assert done.exit_code == 0
+    assert f"evaluate: {rows['evaluate'].note}" in " ".join(done.stdout.split())
+    assert f"logs         {out}/logs " in done.stdout
+    assert log_files(run, "check") == [run.logs / "check.log", run.logs / "jobs/check.log"]
+    done = CliRunner().invoke(app, ["logs", str(out), "check"])
+    assert done.stdout.count("check: every digest, slice and split is as the manifest says") == 2
+    with pytest.raises(LaunchError, match="no such job; there are check, evaluate, export"):
+        log_files(run, "train")
+    (run.logs / "train.log").write_text("2026-11-27 09:00:00,000 the last line\n")
+    old = time.time() - 3600
+    os.utime(run.logs / "train.log", (old, old))
+    (row,) = [row for row in status_of(run) if row.name == "train"]  # a command of its own
+    assert (row.state, row.at) == ("ended", "the last line")
+
+
 def test_a_job_that_finds_the_configuration_wrong_is_a_configuration_error(
     archive: Path, make_config: Make, tmp_path: Path
 ):
@@ -195,6 +233,9 @@ def test_ctrl_c_waits_until_training_has_saved(made: Config, tmp_path: Path, ran
     config = trains(made, tmp_path / "out", ranks)
     with typed(config, "--from", "train") as process:
         until(lambda: steps(config.out, ranks) or process.poll() is not None)
+        rows = until(lambda: (found := rows_here(RunDir(config.out)))[0].at and found)
+        assert [row.state for row in rows] == ["running", "waiting", "waiting"]
+        assert not ended(rows)
         ctrl_c(process)
         _, shown = process.communicate(timeout=DEADLINE_S)
         assert working(config.out) == set()
@@ -208,6 +249,10 @@ def test_ctrl_c_waits_until_training_has_saved(made: Config, tmp_path: Path, ran
     assert "death signal" not in shown
     assert "train is asked to end; a second Ctrl-C ends it at once\n" in shown
     assert (config.out / f"checkpoints/step-{int(told[1]):08d}/state.pt").is_file()
+    rows = rows_here(RunDir(config.out))
+    assert [row.state for row in rows] == ["stopped", "not run", "not run"]
+    assert rows[0].note == last.removeprefix("medpsp: train: ")
+    assert ended(rows)
     RunDir(config.out).lock()  # another command may begin at once
 
 
@@ -254,6 +299,8 @@ def test_a_job_whose_command_is_killed_saves_and_ends(made: Config, tmp_path: Pa
         process.kill()
         process.wait()
         until(lambda: not working(config.out))
+    (train, *_) = rows_here(RunDir(config.out))
+    assert train.state == "stopped"
     assert list((config.out / "checkpoints").glob("step-*"))
 
 
