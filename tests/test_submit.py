@@ -131,6 +131,7 @@ def test_a_failing_job_gives_its_own_reason_and_stops_the_chain(
     with pytest.raises(LaunchError) as caught:
         submit_plan(chain("check", "train"), run)
     reason = f"shards {tmp_path / 'shards'}: no manifest.json; run `medpsp shards` to its end first"
+    reason += ", or try a setting on the shards of another run with `medpsp sweep`"
     assert str(caught.value) == f"check: {reason}"
     assert (run.logs / "check.failed").read_text() == reason + "\n"
     assert not (run.logs / "train.log").exists()
