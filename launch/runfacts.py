@@ -86,6 +86,21 @@ def config_of(root: Path) -> tuple[Config, RunDir]:
     return load_config(run.config).model_copy(update={"out": root}), run
 
 
+def require_begun(root: Path) -> None:
+    """Refuse a folder in which nothing was done yet.
+
+    Raises:
+        ConfigError: It is no run, or none has begun.
+    """
+    config, run = config_of(root)
+    traces = (config.shards, run.checkpoints, run.evaluation, run.export, run.jobs)
+    if not any(path.exists() for path in traces):
+        raise ConfigError(
+            f"{root}: no run has begun there, as it holds neither shards nor checkpoints, scores "
+            f"or export; `medpsp run {run.config}` begins it"
+        )
+
+
 def facts_of(config: Config, run: RunDir) -> RunFacts:
     """Everything; ``out`` of the configuration is the folder of the run."""
     manifest, reached = manifest_of(config), checkpoints_of(run)

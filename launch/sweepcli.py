@@ -135,7 +135,10 @@ def compare(
 
     from launch.compare import compare as rows_of
     from launch.compare import comparison_table
+    from launch.runfacts import require_begun
 
+    for root in runs:
+        require_begun(root)
     Console().print(comparison_table(rows_of(runs)))
     if html:
         from launch.comparepage import write_comparison

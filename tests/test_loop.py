@@ -264,7 +264,7 @@ def test_another_model_is_refused(trained: tuple[Run, PSPNet, TrainState]) -> No
     run = trained[0]
     model = run.config.model.model_copy(update={"bins": (1, 2), "psp_channels": 24})
     other = run.config.model_copy(update={"model": model})
-    words = r": model\.bins: made with \[.*\], now \[1, 2\]; model\.psp_channels: made with \d+, now 24; "
+    words = r": model\.bins: made with .*, now \[1, 2\]; model\.psp_channels: made with \d+, now"
     with pytest.raises(CheckpointError, match=words):
         fit(replace(run, config=other), build_model(model, 2))
     dropout = run.config.model.model_copy(update={"dropout": 0.5})  # changes no weight
