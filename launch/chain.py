@@ -167,6 +167,20 @@ def chain_of(run: RunDir) -> Chain | None:
         return None
 
 
+def write_planned(run: RunDir, names: list[str]) -> None:
+    """Keep which jobs are begun on this machine."""
+    write_json(run.planned, names)
+
+
+def planned_here(run: RunDir) -> list[str]:
+    """Those of the last time; none where nothing is known of it."""
+    try:
+        names = json.loads(run.planned.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
 def tell(run: RunDir, name: str, told: Told) -> None:
     """Say what a job is at."""
     write_json(run.jobs / f"{name}.json", asdict(told))

@@ -14,10 +14,11 @@ from medpsp.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from launch.chain import Submitted
+    from launch.localstate import Row
     from launch.plan import JobSpec
     from launch.profile import Profile
     from launch.rundir import RunDir
-    from launch.status import Row, Shown
+    from launch.status import Shown
     from medpsp.config import Config
 
 ConfigArg = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one.")]
@@ -59,7 +60,7 @@ def run(
         typer.echo(describe(plan, RunDir(planned.out).config))
         return
     resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs)
-    from launch.submit import submit_plan
+    from launch.local import submit_plan
 
     submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
     if folder.page.is_file():
@@ -116,17 +117,18 @@ def with_index(config: str, changes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def runs_of(folder: RunDir) -> list[RunDir]:
-    """A run, and the members of its sweep and of `scale` that were submitted."""
+    """A run, and the members of its sweep and of `scale` that were begun."""
     from launch.rundir import RunDir
     from launch.sweep import FOLDER
 
-    found = sorted(
-        path.parents[1]
+    below = (
+        RunDir(path)
         for inside in (FOLDER, "scale")
-        for path in folder.root.glob(f"{inside}/*/jobs/chain.json")
+        for path in sorted(folder.root.glob(f"{inside}/*"))
     )
-    own = folder.chain.exists() or not found
-    return [*([folder] if own else []), *(RunDir(path) for path in found)]
+    found = [run for run in below if run.chain.exists() or run.planned.exists()]
+    own = folder.chain.exists() or folder.planned.exists() or not found
+    return [*([folder] if own else []), *found]
 
 
 def require_idle(folder: RunDir) -> None:
@@ -227,7 +229,7 @@ def status(
     out: RunArg,
     watch: Annotated[bool, typer.Option(help="Go on until nothing will run any more.")] = False,
 ) -> None:
-    """What the jobs of a run on a cluster are at."""
+    """What the jobs of a run are at, here or on a cluster."""
     from rich.console import Console
 
     from launch.rundir import RunDir
@@ -239,17 +241,18 @@ def status(
         return
     for folder in folders:
         Console().print(table(folder, status_of(folder)), soft_wrap=True)
+    typer.echo(f"logs         {out}/logs   (medpsp logs {out} JOB)")
+    if RunDir(out).page.is_file():
+        typer.echo(f"page         {RunDir(out).page}")
     typer.echo(f"tensorboard --logdir {out}")
 
 
 def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")]) -> None:
     """Print the logs of a job."""
-    from launch.chain import read_chain
     from launch.rundir import RunDir
     from launch.status import log_files
 
-    folder = RunDir(out)
-    for path in log_files(folder, read_chain(folder), job):
+    for path in log_files(RunDir(out), job):
         typer.echo(f"== {path}")
         typer.echo(path.read_text(encoding="utf-8", errors="replace").rstrip())
 
@@ -259,7 +262,8 @@ def cancel(out: RunArg) -> None:
     from launch.rundir import RunDir
     from launch.slurmstate import cancel_jobs
 
-    left = _at_work(runs_of(RunDir(out)))
+    runs = [run for run in runs_of(RunDir(out)) if run.chain.exists()]
+    left = _at_work(runs or [RunDir(out)])
     cancel_jobs(job.id for job in left)
     typer.echo(f"cancelled: {', '.join(job.name for job in left) or 'nothing was left'}")
 

@@ -140,9 +140,11 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
 def page(run: chaincli.RunArg) -> None:
     """Write all of a run on one page. What it saw, learnt, scored, cost, how to repeat it."""
     from launch.jobs import setup_logging
+    from launch.runfacts import require_begun
     from launch.runpage import write_run_page
 
     setup_logging()
+    require_begun(run)
     typer.echo(str(write_run_page(run)))
 
 
@@ -286,6 +288,7 @@ def _fail(error: Exception) -> None:
     from launch.diagnose import diagnosis, lost_peer
     from launch.jobs import one_line
     from launch.ranks import say_last
+    from launch.traces import remove_traces
 
     line = diagnosis(error)
     if line is None and not isinstance(error, (MedpspError, OSError)):
@@ -293,6 +296,8 @@ def _fail(error: Exception) -> None:
     codes = {ConfigError: EXIT_CONFIG, Interrupted: EXIT_AGAIN}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
     say_last(line or one_line(error), echo=lost_peer(error), code=code)
+    if code != EXIT_AGAIN:
+        remove_traces(line or one_line(error))
     sys.exit(code)
 
 

@@ -7,10 +7,10 @@ import logging
 import shutil
 from pathlib import Path
 
+from launch.local import submit_plan
 from launch.phantom import Phantom, write_archive
 from launch.plan import plan_jobs
 from launch.rundir import RunDir, open_run
-from launch.submit import submit_plan
 from launch.trained import BY_CASE, POOLED, shown
 from medpsp.config import Config
 from medpsp.identity import create_key

@@ -62,7 +62,9 @@ def start_ranks(config: Config, command: str = "train") -> None:
     folder = run_dir.logs / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     arguments = [
         "--standalone",
         f"--nproc-per-node={ranks}",
@@ -114,6 +116,11 @@ def end_with_parent() -> None:
     """In a rank started here: be asked to save and end when the process that started it is gone."""
     if REASONS not in os.environ:
         return
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """Be asked to save and end when the process that started this one is gone."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == 1:  # it went before

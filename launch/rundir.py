@@ -25,6 +25,8 @@ SAID = {"cpu": "int8 QDQ U8S8", "trt": "int8 QDQ S8S8", "half": "fp16"}
 _locked: set[Path] = set()
 _private: set[Path] = set()
 _places: list[Path] = []
+made: list[Path] = []
+"""Run folders that this process made, and those above them that it had to make, deepest first."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class RunDir:
     def chain(self) -> Path:
         """Which jobs were submitted last."""
         return self.jobs / "chain.json"
+
+    @property
+    def planned(self) -> Path:
+        """Which jobs were begun last on this machine."""
+        return self.jobs / "local.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -153,7 +160,10 @@ class RunDir:
     def _hold(self, name: str, kind: int, who: str) -> int:
         """An open file with a lock that goes with the process."""
         try:
+            new = [path for path in (self.root, *self.root.parents) if not path.exists()]
             self.root.mkdir(parents=True, exist_ok=True)
+            if kind == fcntl.LOCK_EX:  # else it is not this process's alone
+                made.extend(new)
             handle = os.open(self.root / name, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise LaunchError(f"out {self.root}: cannot be written ({error.strerror})") from None

@@ -86,6 +86,21 @@ def config_of(root: Path) -> tuple[Config, RunDir]:
     return load_config(run.config).model_copy(update={"out": root}), run
 
 
+def require_begun(root: Path) -> None:
+    """Refuse a folder in which nothing was done yet.
+
+    Raises:
+        ConfigError: It is no run, or none has begun.
+    """
+    config, run = config_of(root)
+    traces = (config.shards, run.checkpoints, run.evaluation, run.export, run.jobs)
+    if not any(path.exists() for path in traces):
+        raise ConfigError(
+            f"{root}: no run has begun there, as it holds neither shards nor checkpoints, scores "
+            f"or export; `medpsp run {run.config}` begins it"
+        )
+
+
 def facts_of(config: Config, run: RunDir) -> RunFacts:
     """Everything; ``out`` of the configuration is the folder of the run."""
     manifest, reached = manifest_of(config), checkpoints_of(run)
@@ -201,7 +216,8 @@ def jobs_of(run: RunDir) -> dict[str, Told | Lack]:
     """What the jobs of `medpsp run` said last, in the order of their beginning."""
     found: dict[str, Told | Lack] = {}
     for path in sorted(run.jobs.glob("*.json")):
-        if path != run.chain and not path.name.startswith("."):  # where ranks met
+        hidden = path.name.startswith(".")  # where ranks met
+        if path not in (run.chain, run.planned) and not hidden:
             told = _read(run, path, TOLD, ("", "the job writes it anew when it runs again"))
             found[path.stem] = told
     return dict(sorted(found.items(), key=lambda item: _began(item[1])))

@@ -1,25 +1,22 @@
-"""What a run on a cluster is at: SLURM's word first, then what the jobs say of themselves."""
+"""What a run is at; on a cluster SLURM's word first, then what the jobs say of themselves."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from launch.chain import Chain, Submitted, Told, label_of, read_chain, told_by
+from launch.chain import Submitted, Told, label_of, read_chain, told_by
+from launch.localstate import Row, heartbeat, is_local, rows_here
 from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
 from medpsp.errors import LaunchError
-from medpsp.words import many
 
 SILENT_S = 600.0
 """A controller that is started again takes less."""
@@ -30,45 +27,16 @@ NEVER = re.compile(
 """Why a job waits that starts only if somebody changes it or the cluster."""
 HOPELESS = re.compile(rf"{NEVER.pattern}|^Dependency")
 """The same, and jobs that wait for others."""
-STALE_S = 120.0
-"""A rank that wrote nothing for this long is not shown as at work."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A job of the chain.
-
-    Attributes:
-        name: Of the job.
-        id: SLURM's.
-        state: SLURM's word; ``done`` and ``failed`` are the job's own where SLURM forgot it.
-        nodes: Where it runs or ran.
-        restarts: How often it was queued again.
-        at: What it is at.
-        note: Why it waits, or ended.
-        waits: Why it waits, in SLURM's words.
-        ended: Whether nothing of it will run any more.
-        well: Whether all of it is done.
-    """
-
-    name: str
-    id: str
-    state: str
-    nodes: str
-    restarts: int
-    at: str
-    note: str
-    waits: str = field(compare=False)  # it changes while a job waits, and is no news
-    ended: bool
-    well: bool
 
 
 def status_of(run: RunDir) -> list[Row]:
     """Rows in the order of the chain.
 
     Raises:
-        LaunchError: Nothing was submitted, or no SLURM answers.
+        LaunchError: Nothing was begun, or no SLURM answers.
     """
+    if is_local(run):
+        return rows_here(run)
     chain = read_chain(run)
     require_cluster(chain.slurm, run.root)
     states = job_states(job.id for job in chain.jobs)
@@ -123,32 +91,21 @@ def _at(run: RunDir, job: Submitted) -> str:
     return ""
 
 
-def heartbeat(run: RunDir) -> str:
-    """Step and phase of the rank that is furthest behind; empty where none was heard lately."""
-    notes: list[dict[str, Any]] = []
-    for path in (run.logs / "ranks").glob("heartbeat-*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            note = json.loads(path.read_text(encoding="utf-8"))
-            notes.append({name: note[name] for name in ("time", "step", "phase")})
-    fresh = [note for note in notes if time.time() - note["time"] < STALE_S]
-    if not fresh:
-        return ""
-    last = min(fresh, key=lambda note: int(note["step"]))
-    return f"step {last['step']} ({last['phase']}), {many(len(fresh), 'rank')}"
-
-
 def table(run: RunDir, rows: list[Row]) -> Group:
     """For the terminal: a row a job, and below them in full what jobs say of their failure."""
     shown = Table(title=Text(str(run.root)), title_justify="left", pad_edge=False)
+    far = any(row.id for row in rows)
     for name in ("job", "id", "state", "nodes", "again", "at", ""):
-        shown.add_column(name, overflow="fold")
+        if far or name not in ("id", "nodes", "again"):
+            shown.add_column(name, overflow="fold")
     told = []
     for row in rows:
         again, word = str(row.restarts or ""), row.note
         if " " in word:  # a line of ours, not SLURM's word
             told.append(f"{row.name}: {word}")
             word = "see below"
-        shown.add_row(row.name, row.id, row.state, row.nodes, again, row.at, word)
+        where = (row.id, row.state, row.nodes, again) if far else (row.state,)
+        shown.add_row(row.name, *where, row.at, word)
     return Group(shown, *(Text(line) for line in told))
 
 
@@ -162,7 +119,7 @@ def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], objec
         LaunchError: Nothing was submitted, or to another cluster; or for ten minutes SLURM does
             not answer, or has nothing but jobs that it cannot start.
     """
-    for run in runs:
+    for run in (run for run in runs if not is_local(run)):
         require_cluster(read_chain(run).slurm, run.root)
     heard = able = time.monotonic()
     while True:
@@ -200,22 +157,26 @@ def require_success(rows: list[Row]) -> None:
     bad = [row for row in rows if not row.well]
     if bad:
         row = next((r for r in bad if "CANCELLED" not in r.state), bad[0])
-        raise LaunchError(
-            f"{row.name}: {row.state} ({row.note or 'no reason given'}), job {row.id}"
-        )
+        which = f", job {row.id}" if row.id else ""
+        raise LaunchError(f"{row.name}: {row.state} ({row.note or 'no reason given'}){which}")
 
 
-def log_files(run: RunDir, chain: Chain, name: str) -> list[Path]:
-    """Logs of a job, ours and SLURM's.
+def log_files(run: RunDir, name: str) -> list[Path]:
+    """Logs of a job: ours, and what it printed, which SLURM or `medpsp run` kept.
 
     Raises:
         LaunchError: No such job.
     """
-    job = next((job for job in chain.jobs if job.name == name), None)
-    if job is None:
-        known = ", ".join(job.name for job in chain.jobs)
-        raise LaunchError(f"logs {name}: no such job; there are {known}")
-    own = sorted(run.logs.glob(f"{name}*.log"))
-    places = [job.id, *(f"{job.id}_{part}" for part in range(job.parts))]
-    theirs = [p for place in places for p in sorted((run.logs / "jobs").glob(f"{place}/*_log.out"))]
+    own, folder = sorted(run.logs.glob(f"{name}*.log")), run.logs / "jobs"
+    if is_local(run):
+        known = [row.name for row in rows_here(run)]
+        theirs = [path for path in (folder / f"{name}.log",) if path.is_file()]
+    else:
+        jobs = read_chain(run).jobs
+        known = [job.name for job in jobs]
+        job = next((job for job in jobs if job.name == name), None)
+        parts = [job.id, *(f"{job.id}_{n}" for n in range(job.parts))] if job else []
+        theirs = [path for part in parts for path in sorted(folder.glob(f"{part}/*_log.out"))]
+    if name not in known:
+        raise LaunchError(f"logs {name}: no such job; there are {', '.join(known)}")
     return [*own, *theirs]

@@ -56,7 +56,7 @@ def sweep(
         for run in runs_of(RunDir(load_config(find_config(config), changes).out)):
             require_idle(run)
     base, folder = open_run(config, changes, refuse=None if cluster else refuse_beside_jobs)
-    opened = open_members(folder, chosen)
+    opened, failed = open_members(folder, chosen), list[LaunchError]()
     if cluster:
         _sweep_on(cluster, profile, base, folder, opened)
         typer.echo(f"medpsp status {folder.root}")
@@ -64,16 +64,30 @@ def sweep(
             return
         follow_runs(runs_of(folder))
     else:
-        from launch.plan import plan_jobs
-        from launch.submit import submit_plan
-        from launch.sweep import own_part, shared_part
-
-        plan = plan_jobs(base)
-        submit_plan(wanted(shared_part(plan), base, folder, ""), folder)
-        for member, run in opened:
-            submit_plan(own_part(plan, member, run), run)
+        failed = _sweep_here(base, folder, opened)
         write_table(folder.root)
     Console().print(comparison_table(compare([run.root for _, run in opened])))
+    if failed:
+        raise failed[0]
+
+
+def _sweep_here(
+    base: Config, folder: RunDir, opened: list[tuple[Config, RunDir]]
+) -> list[LaunchError]:
+    """Run all members; those that fail do not stop the others, as on a cluster."""
+    from launch.local import submit_plan
+    from launch.plan import plan_jobs
+    from launch.sweep import own_part, shared_part
+
+    plan, failed = plan_jobs(base), []
+    submit_plan(wanted(shared_part(plan), base, folder, ""), folder)
+    for member, run in opened:
+        try:
+            submit_plan(own_part(plan, member, run), run)
+        except LaunchError as error:
+            failed.append(LaunchError(f"{run.root.name}: {error}"))
+            log.warning("%s", failed[-1])
+    return failed
 
 
 def _sweep_on(
@@ -121,7 +135,10 @@ def compare(
 
     from launch.compare import compare as rows_of
     from launch.compare import comparison_table
+    from launch.runfacts import require_begun
 
+    for root in runs:
+        require_begun(root)
     Console().print(comparison_table(rows_of(runs)))
     if html:
         from launch.comparepage import write_comparison
@@ -157,8 +174,8 @@ def scale(
     if cluster:
         _scale_on(cluster, folder, opened)
     else:
+        from launch.local import submit_plan
         from launch.plan import JobSpec
-        from launch.submit import submit_plan
 
         for member, run in opened:
             forget(run)

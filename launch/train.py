@@ -74,7 +74,7 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     from medpsp.train.loop import fit
     from medpsp.train.memory import memory_note
     from medpsp.train.ranks import process_group
-    from medpsp.train.resume import begun_stages
+    from medpsp.train.same import begun_stages
     from medpsp.train.watch import Watch
     from shards.dataset import stage_rows
 
@@ -127,14 +127,14 @@ def refuse_other_run(config: Config) -> None:
     """Refuse a run folder whose checkpoints belong to another run, before anything is written.
 
     Raises:
-        CheckpointError: As `medpsp.train.resume.refuse_other`.
+        CheckpointError: As `medpsp.train.same.refuse_other`.
         ShardError: There are no shards.
     """
     folder = RunDir(config.out).checkpoints
     if REASONS in os.environ or not folder.is_dir():  # who started this rank has looked
         return
     from medpsp.train.checkpoint import newest_of, whole_checkpoints
-    from medpsp.train.resume import refuse_other
+    from medpsp.train.same import refuse_other
     from shards.index import read_manifest
 
     found, _ = whole_checkpoints(folder)

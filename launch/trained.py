@@ -65,7 +65,7 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
     from medpsp.model.psp import build_model
     from medpsp.train.checkpoint import load_checkpoint
     from medpsp.train.ema import scored_weights
-    from medpsp.train.resume import identify
+    from medpsp.train.same import anew, other_network
     from shards.index import read_manifest
 
     try:
@@ -74,11 +74,9 @@ def load_trained(config: Config) -> tuple[PSPNet, int]:
         raise CheckpointError(
             f"{error}; `medpsp train` goes on from the newest whole one and marks the best one left"
         ) from None
-    wanted = identify(config, read_manifest(config.shards).data_id)
-    if changed := [key for key in wanted if state.model.get(key) != wanted[key]]:
+    if changes := other_network(state.model, config, read_manifest(config.shards).data_id):
         raise CheckpointError(
-            f"checkpoint {path}: made with other {', '.join(changed)}; use another out folder, or "
-            "delete its checkpoints and train again"
+            f"checkpoint {path}: {'; '.join(changes)}; set it back, or {anew(path)}"
         )
     model = build_model(config.model.untrained, len(config.data.classes))
     model.load_state_dict(scored_weights(tensors))

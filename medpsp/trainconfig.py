@@ -206,7 +206,9 @@ class TrainConfig(Node):
         default=20, description="Steps between points of the curves."
     )
     resume: Literal["auto", "must", "never"] = Field(
-        default="auto", description="must: an error without a checkpoint; never: with one."
+        default="auto",
+        description="auto: go on from a checkpoint where there is one; must: refuse to begin "
+        "without; never: refuse to begin where there is one (it deletes nothing).",
     )
     most_bad_steps: Annotated[int, Field(ge=1)] = Field(
         default=5, description="Steps in a row with NaN that are left out before training ends."

@@ -235,7 +235,8 @@ def read_manifest(root: Path) -> Manifest:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ShardError(
-            f"shards {root}: no {MANIFEST}; run `medpsp shards` to its end first"
+            f"shards {root}: no {MANIFEST}; run `medpsp shards` to its end first, or try a "
+            "setting on the shards of another run with `medpsp sweep`"
         ) from None
     except OSError as error:
         raise ShardError(f"shards {root}: {MANIFEST} unreadable ({type(error).__name__})") from None

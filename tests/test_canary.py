@@ -86,7 +86,7 @@ import sys
 from launch.jobs import run_command, setup_logging
 from launch.plan import plan_jobs
 from launch.rundir import open_run
-from launch.submit import submit_plan
+from launch.local import submit_plan
 
 setup_logging()
 config, run = open_run(sys.argv[1], (sys.argv[2],))
@@ -282,7 +282,7 @@ def test_the_scan_covers_every_kind_of_artefact(chain: Chain) -> None:
     for pattern in (
         *("main/shards/*/*/c/**/0", "main/shards/commits/*.json", "main/shards/index.parquet"),
         *("main/shards/objects.parquet", "main/shards/manifest.json", "main/shards/report.html"),
-        *("main/logs/*.log", "main/logs/jobs/*_log.err", "main/logs/jobs/*.pkl"),
+        *("main/logs/*.log", "main/logs/jobs/*.log"),
         *("main/config.yaml", "main/evaluation.json", "main/export/dossier.html"),
         *("main/tensorboard/events.*", "main/checkpoints/*/state.pt", "main/checkpoints/*/*.json"),
         *("main/export/model.onnx", "main/export/model.int8.onnx", "p/*.nii.gz", "p/*/*.png"),

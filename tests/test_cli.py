@@ -269,7 +269,7 @@ def answers(places: dict[str, Path]) -> dict[str, subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize("name", NONSENSE)
 def test_nonsense_ends_in_one_clear_line(
-    name: str, answers: dict[str, subprocess.CompletedProcess[str]]
+    name: str, answers: dict[str, subprocess.CompletedProcess[str]], places: dict[str, Path]
 ):
     code, text, _ = NONSENSE[name]
     done = answers[name]
@@ -281,6 +281,8 @@ def test_nonsense_ends_in_one_clear_line(
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+    if "before shards" in name or name == "chain on a missing archive":
+        assert not (places["out"] / str(list(NONSENSE).index(name))).exists()
     if code == 2 and not name.startswith("chain") and name != "no validation":
         assert len([line for line in lines if not line.startswith("scan ")]) == 1
 

@@ -53,6 +53,7 @@ SUBSTITUTED = (
     ("medpsp run resnet18", "medpsp run my.yaml --from export"),
     ("/archive/", "../archive/"),
     ("runs/liver/sweep/*", "runs/liver"),
+    ("--over train.steps=300", "--over train.clip_norm=0.5"),  # the file has stages of its own
     ("model.int8.trt.onnx kit/", "model.onnx kit/"),
     ("answers/", "answers/ --settle 0.5"),
     ("--answer PACS@localhost:104", "--port 0"),

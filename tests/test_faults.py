@@ -300,7 +300,7 @@ def test_a_refused_command_leaves_the_run_as_it_was(prepare: Prepare):
     events = sorted((command.out / "tensorboard").iterdir())
     other = Command(command.config, command.out, (*command.words, "model.psp_channels=24")).run()
     assert other.code == 1
-    assert "made with other psp_channels; use another out folder" in other.line
+    assert "model.psp_channels: made with 16, now 24; set it back, or try it beside" in other.line
     assert (command.out / "config.yaml").read_bytes() == before
     assert sorted((command.out / "tensorboard").iterdir()) == events
 

@@ -16,7 +16,7 @@ from medpsp.errors import CheckpointError, Interrupted
 from medpsp.stages import in_steps
 from medpsp.train.checkpoint import STATE, TrainState, mark_best, read_state, rewrite_state
 from medpsp.train.loop import Run, fit
-from medpsp.train.resume import begun_stages, identify, refuse_other, schedule_of
+from medpsp.train.same import begun_stages, identify, refuse_other, schedule_of
 from medpsp.train.stop import StopRequest
 from medpsp.types import Window
 from shards.crops import jittered
@@ -67,6 +67,24 @@ def test_what_a_begun_stage_goes_on_with_is_said(
     assert "fraction 0.5, begun with 1.0" in line
 
 
+def test_another_end_of_the_schedule_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_at(make_config(*TWO, {"name": "fine", "steps": 9}), tmp_path, 3)
+    other = make_config(TWO[0], {**TWO[1], "steps": 3}, {"name": "fine", "steps": 1, "lr": 0.5})
+    monkeypatch.setattr(logging.getLogger("medpsp"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("medpsp"), "handlers", [caplog.handler])
+    fit(make_run(other, tmp_path), network(other))
+    (line,) = [text for text in caplog.messages if "schedule" in text]
+    assert line.startswith(
+        "train: the schedule after step 3 is another: train.stages: made with 13 steps (warm 2 + "
+        "full 2 + fine 9), now 6 steps (warm 2 + full 3 + fine 1); lr of stage fine: made with "
+    )
+    caplog.clear()
+    fit(make_run(other, tmp_path), network(other))  # it knows the new one now
+    assert not [text for text in caplog.messages if "schedule" in text]
+
+
 @pytest.mark.parametrize("left", ["stage-0-warm", "step-00000002"])
 @pytest.mark.parametrize("how", ["missing", "damaged"])
 def test_half_of_a_stages_end_is_made_whole(tmp_path: Path, left: str, how: str) -> None:
@@ -114,7 +132,7 @@ def test_another_seed_is_refused_before_stages_in_epochs_have_steps() -> None:
     )
     refuse_other(config, Path("step-00000002"), state, "")
     other = config.model_copy(update={"seed": config.seed + 1})
-    with pytest.raises(CheckpointError, match=r"made with other train\.stages, "):
+    with pytest.raises(CheckpointError, match=r": seed: made with 0, now 1; set it back, or try"):
         refuse_other(other, Path("step-00000002"), state, "")
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.rundir import RunDir, data_folder, find_config, open_run, shipped_configs
 from medpsp.config import Config
 from medpsp.configio import load_config
@@ -33,7 +38,7 @@ def test_the_resolved_configuration_lies_in_the_run_and_reads_back_equal(tmp_pat
 def test_every_path_lies_below_the_out_folder(tmp_path: Path):
     run = RunDir(tmp_path)
     names = [n for n, v in vars(RunDir).items() if isinstance(v, property)]
-    assert len(names) == len({getattr(run, n) for n in names}) == 12
+    assert len(names) == len({getattr(run, n) for n in names}) == 13
     assert all(getattr(run, n).is_relative_to(tmp_path) for n in names)
     assert [f.name for f in fields(RunDir)] == ["root", "export_name"]
 
@@ -103,6 +108,50 @@ def test_an_unknown_configuration_names_the_near_miss_or_all(tmp_path: Path):
 def test_missing_shipped_files_say_how_to_get_them():
     with pytest.raises(LaunchError, match="nonsense: shipped files not found"):
         data_folder("nonsense")
+
+
+def test_a_command_that_failed_takes_away_what_it_made(tmp_path: Path):
+    """In a process of its own: a lock goes with its process."""
+    code = (
+        "import sys; from pathlib import Path; from launch.rundir import RunDir, open_run\n"
+        "from launch.traces import remove_traces\n"
+        "file, out, extra, line = sys.argv[1:]\n"
+        "_, run = open_run(file, (f'out={out}',)); run.log_to('train')\n"
+        "extra and (run.root / extra).parent.mkdir(exist_ok=True)\n"
+        "extra and (run.root / extra).write_text('')\n"
+        "remove_traces(line.format(run=run.root))"
+    )
+    file, out = tmp_path / "c.yaml", tmp_path / "runs/deep/run"
+    file.write_text("data: {archive: a, classes: [x, y]}\n")
+
+    def fails(extra: str, line: str = "failed") -> None:
+        command = [sys.executable, "-c", code, str(file), str(out), extra, line]
+        subprocess.run(command, check=True)
+
+    for extra in ("", "logs/train.failed", "jobs/train.json"):
+        fails(extra)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["c.yaml"], extra
+    (tmp_path / "runs").mkdir()
+    fails("")
+    assert list((tmp_path / "runs").iterdir()) == []  # it was there before
+    for extra, line in (("shards/plan", "failed"), ("notes.txt", "failed"), ("", "see {run}/logs")):
+        fails(extra, line)
+        assert (out / "logs/train.log").is_file()
+        assert not extra or (out / extra).is_file()
+        fails("")
+        assert (out / "config.yaml").is_file()  # of an earlier command
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("command", ["page", "compare"])
+def test_a_folder_in_which_no_run_has_begun_is_refused(tmp_path: Path, command: str):
+    run = RunDir.create(config(tmp_path / "run"))
+    done = CliRunner().invoke(app, [command, str(run.root)])
+    assert isinstance(done.exception, ConfigError)
+    assert "no run has begun there" in str(done.exception)
+    assert not run.page.exists()
+    run.checkpoints.mkdir()
+    assert CliRunner().invoke(app, [command, str(run.root)]).exit_code == 0
 
 
 def test_open_run_applies_overrides_before_it_makes_the_folder(tmp_path: Path):

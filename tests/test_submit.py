@@ -1,28 +1,34 @@
-"""Real jobs through submitit on this machine: what they log, how they fail, how they are killed."""
+"""Real jobs of a chain on this machine: what they log, how they fail, how they are killed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.cli import app
+from launch.cluster import kill_all
 from launch.jobs import run_command, shards_job
+from launch.local import _lines, submit_plan
+from launch.localstate import rows_here
 from launch.phantom import Phantom, write_archive
 from launch.plan import JobSpec
 from launch.rundir import RunDir
-from launch.submit import DEVICES, _lines, run_with_devices, submit_plan
+from launch.status import ended, log_files, require_success, status_of
 from medpsp.config import Config
-from medpsp.errors import ConfigError, LaunchError, ShardError
+from medpsp.errors import EXIT_AGAIN, ConfigError, LaunchError, ShardError
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 Make = Callable[..., Config]
@@ -82,16 +88,22 @@ def test_a_job_killed_half_way_says_so_and_the_next_run_ends_as_a_clean_one(
     config = make_config(root, tmp_path, shard_slices=1, workers=1)
     run = RunDir.create(config)
     commits = config.shards / "commits"
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(submit_plan, chain("shards"), run)
-        (log,) = until(lambda: list((run.logs / "jobs").glob("*_0_log.err")))
-        (task,) = until(lambda: children(int(log.name.split("_")[0])))
-        until(lambda: future.done() or list(commits.glob("[0-9]*.json")))
+    log = run.logs / "jobs/shards.log"
+
+    def kill() -> list[int]:
+        until(log.exists)
+        (task,) = until(lambda: working(run.root))
+        until(lambda: list(commits.glob("[0-9]*.json")))
         helpers = children(task)
         os.kill(task, signal.SIGKILL)
-        error = future.exception(timeout=DEADLINE_S)
-    assert isinstance(error, LaunchError)
-    assert str(error) == f"shards: died without a word (killed?); its output is in {log}"
+        return helpers
+
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(kill)
+        with pytest.raises(LaunchError) as caught:
+            submit_plan(chain("shards"), run)
+        helpers = killer.result(DEADLINE_S)
+    assert str(caught.value) == f"shards: killed by SIGKILL; its output is in {log}"
     survivors = {p.name: p.stat().st_mtime_ns for p in commits.glob("[0-9]*.json")}
     assert 0 < len(survivors) < 128
     assert not (config.shards / "manifest.json").exists()
@@ -105,10 +117,10 @@ def test_a_job_killed_half_way_says_so_and_the_next_run_ends_as_a_clean_one(
         assert (config.shards / name).read_bytes() == (clean.shards / name).read_bytes()
     assert list(config.shards.rglob(".*")) == []
     assert {n: (commits / n).stat().st_mtime_ns for n in survivors} == survivors
-    shown = capfd.readouterr().err  # the jobs' own lines, and nothing of submitit's
+    shown = capfd.readouterr().err  # the jobs' own lines
     assert f"shards: {config.shards} (128 slices; objects: 128 kept, " in shown
     assert "check: every digest, slice and split is as the manifest says" in shown
-    assert "submitit" not in shown
+    assert "Traceback" not in shown
     assert "objects: 128 kept, " in (run.logs / "shards.log").read_text()
 
 
@@ -119,9 +131,44 @@ def test_a_failing_job_gives_its_own_reason_and_stops_the_chain(
     with pytest.raises(LaunchError) as caught:
         submit_plan(chain("check", "train"), run)
     reason = f"shards {tmp_path / 'shards'}: no manifest.json; run `medpsp shards` to its end first"
+    reason += ", or try a setting on the shards of another run with `medpsp sweep`"
     assert str(caught.value) == f"check: {reason}"
     assert (run.logs / "check.failed").read_text() == reason + "\n"
     assert not (run.logs / "train.log").exists()
+
+
+def test_status_and_logs_of_a_run_on_this_machine(made: Config, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "shards").symlink_to(made.shards)
+    run = RunDir.create(made.model_copy(update={"out": out}))
+    with pytest.raises(LaunchError, match="nothing was begun there; `medpsp run CONFIG` does"):
+        status_of(run)
+    with pytest.raises(LaunchError):
+        submit_plan(chain("check", "evaluate", "export"), run)
+    rows = {row.name: row for row in status_of(run)}
+    assert {n: r.state for n, r in rows.items()} == {
+        "check": "done",
+        "evaluate": "failed",
+        "export": "not run",
+    }
+    assert "run `medpsp train` first" in rows["evaluate"].note
+    with pytest.raises(LaunchError, match=r"^evaluate: failed \(checkpoint .*\)$"):
+        require_success(list(rows.values()))
+    done = CliRunner().invoke(app, ["status", str(out)])
+    assert done.exit_code == 0
+    assert f"evaluate: {rows['evaluate'].note}" in " ".join(done.stdout.split())
+    assert f"logs         {out}/logs " in done.stdout
+    assert log_files(run, "check") == [run.logs / "check.log", run.logs / "jobs/check.log"]
+    done = CliRunner().invoke(app, ["logs", str(out), "check"])
+    assert done.stdout.count("check: every digest, slice and split is as the manifest says") == 2
+    with pytest.raises(LaunchError, match="no such job; there are check, evaluate, export"):
+        log_files(run, "train")
+    (run.logs / "train.log").write_text("2026-11-27 09:00:00,000 the last line\n")
+    old = time.time() - 3600
+    os.utime(run.logs / "train.log", (old, old))
+    (row,) = [row for row in status_of(run) if row.name == "train"]  # a command of its own
+    assert (row.state, row.at) == ("ended", "the last line")
 
 
 def test_a_job_that_finds_the_configuration_wrong_is_a_configuration_error(
@@ -137,26 +184,125 @@ def test_a_job_that_raises_something_else_names_it_in_one_line(
     archive: Path, make_config: Make, tmp_path: Path
 ):
     run = RunDir.create(make_config(archive, tmp_path))
-    with pytest.raises(LaunchError, match=r"^nonsense: failed \(KeyError: 'nonsense'\); its ") as e:
+    with pytest.raises(LaunchError, match=r"^nonsense: KeyError, a bug in medpsp: its ") as e:
         submit_plan(chain("nonsense"), run)
     assert "\n" not in str(e.value)
 
 
-def test_ctrl_c_ends_the_job_too(archive: Path, make_config: Make, tmp_path: Path):
-    run = RunDir.create(make_config(archive, tmp_path / "out"))
-    command = [sys.executable, "-m", "launch.cli", "run", str(run.config)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+@contextlib.contextmanager
+def typed(config: Config, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """`medpsp run` in a process group of its own, as a shell starts it; nothing of it is left."""
+    RunDir.create(config)
+    command = [sys.executable, "-m", "launch.cli", "run", str(config.out / "config.yaml"), *words]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
-            assert process.stderr is not None
-            assert "shards: job" in next(iter(process.stderr))
-            until(lambda: working(run.root) - {process.pid})
-            process.send_signal(signal.SIGINT)
-            _, shown = process.communicate(timeout=DEADLINE_S)
+            yield process
         finally:
-            process.kill()
+            kill_all(process.pid)
+            left = working(config.out)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def ctrl_c(process: subprocess.Popen[str]) -> None:
+    """As a terminal sends it."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def trains(made: Config, out: Path, ranks: int) -> Config:
+    """So many steps that only a signal ends them."""
+    tree = made.model_dump(mode="json")
+    tree["train"] |= {"stages": [{"name": "only", "steps": 10**6, "lr": 1e-3, "augment": "none"}]}
+    tree["train"] |= {"threads": 1, "ranks": ranks, "save_every": 10**6, "eval_every": 10**6}
+    tree["model"] |= {"backbone": "timm/test_resnet", "psp_channels": 16, "decoder_channels": 16}
+    out.mkdir()
+    (out / "shards").symlink_to(made.shards)
+    return Config.model_validate({**tree, "out": out})
+
+
+def steps(out: Path, ranks: int) -> bool:
+    """Whether all ranks have made one."""
+    notes = [path.read_text() for path in (out / "logs/ranks").glob("heartbeat-*.json")]
+    return len([n for n in notes if '"phase": "step"' in n and '"step": 0' not in n]) == ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_waits_until_training_has_saved(made: Config, tmp_path: Path, ranks: int):
+    config = trains(made, tmp_path / "out", ranks)
+    with typed(config, "--from", "train") as process:
+        until(lambda: steps(config.out, ranks) or process.poll() is not None)
+        rows = until(lambda: (found := rows_here(RunDir(config.out)))[0].at and found)
+        assert [row.state for row in rows] == ["running", "waiting", "waiting"]
+        assert not ended(rows)
+        ctrl_c(process)
+        _, shown = process.communicate(timeout=DEADLINE_S)
+        assert working(config.out) == set()
+    *_, last = shown.splitlines()
+    told = re.fullmatch(
+        r"medpsp: train: stopped by SIGINT after step (\d+), which is saved; .*", last
+    )
+    assert told, shown
+    assert process.returncode == EXIT_AGAIN
+    assert "Traceback" not in shown
+    assert "death signal" not in shown
+    assert "train is asked to end; a second Ctrl-C ends it at once\n" in shown
+    assert (config.out / f"checkpoints/step-{int(told[1]):08d}/state.pt").is_file()
+    rows = rows_here(RunDir(config.out))
+    assert [row.state for row in rows] == ["stopped", "not run", "not run"]
+    assert rows[0].note == last.removeprefix("medpsp: train: ")
+    assert ended(rows)
+    RunDir(config.out).lock()  # another command may begin at once
+
+
+def test_a_second_ctrl_c_ends_all_at_once(made: Config, tmp_path: Path):
+    config = trains(made, tmp_path / "out", 2)
+    with typed(config, "--from", "train") as process:
+        until(lambda: steps(config.out, 2) or process.poll() is not None)
+        ranks = [pid for pid in working(config.out) if pid != process.pid]
+        for pid in ranks:  # who stands still can save nothing
+            os.kill(pid, signal.SIGSTOP)
+        ctrl_c(process)
+        assert process.stderr is not None
+        until(lambda: "is asked to end" in process.stderr.readline())
+        ctrl_c(process)
+        _, shown = process.communicate(timeout=20)
+        until(lambda: not working(config.out))
+    assert len(ranks) == 3
+    assert shown.splitlines()[-1] == "medpsp: interrupted; run the same command again to go on"
     assert process.returncode == 130
-    assert "medpsp: interrupted; run the same command again to go on\n" in shown
-    until(lambda: not working(run.root))
+    assert "Traceback" not in shown
+    assert not list((config.out / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_has_nothing_to_save_ends_too(
+    archive: Path, make_config: Make, tmp_path: Path, number: int
+):
+    config = make_config(archive, tmp_path / "out")
+    with typed(config) as process:
+        assert process.stderr is not None
+        until(lambda: "shards: process" in process.stderr.readline())
+        process.send_signal(number)  # while the job still imports: it hears it all the same
+        _, shown = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 128 + number
+    assert shown.splitlines()[-1] == "medpsp: interrupted; run the same command again to go on"
+    assert "Traceback" not in shown
+    assert not config.shards.exists()
+
+
+def test_a_job_whose_command_is_killed_saves_and_ends(made: Config, tmp_path: Path):
+    config = trains(made, tmp_path / "out", 1)
+    with typed(config, "--from", "train") as process:
+        until(lambda: steps(config.out, 1) or process.poll() is not None)
+        process.kill()
+        process.wait()
+        until(lambda: not working(config.out))
+    (train, *_) = rows_here(RunDir(config.out))
+    assert train.state == "stopped"
+    assert list((config.out / "checkpoints").glob("step-*"))
 
 
 def working(root: Path) -> set[int]:
@@ -168,16 +314,6 @@ def working(root: Path) -> set[int]:
                 if str(root) in (entry / "cmdline").read_bytes().decode(errors="replace"):
                     found.add(int(entry.name))
     return found
-
-
-def test_a_job_sees_the_gpus_of_who_submitted_it(made: Config, monkeypatch: pytest.MonkeyPatch):
-    """submitit hides all of them from a local job by an empty CUDA_VISIBLE_DEVICES."""
-    run = RunDir.create(made)
-    monkeypatch.setenv(DEVICES, "")
-    assert run_with_devices("check", run.config, "2,3") == (0, "")
-    assert os.environ[DEVICES] == "2,3"
-    assert run_with_devices("check", run.config, None) == (0, "")
-    assert DEVICES not in os.environ
 
 
 def test_a_mark_of_failure_goes_with_the_next_success(copied: Config):
@@ -206,6 +342,7 @@ def test_too_many_refused_objects_fail_the_job_after_the_shards_are_whole(
 
 def test_lines_of_a_growing_file_come_whole(tmp_path: Path):
     path = tmp_path / "log"
+    path.touch()
     lines = _lines(path)
     assert next(lines) == ""
     with path.open("w") as file:

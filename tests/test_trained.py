@@ -17,7 +17,7 @@ from medpsp.configio import load_config, without_paths
 from medpsp.dicom.placement import LPS_TO_RAS, place_mask
 from medpsp.errors import LabelError, ShardError
 from medpsp.train.checkpoint import TrainState
-from medpsp.train.resume import same_so_far, schedule_of
+from medpsp.train.same import other_draws, other_steps, schedule_of
 from shards.layout import data_id, data_settings
 
 
@@ -63,12 +63,21 @@ def test_later_stages_may_change_but_not_the_steps_done(made: Config):
     state = TrainState(
         step=7, stage="b", best=0.5, score=0.5, model={}, schedule=schedule_of(trained)
     )
-    assert same_so_far(state, trained)
-    assert same_so_far(state, schedule(made, ("a", 4), ("b", 9), ("c", 2)))
-    assert not same_so_far(state, schedule(made, ("a", 3), ("b", 7)))
-    assert not same_so_far(state, schedule(made, ("z", 2)))
-    assert not same_so_far(state, schedule(made, ("a", 4), ("c", 6)))
-    assert not same_so_far(state, schedule(made, ("a", 4), ("b", 6), batch_size=2))
+    why = "(its step 7 is in stage b, and what is done must stay as it was)"
+    for stages, now in (
+        ((("a", 4), ("b", 6)), ""),
+        ((("a", 4), ("b", 9), ("c", 2)), ""),
+        ((("a", 3), ("b", 7)), "10 steps (a 3 + b 7)"),
+        ((("z", 2),), "2 steps (z 2)"),
+        ((("a", 4), ("c", 6)), "10 steps (a 4 + c 6)"),
+    ):
+        told = f"train.stages: made with 10 steps (a 4 + b 6), now {now} {why}"
+        assert other_steps(state, schedule(made, *stages)) == ([told] if now else [])
+        assert other_draws(state, schedule(made, *stages)) == []
+    other = schedule(made, ("a", 4), ("b", 6), batch_size=2)
+    assert other_draws(state, other) == ["train.batch_size: made with 4, now 2"]
+    other = other.model_copy(update={"seed": 9})
+    assert other_draws(state, other)[0] == "seed: made with 0, now 9"
 
 
 def test_only_one_command_works_in_a_run_folder(tmp_path: Path):

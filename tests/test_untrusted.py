@@ -45,8 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ALLOWED = {
     ("launch/sbatch.py", "import submitit"): "its helpers; no result is read here",
-    ("launch/submit.py", "import submitit"): "it pickles a job and its result "
-    "into the run folder, and reads them there again",
+    ("launch/submit.py", "import submitit"): "it pickles jobs into the run folder, "
+    "which SLURM reads there",
     ("medpsp/model/backbones.py", "import pickle"): "the type of the error of a bad file",
     ("medpsp/train/checkpoint.py", "import pickle"): "the type of the error of a bad file",
     ("shards/build.py", "import ray"): "it pickles tasks between its own processes",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from medpsp.config import Config
-from medpsp.errors import CheckpointError, ConfigError
+from medpsp.errors import CheckpointError
 from medpsp.model.psp import PSPNet
 from medpsp.stages import stage_at, total_steps
 from medpsp.train.checkpoint import (
@@ -25,6 +25,7 @@ from medpsp.train.checkpoint import (
 )
 from medpsp.train.optimizer import Moments, no_moments
 from medpsp.train.ranks import barrier
+from medpsp.train.same import changes_told, refuse_other
 
 if TYPE_CHECKING:
     from medpsp.train.loop import Run
@@ -45,107 +46,6 @@ class Restored:
     ema: dict[str, Tensor] | None
     weights: dict[str, Tensor]
     rescore: Path | None = None
-
-
-REFINE = 2
-"""Higher where the same configuration gives another network."""
-
-
-def identify(config: Config, data_id: str = "") -> dict[str, Any]:
-    """What must be equal for weights to be used: network, classes, labels, windows, splits."""
-    tree = config.model.model_dump(mode="json", exclude={"pretrained", "dropout"})
-    if config.model.head == "refine":
-        tree["version of refine"] = REFINE
-    return {**tree, "classes": list(config.data.classes), "data (labels, window, split)": data_id}
-
-
-def schedule_of(config: Config) -> dict[str, Any]:
-    """What gives a step number its meaning."""
-    stages = [[stage.name, stage.steps] for stage in config.train.stages]
-    begun = [
-        {**stage.model_dump(mode="json"), "size": list(config.train.size)}
-        for stage in config.train.stages
-    ]
-    return {
-        "seed": config.seed,
-        "batch_size": config.train.batch_size,
-        "stages": stages,
-        "settings": begun,
-    }
-
-
-def same_draws(state: TrainState, config: Config) -> bool:
-    """Whether a step number means the same samples within a stage."""
-    now = schedule_of(config)
-    return all(state.schedule.get(key) == now[key] for key in ("seed", "batch_size"))
-
-
-def same_so_far(state: TrainState, config: Config) -> bool:
-    """Whether the steps done are the same in this schedule; later ones may differ.
-
-    Stages in epochs have no steps before the shards are read: then only the draws are compared.
-    """
-    now, stages = schedule_of(config), config.train.stages
-    if not same_draws(state, config):
-        return False
-    if any(stage.epochs is not None and not stage.steps for stage in stages):
-        return True
-    if state.step > total_steps(stages):
-        return False
-    index, _ = stage_at(stages, state.step - 1)
-    done: list[Any] = state.schedule["stages"]
-    return done[:index] == now["stages"][:index] and state.stage == stages[index].name
-
-
-def begun_stages(state: TrainState) -> list[tuple[str, int, float | None]]:
-    """Name, steps and epochs of the stages that a checkpoint has begun, as it knows them."""
-    settings: list[dict[str, Any]] = state.schedule.get("settings", [])
-    begun, first = [], 0
-    for (name, steps), known in zip(state.schedule.get("stages", []), settings, strict=False):
-        if first < state.step:
-            begun.append((name, steps, known.get("epochs")))
-        first += steps
-    return begun
-
-
-def changed_midway(state: TrainState, config: Config) -> str:
-    """What a stage that was begun goes on with in place of what it was begun with; or nothing."""
-    stages = config.train.stages
-    index, within = stage_at(stages, state.step - 1)
-    before: list[dict[str, Any]] = state.schedule.get("settings", [])
-    if within + 1 >= stages[index].steps or index >= len(before):
-        return ""
-    now = schedule_of(config)["settings"][index]
-    changes = [
-        f"{key} {now[key]}, begun with {value}"
-        for key, value in before[index].items()
-        if key not in ("steps", "epochs") and key in now and now[key] != value
-    ]
-    name = stages[index].name
-    return f"stage {name} goes on with {'; '.join(changes)}" if changes else ""
-
-
-def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) -> None:
-    """Refuse a checkpoint that this configuration cannot go on from.
-
-    Raises:
-        CheckpointError: It was made with another network, other data or another schedule.
-        ConfigError: ``train.resume`` is never; another try of a job would not change that.
-    """
-    if config.train.resume == "never":
-        raise ConfigError(
-            f"checkpoint {path}: there is one, and train.resume is never; use another out folder, "
-            "or delete its checkpoints"
-        )
-    wanted = identify(config, data_id)
-    changed = [key for key, value in wanted.items() if state.model.get(key) != value]
-    if not same_so_far(state, config):
-        changed.append("train.stages, train.batch_size or seed")
-    if changed:
-        raise CheckpointError(
-            f"checkpoint {path}: made with other {', '.join(changed)}; use another out folder, "
-            "or delete its checkpoints"
-        )
 
 
 def restore(run: Run, model: PSPNet) -> Restored:
@@ -182,8 +82,8 @@ def restore(run: Run, model: PSPNet) -> Restored:
         for line in damaged:
             log.warning("train: left out: %s", line)
         log.info("train: goes on from step %d (%s)", state.step, path.name)
-        if changed := changed_midway(state, config):
-            log.warning("train: %s", changed)
+        for line in changes_told(state, config):
+            log.warning("train: %s", line)
         for name in names_of(config, state.step):
             other = found.get(folder / name)
             if other is None or other.step != state.step:

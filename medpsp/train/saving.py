@@ -25,7 +25,8 @@ from medpsp.train.ema import scored_weights
 from medpsp.train.engine import Engine
 from medpsp.train.guard import all_finite
 from medpsp.train.ranks import barrier, share_buffers
-from medpsp.train.resume import identify, names_of, schedule_of
+from medpsp.train.resume import names_of
+from medpsp.train.same import identify, schedule_of
 from medpsp.train.validate import validate
 
 if TYPE_CHECKING:

@@ -1,0 +1,184 @@
+"""What may change while a run goes on, and what may not: one place, which says key and values.
+
+Refused are another network, other data (`other_network`), other samples (`other_draws`) and another
+past (`other_steps`). Anything else may change; of the schedule it is said (`changed_midway`,
+`changed_ahead`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medpsp.config import Config
+from medpsp.errors import CheckpointError, ConfigError
+from medpsp.stages import stage_at, total_steps
+from medpsp.train.checkpoint import TrainState
+
+DATA = "data (labels, window, split)"
+"""Name of their digest."""
+REFINE = 2
+"""Higher where the same configuration gives another network."""
+
+
+def identify(config: Config, data_id: str = "") -> dict[str, Any]:
+    """What must be equal for weights to be used: network, classes, labels, windows, splits."""
+    tree = config.model.model_dump(mode="json", exclude={"pretrained", "dropout"})
+    if config.model.head == "refine":
+        tree["version of refine"] = REFINE
+    return {**tree, "classes": list(config.data.classes), DATA: data_id}
+
+
+def schedule_of(config: Config) -> dict[str, Any]:
+    """What gives a step number its meaning."""
+    stages = [[stage.name, stage.steps] for stage in config.train.stages]
+    begun = [
+        {**stage.model_dump(mode="json"), "size": list(config.train.size)}
+        for stage in config.train.stages
+    ]
+    return {
+        "seed": config.seed,
+        "batch_size": config.train.batch_size,
+        "stages": stages,
+        "settings": begun,
+    }
+
+
+def other_draws(state: TrainState, config: Config) -> list[str]:
+    """What changes which samples a step has: never while a run goes on."""
+    now = schedule_of(config)
+    keys = {"seed": "seed", "batch_size": "train.batch_size"}
+    return [
+        _told(key, state.schedule.get(name), now[name])
+        for name, key in keys.items()
+        if state.schedule.get(name) != now[name]
+    ]
+
+
+def other_steps(state: TrainState, config: Config) -> list[str]:
+    """What changes the steps that are done: neither the stages before the one of the last step, nor
+    the name of that one, nor fewer steps in all than are done.
+
+    Stages in epochs have no steps before the shards are read: then nothing is compared.
+    """
+    now, stages = schedule_of(config)["stages"], config.train.stages
+    if any(stage.epochs is not None and not stage.steps for stage in stages):
+        return []
+    total, before = total_steps(stages), state.schedule.get("stages", [])
+    if state.step <= total:
+        index, _ = stage_at(stages, state.step - 1)
+        if before[:index] == now[:index] and state.stage == stages[index].name:
+            return []
+    why = f"its step {state.step} is in stage {state.stage}, and what is done must stay as it was"
+    return [f"{_told('train.stages', _listed(before), _listed(now))} ({why})"]
+
+
+def _told(key: str, before: object, now: object) -> str:
+    return f"{key}: made with {before}, now {now}"
+
+
+def _listed(stages: Sequence[Sequence[Any]]) -> str:
+    """Stages as their sum and parts."""
+    parts = " + ".join(f"{name} {steps}" for name, steps in stages)
+    return f"{sum(steps for _, steps in stages)} steps ({parts})"
+
+
+def begun_stages(state: TrainState) -> list[tuple[str, int, float | None]]:
+    """Name, steps and epochs of the stages that a checkpoint has begun, as it knows them."""
+    settings: list[dict[str, Any]] = state.schedule.get("settings", [])
+    begun, first = [], 0
+    for (name, steps), known in zip(state.schedule.get("stages", []), settings, strict=False):
+        if first < state.step:
+            begun.append((name, steps, known.get("epochs")))
+        first += steps
+    return begun
+
+
+def changes_told(state: TrainState, config: Config) -> list[str]:
+    """What is other than it was, and may be, in a line each."""
+    return [line for line in (changed_midway(state, config), changed_ahead(state, config)) if line]
+
+
+def changed_midway(state: TrainState, config: Config) -> str:
+    """What a stage that was begun goes on with in place of what it was begun with; or nothing."""
+    stages = config.train.stages
+    index, within = stage_at(stages, state.step - 1)
+    before: list[dict[str, Any]] = state.schedule.get("settings", [])
+    if within + 1 >= stages[index].steps or index >= len(before):
+        return ""
+    now = schedule_of(config)["settings"][index]
+    changes = [
+        f"{key} {now[key]}, begun with {value}"
+        for key, value in before[index].items()
+        if key not in ("steps", "epochs") and key in now and now[key] != value
+    ]
+    name = stages[index].name
+    return f"stage {name} goes on with {'; '.join(changes)}" if changes else ""
+
+
+def changed_ahead(state: TrainState, config: Config) -> str:
+    """What of the schedule after the last step is other than it was; or nothing.
+
+    That is allowed: a run may be made longer, or end otherwise than it was to.
+    """
+    now = schedule_of(config)
+    changes = []
+    if (before := state.schedule.get("stages", [])) != now["stages"]:
+        changes.append(_told("train.stages", _listed(before), _listed(now["stages"])))
+    index, _ = stage_at(config.train.stages, state.step - 1)
+    old = {known["name"]: known for known in state.schedule.get("settings", [])[index + 1 :]}
+    for stage in now["settings"][index + 1 :]:
+        changes += [
+            _told(f"{key} of stage {stage['name']}", value, stage[key])
+            for key, value in old.get(stage["name"], {}).items()
+            if key not in ("steps", "epochs") and key in stage and stage[key] != value
+        ]
+    return (
+        f"the schedule after step {state.step} is another: {'; '.join(changes)}" if changes else ""
+    )
+
+
+def other_network(known: dict[str, Any], config: Config, data_id: str) -> list[str]:
+    """What makes weights those of another network, or of other data; see `identify`."""
+    names = {"classes": "data.classes", DATA: DATA, "version of refine": "version of head refine"}
+    changes = []
+    for key, value in identify(config, data_id).items():
+        if known.get(key) != value:
+            name = names.get(key, f"model.{key}")
+            digest = key == DATA  # says nothing to anybody
+            changes.append(
+                f"made with other {name}" if digest else _told(name, known.get(key), value)
+            )
+    return changes
+
+
+def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) -> None:
+    """Refuse a checkpoint that this configuration cannot go on from.
+
+    Raises:
+        CheckpointError: It was made with another network, other data or another schedule.
+        ConfigError: ``train.resume`` is never; another try of a job would not change that.
+    """
+    if config.train.resume == "never":
+        raise ConfigError(
+            f"checkpoint {path}: there is one, and train.resume=never refuses to go on from it; "
+            f"{anew(path)}"
+        )
+    changes = [
+        *other_network(state.model, config, data_id),
+        *other_draws(state, config),
+        *other_steps(state, config),
+    ]
+    if changes:
+        raise CheckpointError(
+            f"checkpoint {path}: {'; '.join(changes)}; set it back, or {anew(path)}"
+        )
+
+
+def anew(path: Path) -> str:
+    """What to do where a checkpoint is of something else."""
+    return (
+        f"try it beside this run with `medpsp sweep CONFIG --over KEY=VALUE`, or start over: "
+        f"delete {path.parent}"
+    )
