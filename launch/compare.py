@@ -49,7 +49,8 @@ def best_first(roots: Sequence[Path]) -> list[Path]:
 def _row(root: Path) -> tuple[str, ...]:
     config, run = config_of(root)
     scores = evaluation_of(run)
-    size, agreement = _int8(dossier_of(run))
+    dossier = dossier_of(run)
+    size, agreement = _int8(dossier)
     return (
         root.name,
         config.model.backbone,
@@ -57,8 +58,13 @@ def _row(root: Path) -> tuple[str, ...]:
         "-" if isinstance(scores, Lack) else str(scores["step"]),
         *(_shown(_mean(scores, key)) for key in MEANS),
         _shown(agreement),
-        f"{size / 2**20:.1f}" if size else "-",
+        f"{size / 2**20:.1f}" if size else "refused" if _refused(dossier) else "-",
     )
+
+
+def _refused(dossier: Facts | Lack) -> bool:
+    known = () if isinstance(dossier, Lack) else dossier.get("refusals", ())
+    return any(one["variant"] == SAID["cpu"] for one in known)
 
 
 def _int8(dossier: Facts | Lack) -> tuple[int | None, float | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from launch.evalfigures import METRICS, estimate
 from medpsp.deploy.dossier import AgreementFact, Facts, plain
 from medpsp.deploy.sbom import bill_of_materials
-from shards.page import Html, page, pairs, picture, table, tag
+from shards.page import Html, join, page, pairs, picture, table, tag
 from shards.sections import section
 
 NOT_MEASURED = tag("p", "not measured", css="quiet")
@@ -84,17 +84,37 @@ def dossier_page(facts: Facts) -> str:
 
 
 def gates_section(facts: Facts) -> Html:
-    """Gates that were not met and were allowed, and why."""
-    given = facts.get("allowances")
-    if given is None:
+    """Gates that were not met: whose files were refused, and which were allowed, and why."""
+    allowed, refused = facts.get("allowances"), facts.get("refusals", ())
+    if allowed is None and not refused:
         return section("allowances", "Gates", NOT_MEASURED)
-    if not given:
+    if not allowed and not refused:
         return section("allowances", "Gates", tag("p", "Every gate was met."))
-    lines = (tag("li", tag("strong", a["gate"]), ": ", a["reason"]) for a in given)
-    title = tag("h2", "Gates that were not met and were allowed", style="color:var(--mark)")
-    return tag(
-        "section", title, tag("ul", *lines), id="allowances", style="border:2px solid var(--mark)"
-    )
+    parts: list[Html] = []
+    for title, lines in (
+        ("Refused: files that did not pass and were not given out", [*_refused(facts)]),
+        (
+            "Gates that were not met and were allowed",
+            [tag("li", tag("strong", a["gate"]), ": ", a["reason"]) for a in allowed or ()],
+        ),
+    ):
+        if lines:
+            parts += [tag("h2", title, style="color:var(--mark)"), tag("ul", *lines)]
+    return tag("section", *parts, id="allowances", style="border:2px solid var(--mark)")
+
+
+def _refused(facts: Facts) -> Iterator[Html]:
+    for one in facts.get("refusals", ()):
+        yield tag(
+            "li", tag("strong", one["file"]), f" ({one['variant']}), ",
+            tag("strong", one["gate"]), ": ", one["says"],
+        )  # fmt: skip
+
+
+def _variant(facts: Facts, name: str) -> Html:
+    """A variant by its name, and that its file was refused."""
+    refused = any(one["variant"] == name for one in facts.get("refusals", ()))
+    return join([name, tag("small", "refused", style="color:var(--mark)") if refused else ""])
 
 
 def files_table(facts: Facts) -> list[Html]:
@@ -175,11 +195,11 @@ def agreement_tables(facts: Facts) -> list[Html]:
         "logits by the kernels of this CPU and by float emulation of the same graph, which a CPU "
         "that does not saturate computes."
     )
-    rows = [row for fact in given for row in _classes(fact)]
+    rows = [(_variant(facts, name), *row) for fact in given for name, *row in _classes(fact)]
     head = ("variant", "class", "against fp32", "fp32, labels", "variant, labels", "change")
     sqnr = [
         (
-            fact["variant"],
+            _variant(facts, fact["variant"]),
             fact["slices"],
             _digits(fact["mean"], 4),
             _digits(fact["sqnr_real_db"], 1),
@@ -197,7 +217,7 @@ def agreement_tables(facts: Facts) -> list[Html]:
     ]
 
 
-def _classes(fact: AgreementFact) -> Iterator[tuple[object, ...]]:
+def _classes(fact: AgreementFact) -> Iterator[tuple[str, ...]]:
     for name, dice in fact["against_fp32"].items():
         before, after = fact["labels_fp32"].get(name), fact["labels"].get(name)
         change = NONE if before is None or after is None else f"{after - before:+.4f}"
@@ -228,7 +248,7 @@ def latency_table(facts: Facts) -> list[Html]:
     about = "CPU not recorded." if cpu is None else f"{cpu['model']}: {' '.join(cpu['flags'])}"
     rows = [
         (
-            r["variant"],
+            _variant(facts, r["variant"]),
             r["threads"],
             " x ".join(map(str, r["size"])),
             f"{r['median_ms']:.1f}",

@@ -30,7 +30,7 @@ from medpsp.deploy.dossier import (
     cpu_facts,
     environment_facts,
 )
-from medpsp.deploy.gates import Differing
+from medpsp.deploy.gates import Differing, refused_by
 from medpsp.intensity import overlay
 from medpsp.types import SPLITS
 from shards.index import file_sha256
@@ -101,9 +101,11 @@ def dossier_facts(
     """
     files = {"fp32": run.fp32}
     files |= {name: run.variant(name) for name in config.export.variants}
+    refused = refused_by(found.gates, config.export.allow)
+    names = {gate.variant for gate in refused}
     facts = Facts(
         model=metadata,
-        files=[_file(path, said_of(name)) for name, path in files.items()],
+        files=[_file(path, said_of(name)) for name, path in files.items() if name not in names],
         parity=_parity(found),
         agreement=[_agreement(config, found, name) for name in config.export.variants],
         overlays=list(_overlays(config, found)),
@@ -114,6 +116,15 @@ def dossier_facts(
             {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}
             for gate in found.gates
             if not gate.passed and gate.name in config.export.allow
+        ],
+        refusals=[
+            {
+                "gate": gate.name,
+                "variant": said_of(gate.variant),
+                "file": run.variant(gate.variant).name,
+                "says": gate.says,
+            }
+            for gate in refused
         ],
         steps=_steps(config, found),
         environment=environment_facts(),

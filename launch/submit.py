@@ -54,7 +54,8 @@ def submit_plan(plan: tuple[JobSpec, ...], run: RunDir) -> None:
         _show(follow)
         code, reason = _outcome(job)
         if reason:
-            raise (ConfigError if code == EXIT_CONFIG else LaunchError)(f"{spec.name}: {reason}")
+            said = reason.removeprefix(f"{spec.name}: ")  # many a reason names its job itself
+            raise (ConfigError if code == EXIT_CONFIG else LaunchError)(f"{spec.name}: {said}")
 
 
 def submit_cluster(

@@ -151,6 +151,19 @@ def test_allowances_stand_first_and_in_red() -> None:
     assert "Every gate was met." in dossier_page({**known(), "allowances": []})
 
 
+def test_a_refused_file_stands_first_and_is_in_no_table_of_files() -> None:
+    refusals = [{"gate": "cpu_drop", "variant": "int8 QDQ U8S8", "file": "model.int8.onnx",
+                 "says": "Dice is <lower>"}]  # fmt: skip
+    text = dossier_page({**known(), "allowances": [], "refusals": refusals})  # type: ignore[typeddict-item]
+    assert "Every gate was met" not in text
+    assert text.index("Refused: files that did not pass") < text.index("<h2>Files</h2>")
+    assert "<strong>cpu_drop</strong>: Dice is &lt;lower&gt;" in text
+    assert "were allowed" not in text
+    names = {row[0][1] for row in rows_of(text)}
+    assert "int8 QDQ U8S8refused" in names  # its figures, marked
+    assert "fp32" in names
+
+
 def test_what_is_missing_is_said_not_invented() -> None:
     text = dossier_page({})
     assert text.count("not measured") == 11  # ten parts and the gates

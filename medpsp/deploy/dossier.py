@@ -119,12 +119,21 @@ class AllowanceFact(TypedDict):
     reason: str
 
 
+class RefusalFact(TypedDict):
+    """A gate that was not met, so that ``file``, of ``variant``, was not given out."""
+
+    gate: str
+    variant: str
+    file: str
+    says: str
+
+
 class Facts(TypedDict, total=False):
     """All of a dossier; what is left out was not measured.
 
     Attributes:
         model: Metadata of the files, as it stands in them.
-        files: In the order to show.
+        files: That were given out, in the order to show.
         parity: Rows of all variants.
         agreement: A row a variant.
         overlays: Largest disagreements first.
@@ -132,7 +141,8 @@ class Facts(TypedDict, total=False):
         cpu: That latency and real kernels were measured on.
         training: Of the data.
         evaluation: ``evaluation.json`` of `medpsp evaluate`.
-        allowances: Empty where every gate was met.
+        allowances: Empty where every gate was met, or its file refused.
+        refusals: Of files that were not given out; empty where all were.
         steps: What was optimised, a sentence each.
         environment: Versions by name.
     """
@@ -147,6 +157,7 @@ class Facts(TypedDict, total=False):
     training: TrainingFact
     evaluation: dict[str, Any]
     allowances: list[AllowanceFact]
+    refusals: list[RefusalFact]
     steps: list[str]
     environment: dict[str, str]
 

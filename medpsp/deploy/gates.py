@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,9 @@ from numpy.typing import NDArray
 
 from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.session import MASK, Feeds, class_masks, open_session, run_graph
-from medpsp.errors import ExportError
 from medpsp.tiles import Tiling
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
 from medpsp.types import FloatArray
-
-log = logging.getLogger("medpsp")
 
 Variant = Literal["cpu", "trt", "half"]
 LEAST_DICE: dict[str, dict[str, float]] = {
@@ -106,9 +102,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One condition: ``name`` may be allowed to fail, with a reason."""
+    """One condition of a file: ``name`` may be allowed to fail, with a reason."""
 
     name: str
+    variant: Variant
     passed: bool
     says: str
 
@@ -180,13 +177,15 @@ def dice_gates(variant: Variant, least: float, found: Scores, fp32: Scores) -> l
     says = f"masks agree with fp32 by Dice {found.agreement:.4f}, expected {least:g}"
     if np.isnan(found.agreement):
         says = f"no mask has any foreground, neither of fp32, expected Dice {least:g} between them"
-    gates = [Gate(name=f"{variant}_dice", passed=bool(found.agreement >= least), says=says)]
+    passed = bool(found.agreement >= least)
+    gates = [Gate(name=f"{variant}_dice", variant=variant, passed=passed, says=says)]
     drops = np.array(fp32.against_labels) - np.array(found.against_labels)
     if np.isfinite(drops[1:]).any():
         worst = 1 + int(np.nanargmax(drops[1:]))
         gates.append(
             Gate(
                 name=f"{variant}_drop",
+                variant=variant,
                 passed=bool(drops[worst] <= MOST_DROP),
                 says=f"Dice of class {worst} against the labels is {drops[worst]:.4f} lower than "
                 f"that of fp32, at most {MOST_DROP:g} is expected",
@@ -201,6 +200,7 @@ def latency_gate(times: Sequence[Mapping[str, NDArray[np.float64]]]) -> Gate:
     ratios = [float(np.median(found["cpu"] / found["fp32"])) for found in times]
     return Gate(
         name="latency",
+        variant="cpu",
         passed=min(ratios) <= 1,
         says=f"int8 takes {min(ratios):.2f} of the time of fp32 on this CPU, at most 1 is expected",
     )
@@ -215,27 +215,13 @@ def saturation_gate(real: float, emulated: float) -> Gate:
     """
     return Gate(
         name="saturation",
+        variant="cpu",
         passed=real == emulated or abs(real - emulated) <= SATURATION_DB,  # both may be infinite
         says=f"int8 kernels of this CPU give {real:.1f} dB against fp32, the same file in float "
         f"{emulated:.1f} dB, within {SATURATION_DB:g} dB is expected",
     )
 
 
-def judge(gates: Sequence[Gate], allow: Mapping[Any, str]) -> None:
-    """All must have passed, but for those that are allowed to fail.
-
-    Raises:
-        ExportError: Which did not, what was found and expected, and what to do.
-    """
-    failed = [gate for gate in gates if not gate.passed]
-    for gate in failed:
-        if gate.name in allow:
-            log.warning("export: %s: %s; allowed by export.allow", gate.name, gate.says)
-    if left := [gate for gate in failed if gate.name not in allow]:
-        says = "; ".join(f"{gate.name}: {gate.says}" for gate in left)
-        weak = any(gate.name.endswith(("_dice", "_drop")) for gate in left)
-        options = " ".join(f"export.allow.{gate.name}='why'" for gate in left)
-        raise ExportError(
-            f"export: {says}; {'train longer, or ' if weak else ''}let it fail with {options}, "
-            "which the dossier then shows"
-        )
+def refused_by(gates: Sequence[Gate], allow: Mapping[Any, str]) -> list[Gate]:
+    """Gates that failed and may not; each refuses its own file and no other."""
+    return [gate for gate in gates if not gate.passed and gate.name not in allow]
