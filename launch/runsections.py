@@ -124,11 +124,11 @@ def cost_section(facts: RunFacts) -> Html:
 
 def _jobs(facts: RunFacts) -> Iterator[Html]:
     if not facts.jobs:
-        yield lacks(Lack("No job of `medpsp run` was here: commands by hand are not timed."))
+        yield lacks(Lack("No job was timed: `medpsp run`, `evaluate` and `export` are."))
         return
     rows = [_job(facts, name, told) for name, told in facts.jobs.items()]
     text = (
-        "The last try of each job of the chain; device hours of training are those of all its "
+        "The last try of each job; device hours of training are those of all its "
         "starts. A device is a GPU, or what a rank has of a CPU."
     )
     yield tag("p", text, css="quiet")

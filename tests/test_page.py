@@ -27,7 +27,7 @@ from launch.runfacts import facts_of
 from launch.runpage import run_page, write_run_page
 from medpsp.config import Config
 from medpsp.configio import dump_yaml
-from medpsp.errors import ConfigError
+from medpsp.errors import CheckpointError, ConfigError
 from medpsp.train.board import Board
 from shards.index import file_sha256, read_manifest
 from tests.test_dossier import known
@@ -259,7 +259,7 @@ def test_a_run_of_nothing_yet_is_a_line_for_each_part(trained: Config, tmp_path:
     assert said == []
     closed(page, run.root)
     for line in ("No shards yet", "Not trained yet", "No curves yet", "Not evaluated yet",
-                 "No pictures", "Not exported yet", "No job of"):  # fmt: skip
+                 "No pictures", "Not exported yet", "No job was timed"):  # fmt: skip
         assert line in page
     assert "Worth a look" not in page
 
@@ -305,6 +305,30 @@ def test_training_that_goes_on_is_said(run: RunDir, trained: Config) -> None:
     for path in run.checkpoints.glob("*/meta.json"):
         path.unlink()
     assert "20 of an unknown number of steps" in words_of(write_run_page(run.root).read_text())
+
+
+def test_a_job_by_hand_leaves_the_page_as_the_chain_does(run: RunDir, trained: Config) -> None:
+    RunDir.create(trained.model_copy(update={"out": run.root}))
+    marker = run.logs / "evaluate.failed"
+    marker.write_text("no memory")
+    tell(run, "evaluate", Told(state="failed", job="", node=HOST, restarts=0, code=1))
+    assert "evaluate failed" in words_of(write_run_page(run.root).read_text())
+    done = CliRunner().invoke(app, ["evaluate", str(run.config)], catch_exceptions=False)
+    assert done.exit_code == 0
+    words = words_of(run.page.read_text())
+    assert "evaluate failed" not in words
+    assert re.search("evaluate done [0-9]+ s", words)
+    assert not marker.exists()
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(CheckpointError):
+        CliRunner().invoke(app, ["evaluate", str(run.config)], catch_exceptions=False)
+    assert "evaluate failed: logs/evaluate.failed says why." in words_of(run.page.read_text())
+    assert marker.read_text().strip()
+    for path in (run.page, marker, run.jobs / "evaluate.json"):
+        path.unlink()
+    with pytest.raises(CheckpointError):  # where there is no page, none is made of a failure
+        CliRunner().invoke(app, ["evaluate", str(run.config)], catch_exceptions=False)
+    assert not run.page.exists()
 
 
 def test_what_does_not_belong_together_is_said(run: RunDir, trained: Config) -> None:
