@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launch.scores import doubt_of
 from medpsp.train.pictures import Rgb
 from shards.page import Html, join, percent, table, tag
 from shards.thumbs import class_colour
@@ -61,9 +62,8 @@ def doubts_of(result: Mapping[str, Any]) -> Iterator[object]:
 
 
 def _doubts_of_class(name: str, of: Mapping[str, Any]) -> Iterator[Html]:
-    low, blind = of["dice_pooled"]["low"], of["dice_constant_mask"]["value"]
-    if low is not None and blind is not None and low <= blind:
-        yield join([tag("strong", name), " may be no better than the constant mask."])
+    if doubt := doubt_of(of):
+        yield join([tag("strong", name), f" is {doubt} than a mask that ignores the image."])
     if of["missed"]:
         yield join([tag("strong", name), " was missed altogether in ", of["missed"], " cases."])
     if of["invented"]:

@@ -90,13 +90,14 @@ def evaluation_page(
         reader: Of the shards, for the pictures.
     """
     names = config.data.classes
+    several = several_groups(result)
     parts = (
         _title(result),
         _doubts(result, cases),
-        section("scores", "Scores", *scores_table(result)),
+        section("scores", "Scores", *scores_table(result), _single_groups(result)),
         *(
             section(f"by-{n}", f"By {by}", _stratum(groups, by))
-            for n, (by, groups) in enumerate(result["strata"].items())
+            for n, (by, groups) in enumerate(several.items())
         ),
         section("calibration", "Calibration", *reliability(result["calibration"])),
         section("confusion", "Confusion", *confusion_table(result["confusion"], names)),
@@ -106,13 +107,28 @@ def evaluation_page(
     return page("Evaluation", (part for part in parts if part))
 
 
+def several_groups(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Groupings that say more than all cases together do."""
+    return {by: groups for by, groups in result["strata"].items() if len(groups) > 1}
+
+
+def _single_groups(result: dict[str, Any]) -> Html:
+    alone = {by: next(iter(of)) for by, of in result["strata"].items() if len(of) == 1}
+    if not alone:
+        return Html()
+    said = ", ".join(f"{by} ({name})" for by, name in alone.items())
+    text = f"No table by {said}: all cases are of one group."
+    return tag("p", text, css="quiet", style="margin-top:10px")
+
+
 def _title(result: dict[str, Any]) -> Html:
     lead = (
         result["patients"], " held-out patients (", result["split"], "), ", result["cases"],
         " cases, ", result["slices"], " slices; network of step ", result["step"], ".",
     )  # fmt: skip
     links = (
-        ("scores", "Scores"), *((f"by-{n}", f"By {by}") for n, by in enumerate(result["strata"])),
+        ("scores", "Scores"),
+        *((f"by-{n}", f"By {by}") for n, by in enumerate(several_groups(result))),
         ("calibration", "Calibration"), ("confusion", "Confusion"), (CASES, "Cases"),
         ("how", "How it was measured"),
     )  # fmt: skip
