@@ -219,9 +219,10 @@ def _score(
     files |= {name: run.variant(name) for name in names}
     # trt: what TensorRT computes is nearer to float emulation than to the kernels of this CPU
     sessions = {n: open_session(p, 0, optimise=n != "trt") for n, p in files.items()}
-    slices = graph_slices(config, rows, chosen, given)
-    found.scores |= scores(sessions, slices, given, len(config.data.classes), config.tiling)
-    found.slices = len(chosen)
+    slices, cases = graph_slices(config, rows, chosen, given), [row.series for row in chosen]
+    classes = len(config.data.classes)
+    found.scores |= scores(sessions, slices, given, classes, config.tiling, cases)
+    found.chosen = chosen
 
 
 def feeds(one: GraphSlice) -> Feeds:
@@ -236,6 +237,7 @@ def _compare(
 ) -> None:
     """All files on validation slices, and their latency on one tile."""
     from medpsp.deploy.gates import dice_gates, latency, latency_gate, least_dice
+    from medpsp.deploy.others import Others
 
     wanted = config.export
     files = {"fp32": run.fp32}
@@ -252,9 +254,10 @@ def _compare(
     first = validation(rows)[:1]
     one = next(one_tile_each(graph_slices(config, rows, first, given), given, config))
     found.feeds = feeds(one)
+    quick, others = {name: path for name, path in files.items() if name != "trt"}, Others()
     for threads in (1, 2):
-        quick = {name: path for name, path in files.items() if name != "trt"}
         found.times[threads] = latency(quick, found.feeds, threads)
+    found.others = others.cores()
     if "cpu" in wanted.variants:
         found.gates.append(latency_gate(list(found.times.values())))
 

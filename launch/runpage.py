@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.dossier import agreement_tables, files_table, gates_section, latency_table
+from launch.dossiertables import agreement_tables, files_table, gates_section, latency_table
 from launch.evalfigures import CASES, lifted_cases, scores_table
 from launch.rundoubts import doubts_section
 from launch.runfacts import Lack, RunFacts, config_of, facts_of

@@ -317,6 +317,9 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     label = np.uint8([[1] * 5, [1] * 5, [1] * 5, [255] * 5])
     files = {"fp32": open_session(paths[0]), "cpu": open_session(paths[1])}
     found = scores(files, [One(ramp, label)] * 2, GIVEN, 2, Tiling((4, 5)))
+    assert [one.number for one in found["cpu"].worst] == [0, 1]
+    again = scores(files, [One(ramp, label)] * 3, GIVEN, 2, Tiling((4, 5)), ["a", "a", "b"])
+    assert [one.number for one in again["cpu"].worst] == [0, 2]  # of a case one slice
     assert found["cpu"].agreement == pytest.approx(2 * 10 / (10 + 15))  # two rows against three
     assert found["cpu"].changed == pytest.approx(0.25)
     assert found["fp32"].against_labels[1] == pytest.approx(2 * 10 / (10 + 15))

@@ -73,7 +73,8 @@ class AgreementFact(TypedDict):
 
 
 class OverlayFact(TypedDict):
-    """A picture of a large disagreement: image, fp32, variant and difference side by side."""
+    """A picture of a large disagreement: the slice, and cut out of it the mask of fp32, that of
+    the variant and what differs. Empty where it may not be shown."""
 
     title: str
     png: bytes
@@ -95,6 +96,14 @@ class CpuFact(TypedDict):
 
     model: str
     flags: list[str]
+
+
+class LoadFact(TypedDict):
+    """Cores of the machine, and how many of them other processes took while latency was measured;
+    None where the kernel does not say."""
+
+    cores: int
+    others: float | None
 
 
 class SplitFact(TypedDict):
@@ -139,6 +148,7 @@ class Facts(TypedDict, total=False):
         overlays: Largest disagreements first.
         latency: Rows.
         cpu: That latency and real kernels were measured on.
+        load: Of the machine meanwhile.
         training: Of the data.
         evaluation: ``evaluation.json`` of `medpsp evaluate`.
         allowances: Empty where every gate was met, or its file refused.
@@ -154,6 +164,7 @@ class Facts(TypedDict, total=False):
     overlays: list[OverlayFact]
     latency: list[LatencyFact]
     cpu: CpuFact
+    load: LoadFact
     training: TrainingFact
     evaluation: dict[str, Any]
     allowances: list[AllowanceFact]

@@ -44,7 +44,7 @@ SATURATION_DB = 2.0
 with it (ResNet18, MobileNetV3 and EfficientNet-B0 on AVX2)."""
 ROUNDS, WARM = 11, 2
 WORST = 3
-"""Slices of each file that are kept to be drawn."""
+"""Slices of each file that are kept to be drawn, of as many cases."""
 
 
 class Slice(Protocol):
@@ -65,10 +65,9 @@ class Slice(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Differing:
-    """A slice of which two files make different masks, (H, W) each."""
+    """A slice of which two files make different masks, (H, W) each; ``number`` in the sequence."""
 
-    image: NDArray[Any]
-    window: FloatArray | None
+    number: int
     fp32: NDArray[np.uint8]
     other: NDArray[np.uint8]
 
@@ -86,7 +85,7 @@ class Scores:
         against_fp32: Dice of its masks against those of the fp32 file.
         against_labels: Dice of its masks against the labels.
         changed: Share of pixels with another class than fp32.
-        worst: Slices that differ most.
+        worst: Slices that differ most, of each case at most one.
     """
 
     against_fp32: tuple[float, ...]
@@ -116,6 +115,7 @@ def scores(
     given: GraphInput,
     classes: int,
     tiling: Tiling,
+    cases: Sequence[str] = (),
 ) -> dict[str, Scores]:
     """Masks of all files on the same slices, cut into tiles as on the device.
 
@@ -125,28 +125,37 @@ def scores(
         given: What the files take.
         classes: K.
         tiling: How much the network sees at once.
+        cases: Of what case each slice is; without, each is one of its own.
     """
     to_fp32 = {name: np.zeros((classes, classes), np.int64) for name in files}
     to_label = {name: np.zeros((classes, classes), np.int64) for name in files}
-    worst: dict[str, list[Differing]] = {name: [] for name in files}
-    for one in slices:
-        reference = None
+    worst: dict[str, dict[str, Differing]] = {name: {} for name in files}
+    for number, one in enumerate(slices):
+        reference, case = None, cases[number] if cases else str(number)
         for name, session in files.items():
             (mask,) = class_masks(session, given, one.image, one.window, tiling)
             reference = mask if reference is None else reference
             to_fp32[name] += confusion(reference, mask, classes)
             to_label[name] += confusion(one.label, mask, classes)
-            found = Differing(image=one.image, window=one.window, fp32=reference, other=mask)
-            worst[name] = sorted([*worst[name], found], key=lambda d: -d.pixels)[:WORST]
+            found = Differing(number=number, fp32=reference, other=mask)
+            worst[name] = _with(worst[name], case, found)
     return {
         name: Scores(
             against_fp32=tuple(dice_per_class(to_fp32[name]).tolist()),
             against_labels=tuple(dice_per_class(to_label[name]).tolist()),
             changed=float(1 - np.diag(to_fp32[name]).sum() / max(1, to_fp32[name].sum())),
-            worst=tuple(one for one in worst[name] if one.pixels),
+            worst=tuple(one for one in worst[name].values() if one.pixels),
         )
         for name in files
     }
+
+
+def _with(worst: dict[str, Differing], case: str, found: Differing) -> dict[str, Differing]:
+    """The `WORST` cases with the slice of each that differs most; the first of equal ones."""
+    if case not in worst or found.pixels > worst[case].pixels:
+        worst = {**worst, case: found}
+    order = sorted(worst, key=lambda name: (-worst[name].pixels, worst[name].number))
+    return {name: worst[name] for name in order[:WORST]}
 
 
 def latency(
