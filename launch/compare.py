@@ -14,7 +14,17 @@ from launch.runfacts import Lack, config_of, dossier_of, evaluation_of
 from launch.runtypes import Evaluation
 from medpsp.deploy.dossier import Facts
 
-COLUMNS = ("run", "backbone", "seed", "step", "Dice", "HD95 mm", "NSD", "int8 Dice", "int8 MiB")
+COLUMNS = (
+    "run",
+    "backbone",
+    "seed",
+    "step",
+    "mean Dice",
+    "HD95 mm",
+    "NSD",
+    "int8 Dice",
+    "int8 MiB",
+)
 Mean = Literal["dice", "hd95_mm", "nsd"]
 MEANS: tuple[Mean, ...] = ("dice", "hd95_mm", "nsd")
 """Over the classes."""

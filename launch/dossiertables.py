@@ -107,7 +107,7 @@ def agreement_tables(facts: Facts) -> list[Html]:
         return []
     text = (
         "Dice of the masks against those of fp32, and of both against the labels, of slices of "
-        "validation patients: other patients than the held-out ones of the scores. SQNR of the "
+        "validation patients; the scores are of test patients, where there are any. SQNR of the "
         "logits by the kernels of this CPU and by float emulation of the same graph, which a CPU "
         "that does not saturate computes."
     )

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 WIDE, TALL = "width:345px;max-width:100%", "height:345px"
 """Of a picture: 150 CSS pixels of the archive report, by `evalpictures.LARGER`."""
+ROW = "width:100%;display:flex;flex-wrap:wrap;gap:12px 22px"
+"""Of a case: what it is, and beside it its pictures."""
 
 CONVENTIONS = (
     ("case", "One series of a patient, in 3-D. Each counts once in a mean of cases."),
@@ -235,7 +237,9 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
         tag("strong", rank),
         tag("span", "patient ", tag("code", case.patient)),
         tag("span", "series ", tag("code", case.series)),
-        tag("em", f"{about}; Dice {dice}"),
+        tag("em", about),
+        tag("em", f"Dice {dice}"),
+        style="flex:1 1 250px;flex-direction:column;align-items:flex-start",
     )
     place = f"slice {case.drawn.slice_index}"
     frames = _frames(case, reader, place) if not hidden else [[tag("span", f"not shown: {hidden}")]]
@@ -244,7 +248,7 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
         for f in frames
     )
     pics = tag("div", *figures, css="pics", style="flex-wrap:wrap")
-    return tag("article", header, pics, css="case", tabindex=0, style="width:732px")
+    return tag("article", header, pics, css="case", tabindex=0, style=ROW)
 
 
 def _frames(case: Case, reader: ShardReader, place: str) -> list[list[Html]]:
