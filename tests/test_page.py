@@ -479,7 +479,7 @@ def test_curves_are_those_that_tensorboard_shows(tmp_path: Path) -> None:
     assert found.last == 7
     anew = tmp_path / "anew"
     shutil.copytree(tmp_path, anew)
-    third = Board(anew, 1)  # its checkpoints were deleted
+    third = Board(anew, 0)  # its checkpoints were deleted
     third.scalars(1, {"train/loss": 3.0, "perf/ranks": 1.0})
     third.close()
     assert [start.ranks for start in read_curves(anew, 4).starts] == [1]
