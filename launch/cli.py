@@ -97,7 +97,7 @@ def check(
 
 def _job(name: str) -> Callable[[str, list[str] | None], None]:
     def command(config: ConfigArg, overrides: Overrides = None) -> None:
-        from launch.jobs import JOBS, setup_logging
+        from launch.jobs import JOBS, PAGED, run_by_hand, setup_logging
         from launch.ranks import log_job
         from launch.rundir import open_run
         from launch.train import refuse_other_run
@@ -110,7 +110,10 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
         setup_logging()
         resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse)
         log_job(run, name)
-        JOBS[name](resolved)
+        if name in PAGED and name != "train":  # which has ranks
+            run_by_hand(name, resolved)
+        else:
+            JOBS[name](resolved)
 
     return command
 

@@ -14,7 +14,17 @@ from launch.runfacts import Lack, config_of, dossier_of, evaluation_of
 from launch.runtypes import Evaluation
 from medpsp.deploy.dossier import Facts
 
-COLUMNS = ("run", "backbone", "seed", "step", "Dice", "HD95 mm", "NSD", "int8 Dice", "int8 MiB")
+COLUMNS = (
+    "run",
+    "backbone",
+    "seed",
+    "step",
+    "mean Dice",
+    "HD95 mm",
+    "NSD",
+    "int8 Dice",
+    "int8 MiB",
+)
 Mean = Literal["dice", "hd95_mm", "nsd"]
 MEANS: tuple[Mean, ...] = ("dice", "hd95_mm", "nsd")
 """Over the classes."""
@@ -49,7 +59,8 @@ def best_first(roots: Sequence[Path]) -> list[Path]:
 def _row(root: Path) -> tuple[str, ...]:
     config, run = config_of(root)
     scores = evaluation_of(run)
-    size, agreement = _int8(dossier_of(run))
+    dossier = dossier_of(run)
+    size, agreement = _int8(dossier)
     return (
         root.name,
         config.model.backbone,
@@ -57,8 +68,13 @@ def _row(root: Path) -> tuple[str, ...]:
         "-" if isinstance(scores, Lack) else str(scores["step"]),
         *(_shown(_mean(scores, key)) for key in MEANS),
         _shown(agreement),
-        f"{size / 2**20:.1f}" if size else "-",
+        f"{size / 2**20:.1f}" if size else "refused" if _refused(dossier) else "-",
     )
+
+
+def _refused(dossier: Facts | Lack) -> bool:
+    known = () if isinstance(dossier, Lack) else dossier.get("refusals", ())
+    return any(one["variant"] == SAID["cpu"] for one in known)
 
 
 def _int8(dossier: Facts | Lack) -> tuple[int | None, float | None]:

@@ -11,7 +11,14 @@ from typing import Any
 from launch.compare import COLUMNS, best_first, compare
 from launch.evalfigures import METRICS, estimate
 from launch.plot import Line, plot
-from launch.runfacts import Lack, config_of, curves_of, evaluation_of
+from launch.runfacts import (
+    Lack,
+    checkpoints_of,
+    config_of,
+    curves_of,
+    evaluation_of,
+    stages_of,
+)
 from medpsp.configio import tree_without_paths
 from medpsp.words import many
 from shards.index import write_bytes_durably
@@ -19,6 +26,13 @@ from shards.page import Html, coded, join, page, table, tag
 from shards.sections import section
 
 CURVES = {"train/loss": "Loss", "val/dice_mean": "Validation Dice, mean of classes"}
+
+
+MEANING = (
+    "Mean Dice, HD95 and NSD: of the held-out patients, of each class the mean of cases, and of "
+    "that the mean of the classes but the background. Step: of the network that was scored. int8 "
+    "Dice: its masks against those of fp32, of validation patients."
+)
 
 
 def write_comparison(path: Path, roots: Sequence[Path]) -> None:
@@ -38,7 +52,7 @@ def comparison_page(roots: Sequence[Path]) -> str:
     """
     runs = dict(zip(names_of(roots), roots, strict=True))
     parts = {
-        "runs": ("Runs", table(COLUMNS, compare(roots), range(2, len(COLUMNS)))),
+        "runs": ("Runs", join([tag("p", MEANING, css="quiet"), _runs(roots)])),
         "scores": ("Scores", join(_scores(runs))),
         "curves": ("Curves", join(_curves(runs))),
         "settings": ("What was set otherwise", _settings(runs)),
@@ -48,6 +62,10 @@ def comparison_page(roots: Sequence[Path]) -> str:
     header = tag("header", tag("h1", "Runs side by side"), lead, nav)
     sections = (section(name, title, content) for name, (title, content) in parts.items())
     return page("Runs side by side", (header, *sections))
+
+
+def _runs(roots: Sequence[Path]) -> Html:
+    return table(COLUMNS, compare(roots), range(2, len(COLUMNS)))
 
 
 def names_of(roots: Sequence[Path]) -> list[str]:
@@ -99,7 +117,7 @@ def _curves(runs: dict[str, Path]) -> Iterator[Html]:
 
 
 def _settings(runs: dict[str, Path]) -> Html:
-    flat = [dict(_leaves("", tree_without_paths(config_of(root)[0]))) for root in runs.values()]
+    flat = [_settings_of(root) for root in runs.values()]
     keys = list(dict.fromkeys(key for leaves in flat for key in leaves))
     rows = [
         (tag("code", key), *(leaves.get(key, "–") for leaves in flat))
@@ -107,6 +125,21 @@ def _settings(runs: dict[str, Path]) -> Html:
         if len({leaves.get(key) for leaves in flat}) > 1
     ]
     return table(("key", *runs), rows, ()) if rows else tag("p", "Nothing but paths.")
+
+
+def _settings_of(root: Path) -> dict[str, str]:
+    """Keys and values, each stage in a line, and how many steps that makes and were done."""
+    config, run = config_of(root)
+    tree = tree_without_paths(config)
+    stages = stages_of(config, checkpoints_of(run)[0])
+    train = {k: v for k, v in tree.get("train", {}).items() if k not in ("stages", "steps")}
+    curves = curves_of(config, run)
+    told = {"train.steps": str(sum(steps for *_, steps in stages) or "not known yet")}
+    told["steps done"] = "0" if isinstance(curves, Lack) else str(curves.last)
+    for stage in tree.get("train", {}).get("stages", ()):
+        words = (f"{key} {value}" for key, value in _leaves("", stage) if key != "name")
+        told[f"train.stages.{stage['name']}"] = ", ".join(words)
+    return told | dict(_leaves("", {**tree, "train": train}))
 
 
 def _leaves(name: str, value: object) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ class Start(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """All scalars by tag, and a row for each time that training started."""
+    """All scalars by tag, and a row for each start of the training that is there."""
 
     points: dict[str, Points]
     starts: tuple[Start, ...]
@@ -53,13 +53,15 @@ def read_curves(folder: Path, ranks: int) -> Curves:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     points: dict[str, Points] = defaultdict(list)
-    starts = []
+    starts: list[Start] = []
     try:
         for path in sorted(folder.glob("events.out.tfevents.*")):
             times, told = [], ranks
             for event in LegacyEventFileLoader(str(path)).Load():
                 times.append(event.wall_time)
                 if event.HasField("session_log"):
+                    if event.step <= 1:  # from the first step on: another training
+                        starts.clear()
                     for tag, known in points.items():
                         points[tag] = [point for point in known if point[0] < event.step]
                 for value in event.summary.value:

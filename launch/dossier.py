@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.evalfigures import METRICS, estimate
-from medpsp.deploy.dossier import AgreementFact, Facts, plain
+from launch.dossiertables import (
+    NOT_MEASURED,
+    agreement_tables,
+    files_table,
+    gates_section,
+    in_order,
+    latency_table,
+    parity_tables,
+)
+from launch.evalfigures import METRICS, estimate, swatch
+from launch.exportpictures import BOTH, FP32, GAP, OTHER, SIDE
+from medpsp.deploy.dossier import Facts, OverlayFact, plain
 from medpsp.deploy.sbom import bill_of_materials
+from medpsp.intensity import CT_WINDOW, PERCENTILES
 from shards.page import Html, page, pairs, picture, table, tag
 from shards.sections import section
-
-NOT_MEASURED = tag("p", "not measured", css="quiet")
-NONE = "–"
+from shards.thumbs import class_colour
 
 MODEL = {
     "intended_use": "intended use",
@@ -22,9 +32,6 @@ MODEL = {
     "classes": "classes",
     "codes": "coded terms",
     "modalities": "modalities",
-    "windows": "windows",
-    "window": "window of all series",
-    "header_window": "window of the header",
     "spacing_mm": "spacing, mm",
     "tile": "tile",
     "colours": "colours",
@@ -64,7 +71,7 @@ def dossier_page(facts: Facts) -> str:
         "Files": files_table(facts),
         "What it is for": _model(facts),
         "Scores": _scores(facts),
-        "Parity with the trained network": _parity(facts),
+        "Parity with the trained network": parity_tables(facts),
         "Quantized against fp32": agreement_tables(facts),
         "Largest disagreements": _overlays(facts),
         "Latency": latency_table(facts),
@@ -73,7 +80,8 @@ def dossier_page(facts: Facts) -> str:
         "Environment": _environment(facts),
     }
     numbered = list(enumerate(parts.items()))
-    links = (tag("a", title, href=f"#part-{n}") for n, (title, _) in numbered)
+    links = [tag("a", "Gates", href="#allowances")]
+    links += [tag("a", title, href=f"#part-{n}") for n, (title, _) in numbered]
     lead = "What the model files are, what was measured of them, and on what."
     header = tag("header", tag("h1", "Dossier"), tag("p", lead, css="lead"), tag("nav", *links))
     sections = (
@@ -83,36 +91,42 @@ def dossier_page(facts: Facts) -> str:
     return page("Dossier", (header, gates_section(facts), *sections))
 
 
-def gates_section(facts: Facts) -> Html:
-    """Gates that were not met and were allowed, and why."""
-    given = facts.get("allowances")
-    if given is None:
-        return section("allowances", "Gates", NOT_MEASURED)
-    if not given:
-        return section("allowances", "Gates", tag("p", "Every gate was met."))
-    lines = (tag("li", tag("strong", a["gate"]), ": ", a["reason"]) for a in given)
-    title = tag("h2", "Gates that were not met and were allowed", style="color:var(--mark)")
-    return tag(
-        "section", title, tag("ul", *lines), id="allowances", style="border:2px solid var(--mark)"
-    )
-
-
-def files_table(facts: Facts) -> list[Html]:
-    """Each file with its SHA-256."""
-    rows = [
-        (f["name"], f["variant"], f["bytes"], f["opset"], f["ir"], tag("code", f["sha256"]))
-        for f in facts.get("files", ())
-    ]
-    head = ("file", "variant", "bytes", "opset", "IR", "SHA-256")
-    return [table(head, rows, (2, 3, 4))] if rows else []
-
-
 def _model(facts: Facts) -> list[Html]:
     given = facts.get("model")
     if given is None:
         return []
     shown = {key: name for key, name in MODEL.items() if key in given or key == "intended_use"}
-    return [pairs((name, _words(given.get(key)) or "not stated") for key, name in shown.items())]
+    rows = [(name, _words(given.get(key)) or "not stated") for key, name in shown.items()]
+    if "modalities" in given:
+        rows.insert(list(shown).index("modalities") + 1, ("windows", windows_of(given)))
+    return [pairs(rows)]
+
+
+def windows_of(model: Mapping[str, Any]) -> str:
+    """What values a network is shown as black to white: of every series, or by modality.
+
+    Args:
+        model: Metadata of a file.
+    """
+    if views := model.get("windows"):
+        return f"{', '.join(map(_window, views))}, a channel each"
+    if model.get("header_window"):
+        other = f"; without one {_window(model['window'])}" if model.get("window") else ""
+        return f"of the header of each slice{other}"
+    if window := model.get("window"):
+        return f"{_window(window)} for all series"
+    if (model.get("input") or {}).get("colours", 1) != 1:
+        return "0 to 255 (colour)"
+    return "; ".join(
+        f"{name}: {_window(asdict(CT_WINDOW))}" if name == "CT"
+        else f"{name}: 0 to 255" if name == "IMAGE8"
+        else f"{name}: percentiles {PERCENTILES[0]:g} to {PERCENTILES[1]:g} of each series"
+        for name in model["modalities"]
+    )  # fmt: skip
+
+
+def _window(of: Mapping[str, Any]) -> str:
+    return f"{of['center']:g}/{of['width']:g} (centre/width)"
 
 
 def _words(value: Any) -> str:
@@ -136,109 +150,57 @@ def _scores(facts: Facts) -> list[Html]:
         " slices, network of step ", given["step"], ". Below each value its 95 % interval, a "
         "bootstrap over patients.",
     )  # fmt: skip
+    known = in_order(facts, given["classes"])
+    blind = all("dice_constant_mask" in of for of in known.values())
+    names = {**METRICS, "dice_constant_mask": "constant mask"} if blind else METRICS
     rows = (
-        (tag("strong", name), *(estimate(of[key]) for key in METRICS))
-        for name, of in given["classes"].items()
+        (tag("strong", name), *(estimate(of[key]) for key in names)) for name, of in known.items()
     )
-    head = ("class", *METRICS.values())
-    return [tag("p", *text, css="quiet"), table(head, rows, range(1, len(head)))]
-
-
-def _parity(facts: Facts) -> list[Html]:
-    given = facts.get("parity", ())
-    text = (
-        "Largest difference of the logits, the same relative to the largest logit, and pixels of "
-        "another class. Near ties: those of them whose two largest logits lay within 0.0002."
+    head = ("class", *names.values())
+    floor = (
+        " The constant mask never looks at the image: a pooled Dice is worth what it is above that."
     )
-    rows = [
-        (
-            r["variant"],
-            " x ".join(map(str, r["shape"])),
-            f"{r['max_abs_diff']:.1e}",
-            f"{r['relative']:.1e}",
-            r["changed"],
-            r["near_ties"],
-        )
-        for r in given
-    ]
-    head = ("variant", "N x H x W", "difference", "relative", "changed pixels", "near ties")
-    return [tag("p", text, css="quiet"), table(head, rows, range(1, 6))] if rows else []
-
-
-def agreement_tables(facts: Facts) -> list[Html]:
-    """The masks of each variant beside those of fp32."""
-    given = facts.get("agreement", ())
-    if not given:
-        return []
-    text = (
-        "Dice of the masks against those of fp32, and of both against the labels; SQNR of the "
-        "logits by the kernels of this CPU and by float emulation of the same graph, which a CPU "
-        "that does not saturate computes."
-    )
-    rows = [row for fact in given for row in _classes(fact)]
-    head = ("variant", "class", "against fp32", "fp32, labels", "variant, labels", "change")
-    sqnr = [
-        (
-            fact["variant"],
-            fact["slices"],
-            _digits(fact["mean"], 4),
-            _digits(fact["sqnr_real_db"], 1),
-            _digits(fact["sqnr_emulated_db"], 1),
-            len(fact["restored"]),
-            ", ".join(fact["restored"]),
-        )
-        for fact in given
-    ]
-    whole = ("variant", "slices", "mean Dice", "SQNR, dB", "emulated, dB", "restored", "nodes")
     return [
-        tag("p", text, css="quiet"),
-        table(head, rows, range(2, 6)),
-        table(whole, sqnr, range(1, 6)),
+        tag("p", *text, floor if blind else "", css="quiet"),
+        table(head, rows, range(1, len(head))),
     ]
-
-
-def _classes(fact: AgreementFact) -> Iterator[tuple[object, ...]]:
-    for name, dice in fact["against_fp32"].items():
-        before, after = fact["labels_fp32"].get(name), fact["labels"].get(name)
-        change = NONE if before is None or after is None else f"{after - before:+.4f}"
-        values = (_digits(value, 4) for value in (dice, before, after))
-        yield fact["variant"], name, *values, change
-
-
-def _digits(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
 
 
 def _overlays(facts: Facts) -> list[Html]:
-    wide = "margin:0 0 14px;max-width:100%"
+    given = facts.get("overlays", ())
+    if not given:
+        return []
+    text = (
+        "The slices of the validation patients where a variant differs most from fp32, of each "
+        "series at most one, the largest first. The frame in the first picture is what the others "
+        "show: the largest place that differs."
+    )
+    names = facts.get("model", {}).get("classes", ())[1:]
+    classes = [tag("li", swatch(class_colour(k), name)) for k, name in enumerate(names, 1)]
+    kinds = ((FP32, "fp32 alone"), (OTHER, "the variant alone"), (BOTH, "two different classes"))
+    differ = [tag("li", swatch(colour, name)) for colour, name in kinds]
     return [
-        tag(
-            "figure",
-            tag("div", picture(f["png"], f["title"]), css="scroll"),
-            tag("figcaption", f["title"]),
-            style=wide,
-        )
-        for f in facts.get("overlays", ())
+        tag("p", text, css="quiet"),
+        tag("ul", tag("li", tag("em", "masks")), *classes, css="legend"),
+        tag("ul", tag("li", tag("em", "difference")), *differ, css="legend"),
+        *map(_overlay, given),
     ]
 
 
-def latency_table(facts: Facts) -> list[Html]:
-    """Times on a CPU, and which."""
-    cpu = facts.get("cpu")
-    about = "CPU not recorded." if cpu is None else f"{cpu['model']}: {' '.join(cpu['flags'])}"
-    rows = [
-        (
-            r["variant"],
-            r["threads"],
-            " x ".join(map(str, r["size"])),
-            f"{r['median_ms']:.1f}",
-            f"{r['p95_ms']:.1f}",
-            _digits(r["peak_rss_mib"], 0),
-        )
-        for r in facts.get("latency", ())
-    ]
-    head = ("variant", "threads", "H x W", "median, ms", "95th percentile, ms", "peak RSS, MiB")
-    return [tag("p", about, css="quiet"), table(head, rows, range(1, 6))] if rows else []
+def _overlay(fact: OverlayFact) -> Html:
+    title, wide = fact["title"], "margin:14px 0 0;max-width:100%"
+    about = tag("figcaption", title)
+    if not fact["png"]:
+        return tag("figure", about, style=wide)
+    names = ("slice", "fp32", title.partition(":")[0], "difference")
+    grid = f"display:grid;grid-template-columns:repeat(4,1fr);gap:0 {GAP}px"
+    return tag(
+        "figure",
+        about,
+        tag("div", *(tag("em", name) for name in names), css="quiet", style=grid),
+        picture(fact["png"], f"{title}: {', '.join(names)}", "row"),
+        style=f"{wide};width:{4 * SIDE + 3 * GAP}px",
+    )
 
 
 def _training(facts: Facts) -> list[Html]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launch.scores import doubt_of
 from launch.trained import BY_CASE, POOLED
 from medpsp.train.pictures import Rgb
 from medpsp.words import many
@@ -67,9 +68,8 @@ def doubts_of(result: Mapping[str, Any]) -> Iterator[object]:
 
 
 def _doubts_of_class(name: str, of: Mapping[str, Any]) -> Iterator[Html]:
-    low, blind = of["dice_pooled"]["low"], of["dice_constant_mask"]["value"]
-    if low is not None and blind is not None and low <= blind:
-        yield join([tag("strong", name), " may be no better than the constant mask."])
+    if doubt := doubt_of(of):
+        yield join([tag("strong", name), f" is {doubt} than a mask that ignores the image."])
     if of["missed"]:
         where = many(of["missed"], "case")
         yield join([tag("strong", name), " was missed altogether in ", where, "."])

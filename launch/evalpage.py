@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 WIDE, TALL = "width:345px;max-width:100%", "height:345px"
 """Of a picture: 150 CSS pixels of the archive report, by `evalpictures.LARGER`."""
+ROW = "width:100%;display:flex;flex-wrap:wrap;gap:12px 22px"
+"""Of a case: what it is, and beside it its pictures."""
 
 CONVENTIONS = (
     ("case", "One series of a patient, in 3-D. Each counts once in a mean of cases."),
@@ -91,13 +93,14 @@ def evaluation_page(
         reader: Of the shards, for the pictures.
     """
     names = config.data.classes
+    several = several_groups(result)
     parts = (
         _title(result),
         _doubts(result, cases),
-        section("scores", "Scores", *scores_table(result)),
+        section("scores", "Scores", *scores_table(result), _single_groups(result)),
         *(
             section(f"by-{n}", f"By {by}", _stratum(groups, by))
-            for n, (by, groups) in enumerate(result["strata"].items())
+            for n, (by, groups) in enumerate(several.items())
         ),
         section("calibration", "Calibration", *reliability(result["calibration"])),
         section("confusion", "Confusion", *confusion_table(result["confusion"], names)),
@@ -107,6 +110,20 @@ def evaluation_page(
     return page("Evaluation", (part for part in parts if part))
 
 
+def several_groups(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Groupings that say more than all cases together do."""
+    return {by: groups for by, groups in result["strata"].items() if len(groups) > 1}
+
+
+def _single_groups(result: dict[str, Any]) -> Html:
+    alone = {by: next(iter(of)) for by, of in result["strata"].items() if len(of) == 1}
+    if not alone:
+        return Html()
+    said = ", ".join(f"{by} ({name})" for by, name in alone.items())
+    text = f"No table by {said}: all cases are of one group."
+    return tag("p", text, css="quiet", style="margin-top:10px")
+
+
 def _title(result: dict[str, Any]) -> Html:
     lead = (
         many(result["patients"], "held-out patient"), " (", result["split"], "), ",
@@ -114,7 +131,8 @@ def _title(result: dict[str, Any]) -> Html:
         "; network of step ", result["step"], ".",
     )  # fmt: skip
     links = (
-        ("scores", "Scores"), *((f"by-{n}", f"By {by}") for n, by in enumerate(result["strata"])),
+        ("scores", "Scores"),
+        *((f"by-{n}", f"By {by}") for n, by in enumerate(several_groups(result))),
         ("calibration", "Calibration"), ("confusion", "Confusion"), (CASES, "Cases"),
         ("how", "How it was measured"),
     )  # fmt: skip
@@ -223,7 +241,9 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
         tag("strong", rank),
         tag("span", "patient ", tag("code", case.patient)),
         tag("span", "series ", tag("code", case.series)),
-        tag("em", f"{about}; Dice {dice}"),
+        tag("em", about),
+        tag("em", f"Dice {dice}"),
+        style="flex:1 1 250px;flex-direction:column;align-items:flex-start",
     )
     place = f"slice {case.drawn.slice_index}"
     frames = _frames(case, reader, place) if not hidden else [[tag("span", f"not shown: {hidden}")]]
@@ -232,7 +252,7 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
         for f in frames
     )
     pics = tag("div", *figures, css="pics", style="flex-wrap:wrap")
-    return tag("article", header, pics, css="case", tabindex=0, style="width:732px")
+    return tag("article", header, pics, css="case", tabindex=0, style=ROW)
 
 
 def _frames(case: Case, reader: ShardReader, place: str) -> list[list[Html]]:

@@ -256,6 +256,25 @@ def _constant_mask(net: Network, rows: Sequence[SliceRow]) -> ConstantMask:
     return constant
 
 
+def _doubt(result: dict[str, Any]) -> None:
+    """Say of which classes the network may have learnt nothing that holds for other patients."""
+    from launch.scores import doubt_of
+
+    for name, of in result["classes"].items():
+        if doubt := doubt_of(of):
+            dice, blind = of["dice_pooled"], of["dice_constant_mask"]["value"]
+            inside = "" if dice["low"] is None else f", 95 % from {shown(dice['low'])}"
+            log.warning(
+                "evaluate: %s is %s than a mask that ignores the image: pooled Dice %s%s, that "
+                "mask %s; look at the pictures, train longer, or label more patients",
+                name,
+                doubt,
+                shown(dice["value"]),
+                inside,
+                shown(blind),
+            )
+
+
 def _show(result: dict[str, Any], place: Path) -> None:
     log.info(
         "held-out %s (%s, %s, %s):",
@@ -280,6 +299,7 @@ def _show(result: dict[str, Any], place: Path) -> None:
         ", ".join(who[:SHOWN]),
         more,
     )
+    _doubt(result)
     log.info("page: %s", place.with_suffix(".html"))
 
 

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch.exportmeta import model_metadata
 from launch.feeds import GraphSlice, graph_input, graph_slices, one_tile_each
 from launch.rundir import SAID, VARIANTS, RunDir
 from launch.trained import labelled_rows, load_trained, weights_digest
-from medpsp import __version__
 from medpsp.config import Config
 from medpsp.deploy.folders import nothing_left
 from medpsp.deploy.inputs import GraphInput
 from medpsp.errors import ExportError
-from medpsp.types import ReadPolicy
 from medpsp.words import many
 
 if TYPE_CHECKING:
     from launch.exportfacts import Found
-    from medpsp.deploy.gates import Variant
+    from medpsp.deploy.gates import Gate, Variant
     from medpsp.deploy.session import Feeds
     from shards.index import SliceRow
 
 log = logging.getLogger("medpsp")
 EXAMPLES, PROBES = 8, 16
 """Slices that parity is tried on; tiles on which int8 layers are restored, saturation seen."""
+REASON = "your reason"
+"""In the place of the one that a user gives."""
 
 
 def export_job(config: Config) -> None:
     """Best checkpoint to ONNX files, each checked, with their dossier.
 
+    A file that does not pass its gates is not given out; those that do are, with fp32.
+
     Raises:
-        ParityError: fp32 differs from the network.
-        ExportError: A gate did not pass, and is not among ``export.allow``.
+        ParityError: fp32 differs from the network: nothing is given out, what was there stays.
+        ExportError: A file was refused, at the end: a gate of it did not pass and is not among
+            ``export.allow``.
     """
     target, rows = RunDir(config.out), labelled_rows(config)
     if not validation(rows):
@@ -48,16 +51,19 @@ def export_job(config: Config) -> None:
         )
     run = RunDir(config.out, export_name=".export.partial")  # nothing has its name before the gates
     with nothing_left(run.export):
-        _export(config, run, rows)
-        _take_the_place(run, target)
+        refused = _export(config, run, rows)
+        gone = _take_the_place(run, target)
+    if refused:
+        raise ExportError(refusal(config, refused, gone))
 
 
-def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> None:
+def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gate]:
+    """All files that pass and the dossier of all, into a folder of their own; what was refused."""
     model, step = load_trained(config)
     from launch.dossier import write_dossier
     from launch.exportfacts import Found, dossier_facts
     from medpsp.deploy.export import export_onnx
-    from medpsp.deploy.gates import judge
+    from medpsp.deploy.gates import refused_by
     from medpsp.deploy.graph import DeployGraph
     from medpsp.deploy.verify import Example, check_parity
     from shards.dataset import stage_rows
@@ -76,73 +82,61 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> None:
     _write_variants(config, run, rows, (given, metadata, found))
     _compare(config, run, rows, given, found)
     write_dossier(run.export, dossier_facts(config, run, metadata, rows, found))
-    judge(found.gates, config.export.allow)
+    for gate in found.gates:
+        if not gate.passed and (reason := config.export.allow.get(gate.name)):  # type: ignore[call-overload]
+            log.warning("export: %s: %s; allowed: %s", gate.name, gate.says, reason)
+    refused = refused_by(found.gates, config.export.allow)
+    for name in {gate.variant for gate in refused}:
+        run.variant(name).unlink()
+    return refused
 
 
-def _take_the_place(run: RunDir, target: RunDir) -> None:
-    """Of an earlier export, whose dossier goes first and comes last; what else is there stays."""
+def refusal(config: Config, refused: Sequence[Gate], gone: Sequence[str] = ()) -> str:
+    """One line: what was written, what was refused and why, and the command that allows it.
+
+    Args:
+        config: Of the run.
+        refused: Gates, at least one.
+        gone: Files of an earlier export that are no longer there.
+    """
+    run, names = RunDir(config.out), {gate.variant for gate in refused}
+    given = [run.fp32, *(run.variant(n) for n in config.export.variants if n not in names)]
+    said = "; ".join(
+        f"{run.variant(name).name} ("
+        + "; ".join(f"{gate.name}: {gate.says}" for gate in refused if gate.variant == name)
+        + ")"
+        for name in config.export.variants
+        if name in names
+    )
+    more = f" (of the earlier export {', '.join(gone)} is gone)" if gone else ""
+    weak = any(gate.name.endswith(("_dice", "_drop")) for gate in refused)
+    options = (f"export.allow.{gate.name}='{REASON}'" for gate in refused)
+    command = f"medpsp export {shlex.quote(str(run.config))} {' '.join(options)}"
+    return (
+        f"export: refused {said}; written to {run.export}: "
+        f"{', '.join(path.name for path in given)} and their dossier{more}; "
+        f"{'train longer, or ' if weak else ''}let it pass with a reason, which the dossier "
+        f"shows: {command}"
+    )
+
+
+def _take_the_place(run: RunDir, target: RunDir) -> list[str]:
+    """Of an earlier export, whose dossier goes first and comes last; what else is there stays.
+
+    Returns:
+        Model files of the earlier one that have no successor.
+    """
     target.export.mkdir(exist_ok=True)
     made = {path.name for path in run.export.iterdir()}
     models = {target.fp32.name, *(target.variant(name).name for name in VARIANTS)}
     papers = sorted(made - models)
-    for name in (*papers, *sorted(models - made)):
+    gone = sorted(name for name in models - made if (target.export / name).exists())
+    for name in (*papers, *gone):
         (target.export / name).unlink(missing_ok=True)
     for name in (*sorted(made & models), *papers):
         (run.export / name).replace(target.export / name)
     run.export.rmdir()
-
-
-def model_metadata(
-    config: Config, rows: Sequence[SliceRow], step: int, given: GraphInput
-) -> dict[str, Any]:
-    """What the file says of itself, and what `predict` needs to read as training did."""
-    from shards.index import read_manifest
-
-    window, manifest = config.data.fixed_window, read_manifest(config.shards)
-    known = [row.spacing for row in rows if np.isfinite(row.spacing).all()]
-    model, wanted = config.model, config.export
-    return {
-        "tool": f"medpsp {__version__}",
-        "classes": list(config.data.classes),
-        "codes": {name: terms.model_dump() for name, terms in wanted.codes.items()},
-        "input": given.to_json(),
-        "modalities": sorted({row.modality for row in rows}),
-        "window": asdict(window) if window else None,
-        "header_window": config.data.header_window,
-        "windows": [view.model_dump() for view in model.windows],
-        "tile": asdict(config.tiling),
-        "axes": usual_axes(rows),
-        "spacing_mm": [round(float(v), 4) for v in np.median(known, axis=0)] if known else None,
-        "backbone": model.backbone,
-        "head": model.head,
-        "stride": model.output_stride,
-        "bins": list(model.bins),
-        "step": step,
-        "policy": _device_policy(config.data.policy),
-        "manifest": manifest.data_id,
-        "key_fingerprint": manifest.key_fingerprint,
-        "licence": wanted.licence,
-        "intended_use": wanted.intended_use,
-    }
-
-
-def usual_axes(rows: Sequence[SliceRow]) -> list[list[int]] | None:
-    """Which way most series lie; None where none has patient geometry."""
-    from medpsp.dicom.nifti import axes_of
-
-    affines = {row.series: np.reshape(row.affine, (4, 4)) for row in rows if row.affine}
-    found = Counter(axes_of(a) for a in affines.values() if np.isfinite(a).all())
-    return [list(pair) for pair in found.most_common(1)[0][0]] if found else None
-
-
-def _device_policy(policy: ReadPolicy) -> dict[str, str]:
-    """How `predict` reads: as the shards did, but a device may show the names in its images.
-
-    Only blanking is kept, since it decides what the network sees.
-    """
-    tree = asdict(replace(policy, burned_in="blank" if policy.burned_in == "blank" else "keep"))
-    del tree["modalities"]
-    return tree
+    return gone
 
 
 def _write_variants(
@@ -226,9 +220,10 @@ def _score(
     files |= {name: run.variant(name) for name in names}
     # trt: what TensorRT computes is nearer to float emulation than to the kernels of this CPU
     sessions = {n: open_session(p, 0, optimise=n != "trt") for n, p in files.items()}
-    slices = graph_slices(config, rows, chosen, given)
-    found.scores |= scores(sessions, slices, given, len(config.data.classes), config.tiling)
-    found.slices = len(chosen)
+    slices, cases = graph_slices(config, rows, chosen, given), [row.series for row in chosen]
+    classes = len(config.data.classes)
+    found.scores |= scores(sessions, slices, given, classes, config.tiling, cases)
+    found.chosen = chosen
 
 
 def feeds(one: GraphSlice) -> Feeds:
@@ -243,6 +238,7 @@ def _compare(
 ) -> None:
     """All files on validation slices, and their latency on one tile."""
     from medpsp.deploy.gates import dice_gates, latency, latency_gate, least_dice
+    from medpsp.deploy.others import Others
 
     wanted = config.export
     files = {"fp32": run.fp32}
@@ -259,9 +255,10 @@ def _compare(
     first = validation(rows)[:1]
     one = next(one_tile_each(graph_slices(config, rows, first, given), given, config))
     found.feeds = feeds(one)
+    quick, others = {name: path for name, path in files.items() if name != "trt"}, Others()
     for threads in (1, 2):
-        quick = {name: path for name, path in files.items() if name != "trt"}
         found.times[threads] = latency(quick, found.feeds, threads)
+    found.others = others.cores()
     if "cpu" in wanted.variants:
         found.gates.append(latency_gate(list(found.times.values())))
 

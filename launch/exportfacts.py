@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from PIL import Image
 
+from launch.exportpictures import draw_largest
 from launch.rundir import SAID, RunDir
 from medpsp.config import Config
 from medpsp.deploy.dossier import (
@@ -24,16 +24,13 @@ from medpsp.deploy.dossier import (
     Facts,
     FileFact,
     LatencyFact,
-    OverlayFact,
     ParityFact,
     TrainingFact,
     cpu_facts,
     environment_facts,
 )
-from medpsp.deploy.gates import Differing
-from medpsp.intensity import overlay
+from medpsp.deploy.gates import refused_by
 from medpsp.types import SPLITS
-from medpsp.words import many
 from shards.index import file_sha256
 
 if TYPE_CHECKING:
@@ -66,8 +63,9 @@ class Found:
         restored: Of each int8 file.
         saturation: Real and emulated SQNR of the ``cpu`` file, dB.
         scores: Of fp32 and each variant, on validation slices.
-        slices: How many those were.
+        chosen: Rows of those slices.
         times: (rounds,) ms of fp32 and each file for CPUs, by threads.
+        others: Cores that other processes took meanwhile.
         feeds: The tile that they were measured on.
         gates: All that were tried.
     """
@@ -76,8 +74,9 @@ class Found:
     restored: dict[str, Restored] = field(default_factory=dict)
     saturation: tuple[float, float] | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
-    slices: int = 0
+    chosen: Sequence[SliceRow] = ()
     times: dict[int, dict[str, Any]] = field(default_factory=dict)
+    others: float | None = None
     feeds: Feeds = field(default_factory=dict)
     gates: list[Gate] = field(default_factory=list)
 
@@ -102,19 +101,35 @@ def dossier_facts(
     """
     files = {"fp32": run.fp32}
     files |= {name: run.variant(name) for name in config.export.variants}
+    refused = refused_by(found.gates, config.export.allow)
+    names = {gate.variant for gate in refused}
     facts = Facts(
         model=metadata,
-        files=[_file(path, said_of(name)) for name, path in files.items()],
+        files=[_file(path, said_of(name)) for name, path in files.items() if name not in names],
         parity=_parity(found),
         agreement=[_agreement(config, found, name) for name in config.export.variants],
-        overlays=list(_overlays(config, found)),
+        overlays=draw_largest(
+            config,
+            found.chosen,
+            {said_of(n): found.scores[n].worst for n in config.export.variants},
+        ),
         latency=list(_latency(files, found)),
         cpu=cpu_facts(),
+        load={"cores": os.cpu_count() or 1, "others": found.others},
         training=_training(config, rows, metadata["manifest"]),
         allowances=[
             {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}
             for gate in found.gates
             if not gate.passed and gate.name in config.export.allow
+        ],
+        refusals=[
+            {
+                "gate": gate.name,
+                "variant": said_of(gate.variant),
+                "file": run.variant(gate.variant).name,
+                "says": gate.says,
+            }
+            for gate in refused
         ],
         steps=_steps(config, found),
         environment=environment_facts(),
@@ -191,7 +206,7 @@ def _agreement(config: Config, found: Found, name: str) -> AgreementFact:
 
     return {
         "variant": said_of(name),
-        "slices": found.slices,
+        "slices": len(found.chosen),
         "against_fp32": named(scores.against_fp32),
         "mean": None if math.isnan(scores.agreement) else scores.agreement,
         "labels_fp32": named(fp32.against_labels),
@@ -200,27 +215,6 @@ def _agreement(config: Config, found: Found, name: str) -> AgreementFact:
         "sqnr_emulated_db": emulated,
         "restored": list(restored.nodes) if restored else [],
     }
-
-
-def _overlays(config: Config, found: Found) -> Iterator[OverlayFact]:
-    for name in config.export.variants:
-        for one in found.scores[name].worst:
-            share = 100 * one.pixels / one.fp32.size
-            where = f"{many(one.pixels, 'pixel')}, {share:.2f} % of the slice"
-            title = f"{said_of(name)}: masks differ at {where}"
-            yield {"title": title, "png": _picture(one)}
-
-
-def _picture(one: Differing) -> bytes:
-    """Image, both masks over it, and where they differ."""
-    plane = one.image[0, one.image.shape[1] // 2].astype(np.float32)
-    low, high = np.percentile(plane[np.isfinite(plane)], (1, 99))
-    unit = np.clip((np.nan_to_num(plane) - low) / max(high - low, 1e-6), 0, 1)
-    nothing, other = np.zeros_like(one.fp32), (one.fp32 != one.other).astype(np.uint8) * 3
-    parts = [overlay(unit, mask) for mask in (nothing, one.fp32, one.other, other)]
-    written = io.BytesIO()
-    Image.fromarray(np.concatenate(parts, axis=1)).save(written, "PNG")
-    return written.getvalue()
 
 
 def _latency(files: Mapping[str, Path], found: Found) -> Iterator[LatencyFact]:

@@ -10,8 +10,9 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.dossier import agreement_tables, files_table, gates_section, latency_table
-from launch.evalfigures import CASES, doubts_of, lifted_cases, scores_table
+from launch.dossiertables import agreement_tables, files_table, gates_section, latency_table
+from launch.evalfigures import CASES, lifted_cases, scores_table
+from launch.rundoubts import doubts_section
 from launch.runfacts import Lack, RunFacts, config_of, facts_of
 from launch.runsections import (
     cost_section,
@@ -26,8 +27,7 @@ from medpsp.dicom.codes import code_of
 from medpsp.types import STATUSES
 from medpsp.words import many
 from shards.figures import Columns
-from shards.index import REPORT, SHARDS, Manifest, file_sha256, write_bytes_durably
-from shards.layout import changed_settings
+from shards.index import REPORT, Manifest, write_bytes_durably
 from shards.page import Html, coded, join, page, pairs, stacked, table, tag
 from shards.sections import (
     classes_section,
@@ -59,7 +59,7 @@ def run_page(facts: RunFacts) -> str:
     """The page: no script, nothing from a network."""
     parts = (
         _title(facts),
-        _doubts(facts),
+        doubts_section(facts),
         section("stand", "Where it stands", pairs(_stand(facts))),
         what_section(facts),
         *_data(facts),
@@ -95,71 +95,6 @@ def _title(facts: RunFacts) -> Html:
     return tag("header", tag("h1", f"Run {_name(facts)}"), tag("p", lead, css="lead"), nav)
 
 
-def _doubts(facts: RunFacts) -> Html:
-    """What a reader should know first; empty where there is nothing."""
-    lines: list[object] = [
-        *map(coded, facts.damaged),
-        *_failures(facts),
-        *_of_other_data(facts),
-        *_of_other_steps(facts),
-        *_of_other_files(facts),
-    ]
-    if not isinstance(facts.evaluation, Lack):
-        lines += doubts_of(facts.evaluation)
-    if not lines:
-        return Html()
-    return section("doubts", "Worth a look", tag("ul", *(tag("li", x) for x in lines)), css="look")
-
-
-def _failures(facts: RunFacts) -> Iterator[Html]:
-    for name, told in facts.jobs.items():
-        if not isinstance(told, Lack) and told.state == "failed":
-            yield join([f"{name} failed: ", tag("code", f"logs/{name}.failed"), " says why."])
-
-
-def _of_other_data(facts: RunFacts) -> Iterator[str]:
-    manifest = facts.manifest
-    if isinstance(manifest, Lack):
-        return
-    if changed := changed_settings(facts.config.data, manifest.settings):
-        yield f"The shards were made with other {', '.join(changed)}."
-    newest = max(facts.reached[0], key=lambda one: one["step"], default=None)
-    if newest and newest["content"] not in ("", manifest.tables.get(SHARDS)):
-        yield "The shards have changed since the newest checkpoint was saved."
-
-
-def _of_other_steps(facts: RunFacts) -> Iterator[str]:
-    if isinstance(facts.best, Lack):
-        return
-    best = facts.best["step"]
-    if not isinstance(facts.evaluation, Lack) and facts.evaluation["step"] != best:
-        yield f"The scores are of step {facts.evaluation['step']}, the best one is {best} now."
-    if not isinstance(facts.dossier, Lack):
-        step = facts.dossier.get("model", {}).get("step", best)
-        if step != best:
-            yield f"The exported files are of step {step}, the best one is {best} now."
-    yield from _of_other_weights(facts)
-
-
-def _of_other_weights(facts: RunFacts) -> Iterator[str]:
-    if not isinstance(facts.evaluation, Lack) and not isinstance(facts.dossier, Lack):
-        scored = facts.evaluation.get("weights")
-        exported = facts.dossier.get("model", {}).get("weights", scored)
-        if scored and exported != scored:
-            yield "The scores are of other weights than the exported files."
-
-
-def _of_other_files(facts: RunFacts) -> Iterator[str]:
-    if isinstance(facts.dossier, Lack):
-        return
-    for told in facts.dossier.get("files", ()):
-        path = facts.run.export / Path(told["name"]).name
-        if not path.is_file():
-            yield f"export/{path.name}: is not there."
-        elif file_sha256(path) != told["sha256"]:
-            yield f"export/{path.name}: is not what the dossier was made of."
-
-
 def _stand(facts: RunFacts) -> Iterator[tuple[str, object]]:
     manifest, columns = facts.manifest, facts.columns
     if isinstance(manifest, Lack):
@@ -189,6 +124,9 @@ def _stand(facts: RunFacts) -> Iterator[tuple[str, object]]:
 
 
 def _gates(dossier: Facts) -> str:
+    refused = dict.fromkeys(one["file"] for one in dossier.get("refusals", ()))
+    if refused:
+        return f"refused, and not given out: {', '.join(refused)}"
     allowed = dossier.get("allowances")
     if allowed is None:
         return "gates not measured"

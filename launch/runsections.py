@@ -126,15 +126,15 @@ def cost_section(facts: RunFacts) -> Html:
 
 def _jobs(facts: RunFacts) -> Iterator[Html]:
     if not facts.jobs:
-        yield lacks(Lack("No job of `medpsp run` was here: commands by hand are not timed."))
+        yield lacks(Lack("No job was timed: `medpsp run`, `evaluate` and `export` are."))
         return
     rows = [_job(facts, name, told) for name, told in facts.jobs.items()]
     text = (
-        "The last try of each job of the chain; device hours of training are those of all its "
-        "starts. A device is a GPU, or what a rank has of a CPU."
+        "The last try of each job; device time is wall time by the number of devices, of training "
+        "that of all its starts. A device is a GPU, or what a rank has of a CPU."
     )
     yield tag("p", text, css="quiet")
-    head = ("job", "state", "wall time", "device hours", "queued again")
+    head = ("job", "state", "wall time", "device time", "queued again")
     yield table(head, rows, (2, 3, 4), css="narrow")
 
 
@@ -143,17 +143,17 @@ def _job(facts: RunFacts, name: str, told: Told | Lack) -> tuple[object, ...]:
         return name, "damaged", NONE, NONE, NONE
     state = f"{told.state}, code {told.code}" if told.state == "failed" else told.state
     seconds = told.ended - told.began if told.ended else 0.0
-    hours = seconds / 3600 if name in DEVICE_JOBS else 0.0
+    busy = seconds if name in DEVICE_JOBS else 0.0
     if name == "train" and not isinstance(facts.curves, Lack):
-        hours = _hours(facts.curves)
+        busy = _device_seconds(facts.curves)
     return (
         *(name, state, duration(seconds) if told.ended else NONE),
-        *(number(hours) if hours else NONE, told.restarts),
+        *(duration(busy) if busy else NONE, told.restarts),
     )
 
 
-def _hours(curves: Curves) -> float:
-    return sum(start.seconds * start.ranks for start in curves.starts) / 3600
+def _device_seconds(curves: Curves) -> float:
+    return sum(start.seconds * start.ranks for start in curves.starts)
 
 
 def _training(curves: Curves) -> Iterator[tuple[str, str]]:
@@ -163,7 +163,7 @@ def _training(curves: Curves) -> Iterator[tuple[str, str]]:
     yield "restarts", str(len(starts) - 1)
     yield "wall time of all starts", duration(sum(start.seconds for start in starts))
     yield "ranks", ", ".join(map(str, ranks))
-    yield "device hours", number(_hours(curves))
+    yield "device time", duration(_device_seconds(curves))
     for tag_of, name, unit in (
         ("perf/images_per_s", "images/s, all ranks, median", ""),
         ("perf/data_wait_frac", "waiting for data, median", "%"),

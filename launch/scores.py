@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,22 @@ def summarise(
         },
         "confusion": np.sum([case.scores.counts for case in cases], axis=0).tolist(),
     }
+
+
+def doubt_of(scores: Mapping[str, Any]) -> str:
+    """Whether a class is better than the constant mask: "no better", "perhaps no better", or "".
+
+    Perhaps: its interval reaches down to that mask.
+
+    Args:
+        scores: Of one class, as `summarise` gives them.
+    """
+    dice, blind = scores["dice_pooled"], scores["dice_constant_mask"]["value"]
+    if blind is None or dice["value"] is None:
+        return ""
+    if dice["value"] <= blind:
+        return "no better"
+    return "perhaps no better" if dice["low"] is not None and dice["low"] <= blind else ""
 
 
 def _foreground(names: Sequence[str]) -> list[tuple[int, str]]:

@@ -210,15 +210,13 @@ def classes_section(classes: tuple[str, ...], columns: Columns) -> Html:
     here = [split for split in SPLITS if np.isfinite(shares[split][0]).any()]
     if not here:
         return section("classes", "Classes", tag("p", "No slice has a label."))
-    # the longest bar is the commonest class beside the background, which would dwarf all others
-    full = max(float(np.nanmax(shares[split][0][1:])) for split in here)
     rows = []
     for index, name in enumerate(classes):
         colour = "rgb({},{},{})".format(*class_colour(index)) if index else ""
         swatch = tag("span", css="swatch", style=f"background:{colour or 'transparent'}")
         pixels = [float(shares[split][0][index]) for split in here]
         slices = [percent(float(shares[split][1][index])) for split in here]
-        bars = [meter(p, full if index else 0, percent(p), colour) for p in pixels]
+        bars = [meter(p, 1.0, percent(p), colour) for p in pixels]
         rows.append((join([swatch, name]), *bars, *slices))
     head = (
         "class",

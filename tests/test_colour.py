@@ -18,13 +18,21 @@ from launch.evaluate import evaluate_job
 from launch.export import export_job
 from launch.jobs import train_job
 from launch.rundir import RunDir
+from launch.runpage import write_run_page
 from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.deploy import gates
 from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.predict import Predictor
-from medpsp.errors import ArchiveError, ConfigError, ExportError, ShardError
+from medpsp.errors import (
+    ArchiveError,
+    ConfigError,
+    ExportError,
+    ModelFileError,
+    ParityError,
+    ShardError,
+)
 from medpsp.intensity import EIGHT_BIT
 from medpsp.train.batch import Batch
 from medpsp.train.metrics import confusion, dice_per_class
@@ -303,25 +311,72 @@ def test_files_say_what_they_are_and_the_dossier_what_was_measured(
     )
 
 
-def test_a_gate_that_fails_leaves_the_files_of_before(
+PAPERS = ["dossier.html", "dossier.json"]
+
+
+def test_a_file_that_differs_leaves_those_of_before(pictures: Config, exported: RunDir) -> None:
+    (exported.export / "notes.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in exported.export.iterdir()}
+    strict = pictures.export.model_copy(update={"parity_tolerance": 1e-12})
+    with pytest.raises(ParityError, match="allowed 1e-12"):
+        export_job(pictures.model_copy(update={"export": strict}))
+    assert {path: path.stat().st_mtime_ns for path in exported.export.iterdir()} == before
+    assert not list(pictures.out.glob(".export*"))
+
+
+def test_a_refused_file_is_not_given_out_and_the_others_are(
+    pictures: Config, exported: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "MOST_DROP", -1.0)
+    allow = {"latency": "shared machine", "half_drop": "because <it> is a test"}
+    only = pictures.export.model_copy(update={"allow": allow, "variants": ("cpu", "half")})
+    with pytest.raises(
+        ExportError, match=r"^export: refused model\.int8\.onnx \(.*cpu_drop: "
+    ) as e:
+        export_job(pictures.model_copy(update={"export": only}))
+    assert (
+        "model.onnx, model.fp16.onnx and their dossier (of the earlier export model.int8.onnx, "
+        in str(e.value)
+    )
+    assert "export.allow.half_drop" not in str(e.value)
+    names = sorted(path.name for path in exported.export.iterdir())
+    assert [n for n in names if n != "notes.txt"] == [
+        *PAPERS,
+        "model.fp16.onnx",
+        "model.onnx",
+        "sbom.cdx.json",
+    ]
+    found = json.loads(exported.export_report.read_text())
+    assert [file["name"] for file in found["files"]] == ["model.onnx", "model.fp16.onnx"]
+    assert "cpu_drop" in {one["gate"] for one in found["refusals"]}
+    assert {one["file"] for one in found["refusals"]} == {"model.int8.onnx"}
+    assert [row["variant"] for row in found["agreement"]] == ["int8 QDQ U8S8", "fp16"]  # measured
+    assert "model.int8.onnx" not in (exported.export / "sbom.cdx.json").read_text()
+    page = (exported.export / "dossier.html").read_text()
+    assert "Refused: files that did not pass" in page
+    assert "because &lt;it&gt; is a test" in page
+    Predictor(exported.variant("half"))
+    with pytest.raises(ModelFileError, match=r"its export refused it \(.*cpu_drop\)"):
+        Predictor(exported.int8)
+    run = write_run_page(exported.root).read_text()
+    assert "refused, and not given out: model.int8.onnx" in run
+    assert "is not what the dossier was made of" not in run
+
+
+def test_an_allowed_gate_stands_in_the_dossier(
     pictures: Config, exported: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (exported.export / "notes.txt").write_text("mine")
-    before = {path: path.stat().st_mtime_ns for path in exported.export.iterdir()}
     monkeypatch.setattr(gates, "MOST_DROP", -1.0)
-    strict = {"allow": {"cpu_dice": "60 steps of training", "latency": "shared machine"}}
-    only = pictures.export.model_copy(update={**strict, "variants": ("cpu",)})
-    with pytest.raises(ExportError, match=r"cpu_drop: .* allow it with export\.allow\.cpu_drop="):
-        export_job(pictures.model_copy(update={"export": only}))
-    assert {path: path.stat().st_mtime_ns for path in exported.export.iterdir()} == before
-    told = {**strict["allow"], "cpu_drop": "because <it> is a test"}
+    allow = {"cpu_dice": "60 steps of training", "latency": "shared machine"}
+    only = pictures.export.model_copy(update={"variants": ("cpu",)})
+    told = {**allow, "cpu_drop": "because <it> is a test"}
     out = pictures.model_copy(update={"export": only.model_copy(update={"allow": told})})
     export_job(out)
     page = (exported.export / "dossier.html").read_text()
     assert "because &lt;it&gt; is a test" in page
     names = sorted(path.name for path in exported.export.iterdir())
-    papers = ["dossier.html", "dossier.json"]
-    assert names == [*papers, "model.int8.onnx", "model.onnx", "notes.txt", "sbom.cdx.json"]
+    assert names == [*PAPERS, "model.int8.onnx", "model.onnx", "notes.txt", "sbom.cdx.json"]
 
 
 def test_a_folder_of_nothing_but_colour_is_none_for_a_grey_network(

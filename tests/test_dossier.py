@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import time
 import uuid
 from html.parser import HTMLParser
 from importlib.metadata import Distribution
@@ -17,6 +19,7 @@ from PIL import Image
 from launch.dossier import dossier_page, write_dossier
 from medpsp.deploy import packages
 from medpsp.deploy.dossier import Facts, cpu_facts, environment_facts, plain
+from medpsp.deploy.others import Others, busy_seconds
 from medpsp.deploy.packages import installed
 from medpsp.deploy.sbom import bill_of_materials
 
@@ -142,6 +145,90 @@ def test_page_shows_the_numbers_escaped_and_to_the_right() -> None:
     assert "https://" not in text
 
 
+def test_the_worst_shape_is_shown_and_the_others_are_folded() -> None:
+    facts = known()
+    row = facts["parity"][0]
+    facts["parity"] = [
+        {**row, "relative": 9e-7, "changed": 0, "near_ties": 0},
+        row,
+        {**row, "shape": (1, 5, 5), "relative": 1e-9, "changed": 1, "near_ties": 0},
+    ]
+    text = dossier_page(facts)
+    shown, _, folded = text.partition("<summary>All 3 shapes</summary>")
+    assert "1 x 5 x 5" in shown  # a changed pixel that is no tie is worse than any difference
+    assert "2 x 97 x 121" not in shown
+    assert folded.count("2 x 97 x 121") == 2
+    assert '<a href="#allowances">Gates</a>' in text
+    assert "<details>" not in dossier_page(known())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"windows": [{"center": 40, "width": 400}, {"center": 600, "width": 2000}]},
+         "40/400 (centre/width), 600/2000 (centre/width), a channel each"),
+        ({"window": {"center": 30, "width": 80}}, "30/80 (centre/width) for all series"),
+        ({"header_window": True, "window": {"center": 30, "width": 80}},
+         "of the header of each slice; without one 30/80 (centre/width)"),
+        ({"input": {"colours": 3}}, "0 to 255 (colour)"),
+        ({}, "CT: 40/400 (centre/width); MR: percentiles 0.5 to 99.5 of each series"),
+    ],
+)  # fmt: skip
+def test_windows_are_those_that_training_used(given: dict[str, Any], said: str) -> None:
+    facts = known()
+    facts["model"] |= {"modalities": ["CT", "MR"], "header_window": False, **given}
+    assert f"<dt>windows</dt><dd>{said}</dd>" in dossier_page(facts)
+
+
+def test_classes_are_in_their_order_and_nothing_is_minus_zero() -> None:
+    facts = known()
+    facts["model"]["classes"] = ["background", "liver", "bone"]
+    fact = facts["agreement"][0]  # as JSON has them, by their letters
+    fact["against_fp32"] = {"bone": 0.99, "liver": 0.98}
+    fact["labels_fp32"] = {"bone": 0.9, "liver": 0.8}
+    fact["labels"] = {"bone": 0.89999, "liver": 0.7}
+    said = [[cell for _, cell in row] for row in rows_of(dossier_page(facts))]
+    lines = [row[1:] for row in said if len(row) == 6 and row[1] in ("bone", "liver")]
+    assert lines == [
+        ["liver", "0.9800", "0.8000", "0.7000", "-0.1000"],
+        ["bone", "0.9900", "0.9000", "0.9000", "0.0000"],
+    ]
+
+
+def test_a_machine_that_others_used_is_told() -> None:
+    text = dossier_page({**known(), "load": {"cores": 2, "others": 1.24}})
+    assert "<strong>Other processes took 1.2 of 2 cores meanwhile</strong>: the times are" in text
+    text = dossier_page({**known(), "load": {"cores": 2, "others": 0.1}})
+    assert "took 0.1 of 2 cores meanwhile.<" in text
+    assert "Other processes" not in dossier_page(known())
+
+
+def test_work_of_others_is_counted_and_ones_own_is_not(tmp_path: Path) -> None:
+    stat, ticks = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+    stat.write_text("cpu 100 0 50 9000 10 1 1 3 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n")
+    assert busy_seconds(stat) == pytest.approx(155 / ticks)
+    others, began, own = Others(stat), time.perf_counter(), time.process_time()
+    while time.perf_counter() < began + 0.2:
+        pass
+    stat.write_text(f"cpu {100 + 50 * ticks} 0 50 9000 10 1 1 3 0 0\n")  # 50 s in the meantime
+    found, own = others.cores(), time.process_time() - own
+    lasted = time.perf_counter() - began
+    assert found == pytest.approx((50 - own) / lasted, rel=0.05)
+    stat.write_text(f"cpu {100 + ticks // 100} 0 50 9000 10 1 1 3 0 0\n")  # less than its own
+    assert others.cores() == 0
+    stat.write_text("nonsense")
+    assert (busy_seconds(stat), others.cores()) == (None, None)
+
+
+def test_the_constant_mask_stands_beside_the_scores() -> None:
+    facts = known()
+    for of in facts["evaluation"]["classes"].values():
+        of["dice_constant_mask"] = value(0.371)
+    said = [[cell for _, cell in row] for row in rows_of(dossier_page(facts))]
+    assert "constant mask" in next(row for row in said if "Dice, pooled" in row)
+    assert "0.371" in next(row for row in said if "0.9120.880 to 0.941" in row)
+
+
 def test_allowances_stand_first_and_in_red() -> None:
     text = dossier_page(known())
     red = text.index("Gates that were not met and were allowed")
@@ -149,6 +236,19 @@ def test_allowances_stand_first_and_in_red() -> None:
     assert "border:2px solid var(--mark)" in text
     assert "<strong>latency</strong>: int8 &lt;slower&gt; here" in text
     assert "Every gate was met." in dossier_page({**known(), "allowances": []})
+
+
+def test_a_refused_file_stands_first_and_is_in_no_table_of_files() -> None:
+    refusals = [{"gate": "cpu_drop", "variant": "int8 QDQ U8S8", "file": "model.int8.onnx",
+                 "says": "Dice is <lower>"}]  # fmt: skip
+    text = dossier_page({**known(), "allowances": [], "refusals": refusals})  # type: ignore[typeddict-item]
+    assert "Every gate was met" not in text
+    assert text.index("Refused: files that did not pass") < text.index("<h2>Files</h2>")
+    assert "<strong>cpu_drop</strong>: Dice is &lt;lower&gt;" in text
+    assert "were allowed" not in text
+    names = {row[0][1] for row in rows_of(text)}
+    assert "int8 QDQ U8S8refused" in names  # its figures, marked
+    assert "fp32" in names
 
 
 def test_what_is_missing_is_said_not_invented() -> None:

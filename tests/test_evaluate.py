@@ -21,7 +21,7 @@ from launch.evalpictures import Pictures
 from launch.evaluate import evaluate_job, score_stack
 from launch.exportfacts import of_these_files
 from launch.rundir import RunDir
-from launch.scores import Case, summarise
+from launch.scores import Case, doubt_of, summarise
 from launch.stacks import grid_of, stacks_of
 from launch.trained import BY_CASE, POOLED, labelled_rows, load_trained, weights_digest
 from medpsp.config import Config, EvaluateConfig
@@ -296,6 +296,28 @@ def test_a_summary_by_hand(row: SliceRow) -> None:
     assert json.loads(json.dumps(seen, allow_nan=False)) == seen
 
 
+def told(value: float | None, low: float | None = None) -> dict[str, float | None]:
+    return {"value": value, "low": low, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("dice", "blind", "doubt"),
+    [
+        (told(0.382, 0.30), 0.371, "perhaps no better"),
+        (told(0.382, 0.38), 0.371, ""),
+        (told(0.382), 0.371, ""),  # one patient: no interval
+        (told(0.371, 0.30), 0.371, "no better"),
+        (told(0.2), 0.371, "no better"),
+        (told(None), 0.371, ""),
+        (told(0.2, 0.1), None, ""),
+    ],
+)
+def test_a_network_is_held_against_the_constant_mask(
+    dice: dict[str, float | None], blind: float | None, doubt: str
+) -> None:
+    assert doubt_of({"dice_pooled": dice, "dice_constant_mask": told(blind)}) == doubt
+
+
 def test_worst_median_and_best(row: SliceRow) -> None:
     cases = [case(f"p{n}", n, 1.0, row) for n in (3, 9, 1, 5, 7)]
     assert [(rank, c.patient) for rank, c in ranked(cases)] == [
@@ -326,8 +348,13 @@ def test_cases_are_in_order_and_know_where_they_lie(made: Config) -> None:
 
 
 @pytest.mark.usefixtures("own_handlers")
-def test_evaluation_of_a_run(trained: Config) -> None:
+def test_evaluation_of_a_run(trained: Config, caplog: pytest.LogCaptureFixture) -> None:
     result = evaluate_job(trained)
+    doubts = {name: doubt_of(of) for name, of in result["classes"].items()}
+    assert doubts["lesion"]  # 20 steps are too few for it
+    for name, doubt in doubts.items():
+        said = f"{name} is {doubt} than a mask that ignores the image: pooled Dice "
+        assert (said in caplog.text) == bool(doubt)
     place = RunDir(trained.out).evaluation
     assert json.loads(place.read_text()) == result
     assert (result["split"], result["patients"], result["cases"], result["slices"]) == (
@@ -345,6 +372,15 @@ def test_evaluation_of_a_run(trained: Config) -> None:
     assert sum(int(line["truth_voxels"]) for line in lines) == np.sum(result["confusion"][1:])
     assert result["held_out"] == sorted({line["patient"] for line in lines})
     page = place.with_suffix(".html").read_text()
+    assert {by: len(of) for by, of in result["strata"].items()} == dict.fromkeys(
+        ("scanner", "modality", "slice thickness"), 1
+    )
+    assert "<h2>By " not in page  # it would be the first table again
+    assert "No table by scanner (" in page
+    assert "modality (CT)" in page
+    for name, doubt in doubts.items():
+        said = f"<strong>{name}</strong> is {doubt} than a mask that ignores the image."
+        assert (said in page) == bool(doubt)
     assert page.count("data:image/png") == 8  # two cases of two pictures and what lies over them
     assert not re.search(r"(src|href)=\"(?!data:image/png|#)", page)
     assert {line["patient"] for line in lines} <= set(re.findall(r"<code>([0-9a-f]+)</code>", page))

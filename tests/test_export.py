@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,17 +19,19 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from medpsp.config import ModelConfig
+from launch.export import refusal
+from medpsp.config import Config, ModelConfig
+from medpsp.configio import load_config
 from medpsp.deploy.export import IR_VERSION, export_onnx
 from medpsp.deploy.folders import nothing_left
 from medpsp.deploy.gates import (
     Scores,
     Slice,
     dice_gates,
-    judge,
     latency,
     latency_gate,
     least_dice,
+    refused_by,
     scores,
 )
 from medpsp.deploy.graph import DeployGraph
@@ -314,6 +317,9 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     label = np.uint8([[1] * 5, [1] * 5, [1] * 5, [255] * 5])
     files = {"fp32": open_session(paths[0]), "cpu": open_session(paths[1])}
     found = scores(files, [One(ramp, label)] * 2, GIVEN, 2, Tiling((4, 5)))
+    assert [one.number for one in found["cpu"].worst] == [0, 1]
+    again = scores(files, [One(ramp, label)] * 3, GIVEN, 2, Tiling((4, 5)), ["a", "a", "b"])
+    assert [one.number for one in again["cpu"].worst] == [0, 2]  # of a case one slice
     assert found["cpu"].agreement == pytest.approx(2 * 10 / (10 + 15))  # two rows against three
     assert found["cpu"].changed == pytest.approx(0.25)
     assert found["fp32"].against_labels[1] == pytest.approx(2 * 10 / (10 + 15))
@@ -330,36 +336,52 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert (drop.passed, "0.2000 lower" in drop.says) == (False, True)
 
 
-def test_a_refusal_names_gate_finding_bound_and_what_to_do(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refusal_names_file_gate_finding_bound_and_what_to_do(tmp_path: Path) -> None:
     nothing = Scores(against_fp32=(1.0, np.nan), against_labels=(1.0, 0.0), changed=0.0)
     gates = dice_gates("cpu", 0.99, nothing, replace(nothing, against_labels=(1.0, 0.2)))
     slow = latency_gate([{"cpu": np.array([3.0]), "fp32": np.array([2.0])}])
+    refused = refused_by([*gates, slow], {"latency": "a shared machine"})
+    assert refused == gates
+    assert refused_by(gates, {"cpu_dice": "a trial", "cpu_drop": "a trial"}) == []
+    data = {"archive": tmp_path, "classes": ["background", "liver"], "key_file": tmp_path / "k"}
+    config = Config.model_validate({"out": "runs/my liver", "data": data})
+    command = (
+        "medpsp export 'runs/my liver/config.yaml' export.allow.cpu_dice='your reason' "
+        "export.allow.cpu_drop='your reason'"
+    )
+    assert refusal(config, refused) == (
+        "export: refused model.int8.onnx (cpu_dice: no mask has any foreground, neither of fp32, "
+        "expected Dice 0.99 between them; cpu_drop: Dice of class 1 against the labels is 0.2000 "
+        "lower than that of fp32, at most 0.005 is expected); written to runs/my liver/export: "
+        "model.onnx, model.int8.trt.onnx, model.fp16.onnx and their dossier; train longer, or let "
+        f"it pass with a reason, which the dossier shows: {command}"
+    )
+    options = shlex.split(command)[3:]  # can be given as it stands, and says what it allows
+    given = {"out": "runs/my liver", "data": {k: str(v) for k, v in data.items()}}
+    (tmp_path / "c.yaml").write_text(
+        json.dumps(given | {"data": {**given["data"], "classes": data["classes"]}})
+    )
+    assert load_config(tmp_path / "c.yaml", options).export.allow == {
+        "cpu_dice": "your reason",
+        "cpu_drop": "your reason",
+    }
+    said = refusal(config, [slow], ["model.int8.onnx"])
+    assert "latency: int8 takes 1.50 of the time" in said
+    assert "(of the earlier export model.int8.onnx is gone); let it pass" in said  # no training
 
+
+def test_half_a_work_is_not_left(tmp_path: Path) -> None:
     def attempt() -> None:
         with nothing_left(tmp_path / "half"):
             (tmp_path / "half").mkdir()
             (tmp_path / "half" / "model.onnx").touch()
-            judge([*gates, slow], {"latency": "a shared machine"})
+            raise ParityError("it differs")
 
-    with pytest.raises(ExportError) as refused:
+    with pytest.raises(ParityError):
         attempt()
-    assert str(refused.value) == (
-        "export: cpu_dice: no mask has any foreground, neither of fp32, expected Dice 0.99 between "
-        "them; cpu_drop: Dice of class 1 against the labels is 0.2000 lower than that of fp32, at "
-        "most 0.005 is expected; train longer, or let it fail with export.allow.cpu_dice='why' "
-        "export.allow.cpu_drop='why', which the dossier then shows"
-    )
-    assert "latency: int8 takes 1.50 of the time" in caplog.text
     assert not (tmp_path / "half").exists()
-    with pytest.raises(
-        ExportError, match=r"expected; let it fail with export\.allow\.latency='why'"
-    ):
-        judge([slow], {})  # training would not help
     with nothing_left(tmp_path / "half"):
         (tmp_path / "half").mkdir()
-        judge(gates, {"cpu_dice": "a trial", "cpu_drop": "a trial"})
     assert (tmp_path / "half").exists()
 
 

@@ -27,7 +27,7 @@ from launch.runfacts import facts_of
 from launch.runpage import run_page, write_run_page
 from medpsp.config import Config
 from medpsp.configio import dump_yaml
-from medpsp.errors import ConfigError
+from medpsp.errors import CheckpointError, ConfigError
 from medpsp.train.board import Board
 from shards.index import file_sha256, read_manifest
 from tests.test_dossier import known
@@ -116,7 +116,7 @@ def test_the_page_has_what_the_files_say(whole: Path) -> None:
     assert "20 of 20 steps" in words
     assert "only 1 20 0.003 cosine 100 %" in words
     assert "mobilenetv3_large_100, random weights" in words
-    assert re.search("train done [0-9]+ s [0-9.e-]+ 0 evaluate done [0-9]+ s", words)
+    assert re.search("train done [0-9]+ s [0-9]+ s 0 evaluate done [0-9]+ s [0-9]+ s", words)
     for text in ("starts 2", "restarts 1", "ranks 1", "images/s", "peak memory of the process"):
         assert text in words
     # the export: of the dossier
@@ -259,7 +259,7 @@ def test_a_run_of_nothing_yet_is_a_line_for_each_part(trained: Config, tmp_path:
     assert said == []
     closed(page, run.root)
     for line in ("No shards yet", "Not trained yet", "No curves yet", "Not evaluated yet",
-                 "No pictures", "Not exported yet", "No job of"):  # fmt: skip
+                 "No pictures", "Not exported yet", "No job was timed"):  # fmt: skip
         assert line in page
     assert "Worth a look" not in page
 
@@ -298,13 +298,37 @@ def test_training_that_goes_on_is_said(run: RunDir, trained: Config) -> None:
     words = words_of(write_run_page(run.root).read_text())
     assert "20 of 50 steps, best validation Dice" in words
     assert "not at its end yet, the job is running" in words
-    assert re.search("train running – [0-9.e-]+ 2", words)
+    assert re.search("train running – [0-9]+ s 2", words)
     tree["train"]["stages"] = [{"name": "only", "epochs": 2, "lr": 3e-3}]
     RunDir.create(Config.model_validate(tree))
     assert "20 of 20 steps" in words_of(write_run_page(run.root).read_text())
     for path in run.checkpoints.glob("*/meta.json"):
         path.unlink()
     assert "20 of an unknown number of steps" in words_of(write_run_page(run.root).read_text())
+
+
+def test_a_job_by_hand_leaves_the_page_as_the_chain_does(run: RunDir, trained: Config) -> None:
+    RunDir.create(trained.model_copy(update={"out": run.root}))
+    marker = run.logs / "evaluate.failed"
+    marker.write_text("no memory")
+    tell(run, "evaluate", Told(state="failed", job="", node=HOST, restarts=0, code=1))
+    assert "evaluate failed" in words_of(write_run_page(run.root).read_text())
+    done = CliRunner().invoke(app, ["evaluate", str(run.config)], catch_exceptions=False)
+    assert done.exit_code == 0
+    words = words_of(run.page.read_text())
+    assert "evaluate failed" not in words
+    assert re.search("evaluate done [0-9]+ s", words)
+    assert not marker.exists()
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(CheckpointError):
+        CliRunner().invoke(app, ["evaluate", str(run.config)], catch_exceptions=False)
+    assert "evaluate failed: logs/evaluate.failed says why." in words_of(run.page.read_text())
+    assert marker.read_text().strip()
+    for path in (run.page, marker, run.jobs / "evaluate.json"):
+        path.unlink()
+    with pytest.raises(CheckpointError):  # where there is no page, none is made of a failure
+        CliRunner().invoke(app, ["evaluate", str(run.config)], catch_exceptions=False)
+    assert not run.page.exists()
 
 
 def test_what_does_not_belong_together_is_said(run: RunDir, trained: Config) -> None:
@@ -453,6 +477,13 @@ def test_curves_are_those_that_tensorboard_shows(tmp_path: Path) -> None:
     assert [start.ranks for start in found.starts] == [2, 4]
     assert all(start.seconds >= 0 for start in found.starts)
     assert found.last == 7
+    anew = tmp_path / "anew"
+    shutil.copytree(tmp_path, anew)
+    third = Board(anew, 0)  # its checkpoints were deleted
+    third.scalars(1, {"train/loss": 3.0, "perf/ranks": 1.0})
+    third.close()
+    assert [start.ranks for start in read_curves(anew, 4).starts] == [1]
+    shutil.rmtree(anew)
     theirs = EventAccumulator(str(tmp_path))
     theirs.Reload()
     for tag in ("train/loss", "perf/ranks"):
@@ -522,12 +553,16 @@ def test_runs_side_by_side(whole: Path, run: RunDir, trained: Config, tmp_path: 
     assert re.search("liver run test, 2 patients, step 20 0.999 .* liver whole test", text)
     assert "bare : Not evaluated yet: medpsp evaluate does that." in text
     assert "bare : No curves yet" in text
-    assert "key run whole bare seed 5 0 0" in text
-    assert "train.stages.only.lr 0.004 0.003 0.003" in text
+    settings = text.partition("What was set otherwise key run whole bare ")[2]
+    assert settings.startswith("steps done 20 20 0 train.stages.only ")
+    assert "lr 0.004" in settings
+    assert "seed 5 0 0" in settings
+    assert "train.steps" not in settings  # 20 in all of them, whatever the preset would make
+    assert "of that the mean of the classes but the background" in text
     assert page.count('class="c1"') >= 2  # the second line of both plots
     assert str(tmp_path) not in page
     assert page == comparison_page([run.root, whole, bare.root])
-    assert "Nothing but paths." in comparison_page([whole, bare.root])
+    assert "Nothing but paths." in comparison_page([whole, whole])
     with pytest.raises(ConfigError, match="so it is no run of medpsp"):
         comparison_page([tmp_path])
 

@@ -45,6 +45,11 @@ class Target:
     affine: tuple[tuple[float, ...], ...] | None = None
     dicom: Series | None = None
 
+    @property
+    def title(self) -> str:
+        """Name and, of DICOM, modality, which is one of those that a model takes."""
+        return f"{self.name}, {self.dicom.first.modality}" if self.dicom else self.name
+
 
 class Answers:
     """Files of one series: all of them are there at the end, or none.
@@ -70,7 +75,7 @@ class Answers:
         self._counts = np.zeros(len(model.classes), dtype=np.int64)
         self._numbers: list[int] = []
         self._places: list[int] = []
-        self._sheet = Sheet(model.classes)
+        self._sheet = Sheet(model.classes, target.title)
         self.refused: list[DicomError] = []
         self._stack = ExitStack()
         self._nifti: MaskWriter | None = None

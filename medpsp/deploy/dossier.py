@@ -73,7 +73,8 @@ class AgreementFact(TypedDict):
 
 
 class OverlayFact(TypedDict):
-    """A picture of a large disagreement: image, fp32, variant and difference side by side."""
+    """A picture of a large disagreement: the slice, and cut out of it the mask of fp32, that of
+    the variant and what differs. Empty where it may not be shown."""
 
     title: str
     png: bytes
@@ -95,6 +96,14 @@ class CpuFact(TypedDict):
 
     model: str
     flags: list[str]
+
+
+class LoadFact(TypedDict):
+    """Cores of the machine, and how many of them other processes took while latency was measured;
+    None where the kernel does not say."""
+
+    cores: int
+    others: float | None
 
 
 class SplitFact(TypedDict):
@@ -119,20 +128,31 @@ class AllowanceFact(TypedDict):
     reason: str
 
 
+class RefusalFact(TypedDict):
+    """A gate that was not met, so that ``file``, of ``variant``, was not given out."""
+
+    gate: str
+    variant: str
+    file: str
+    says: str
+
+
 class Facts(TypedDict, total=False):
     """All of a dossier; what is left out was not measured.
 
     Attributes:
         model: Metadata of the files, as it stands in them.
-        files: In the order to show.
+        files: That were given out, in the order to show.
         parity: Rows of all variants.
         agreement: A row a variant.
         overlays: Largest disagreements first.
         latency: Rows.
         cpu: That latency and real kernels were measured on.
+        load: Of the machine meanwhile.
         training: Of the data.
         evaluation: ``evaluation.json`` of `medpsp evaluate`.
-        allowances: Empty where every gate was met.
+        allowances: Empty where every gate was met, or its file refused.
+        refusals: Of files that were not given out; empty where all were.
         steps: What was optimised, a sentence each.
         environment: Versions by name.
     """
@@ -144,9 +164,11 @@ class Facts(TypedDict, total=False):
     overlays: list[OverlayFact]
     latency: list[LatencyFact]
     cpu: CpuFact
+    load: LoadFact
     training: TrainingFact
     evaluation: dict[str, Any]
     allowances: list[AllowanceFact]
+    refusals: list[RefusalFact]
     steps: list[str]
     environment: dict[str, str]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,9 @@ from numpy.typing import NDArray
 
 from medpsp.deploy.inputs import GraphInput
 from medpsp.deploy.session import MASK, Feeds, class_masks, open_session, run_graph
-from medpsp.errors import ExportError
 from medpsp.tiles import Tiling
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
 from medpsp.types import FloatArray
-
-log = logging.getLogger("medpsp")
 
 Variant = Literal["cpu", "trt", "half"]
 LEAST_DICE: dict[str, dict[str, float]] = {
@@ -48,7 +44,7 @@ SATURATION_DB = 2.0
 with it (ResNet18, MobileNetV3 and EfficientNet-B0 on AVX2)."""
 ROUNDS, WARM = 11, 2
 WORST = 3
-"""Slices of each file that are kept to be drawn."""
+"""Slices of each file that are kept to be drawn, of as many cases."""
 
 
 class Slice(Protocol):
@@ -69,10 +65,9 @@ class Slice(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Differing:
-    """A slice of which two files make different masks, (H, W) each."""
+    """A slice of which two files make different masks, (H, W) each; ``number`` in the sequence."""
 
-    image: NDArray[Any]
-    window: FloatArray | None
+    number: int
     fp32: NDArray[np.uint8]
     other: NDArray[np.uint8]
 
@@ -90,7 +85,7 @@ class Scores:
         against_fp32: Dice of its masks against those of the fp32 file.
         against_labels: Dice of its masks against the labels.
         changed: Share of pixels with another class than fp32.
-        worst: Slices that differ most.
+        worst: Slices that differ most, of each case at most one.
     """
 
     against_fp32: tuple[float, ...]
@@ -106,9 +101,10 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One condition: ``name`` may be allowed to fail, with a reason."""
+    """One condition of a file: ``name`` may be allowed to fail, with a reason."""
 
     name: str
+    variant: Variant
     passed: bool
     says: str
 
@@ -119,6 +115,7 @@ def scores(
     given: GraphInput,
     classes: int,
     tiling: Tiling,
+    cases: Sequence[str] = (),
 ) -> dict[str, Scores]:
     """Masks of all files on the same slices, cut into tiles as on the device.
 
@@ -128,28 +125,37 @@ def scores(
         given: What the files take.
         classes: K.
         tiling: How much the network sees at once.
+        cases: Of what case each slice is; without, each is one of its own.
     """
     to_fp32 = {name: np.zeros((classes, classes), np.int64) for name in files}
     to_label = {name: np.zeros((classes, classes), np.int64) for name in files}
-    worst: dict[str, list[Differing]] = {name: [] for name in files}
-    for one in slices:
-        reference = None
+    worst: dict[str, dict[str, Differing]] = {name: {} for name in files}
+    for number, one in enumerate(slices):
+        reference, case = None, cases[number] if cases else str(number)
         for name, session in files.items():
             (mask,) = class_masks(session, given, one.image, one.window, tiling)
             reference = mask if reference is None else reference
             to_fp32[name] += confusion(reference, mask, classes)
             to_label[name] += confusion(one.label, mask, classes)
-            found = Differing(image=one.image, window=one.window, fp32=reference, other=mask)
-            worst[name] = sorted([*worst[name], found], key=lambda d: -d.pixels)[:WORST]
+            found = Differing(number=number, fp32=reference, other=mask)
+            worst[name] = _with(worst[name], case, found)
     return {
         name: Scores(
             against_fp32=tuple(dice_per_class(to_fp32[name]).tolist()),
             against_labels=tuple(dice_per_class(to_label[name]).tolist()),
             changed=float(1 - np.diag(to_fp32[name]).sum() / max(1, to_fp32[name].sum())),
-            worst=tuple(one for one in worst[name] if one.pixels),
+            worst=tuple(one for one in worst[name].values() if one.pixels),
         )
         for name in files
     }
+
+
+def _with(worst: dict[str, Differing], case: str, found: Differing) -> dict[str, Differing]:
+    """The `WORST` cases with the slice of each that differs most; the first of equal ones."""
+    if case not in worst or found.pixels > worst[case].pixels:
+        worst = {**worst, case: found}
+    order = sorted(worst, key=lambda name: (-worst[name].pixels, worst[name].number))
+    return {name: worst[name] for name in order[:WORST]}
 
 
 def latency(
@@ -180,13 +186,15 @@ def dice_gates(variant: Variant, least: float, found: Scores, fp32: Scores) -> l
     says = f"masks agree with fp32 by Dice {found.agreement:.4f}, expected {least:g}"
     if np.isnan(found.agreement):
         says = f"no mask has any foreground, neither of fp32, expected Dice {least:g} between them"
-    gates = [Gate(name=f"{variant}_dice", passed=bool(found.agreement >= least), says=says)]
+    passed = bool(found.agreement >= least)
+    gates = [Gate(name=f"{variant}_dice", variant=variant, passed=passed, says=says)]
     drops = np.array(fp32.against_labels) - np.array(found.against_labels)
     if np.isfinite(drops[1:]).any():
         worst = 1 + int(np.nanargmax(drops[1:]))
         gates.append(
             Gate(
                 name=f"{variant}_drop",
+                variant=variant,
                 passed=bool(drops[worst] <= MOST_DROP),
                 says=f"Dice of class {worst} against the labels is {drops[worst]:.4f} lower than "
                 f"that of fp32, at most {MOST_DROP:g} is expected",
@@ -201,6 +209,7 @@ def latency_gate(times: Sequence[Mapping[str, NDArray[np.float64]]]) -> Gate:
     ratios = [float(np.median(found["cpu"] / found["fp32"])) for found in times]
     return Gate(
         name="latency",
+        variant="cpu",
         passed=min(ratios) <= 1,
         says=f"int8 takes {min(ratios):.2f} of the time of fp32 on this CPU, at most 1 is expected",
     )
@@ -215,27 +224,13 @@ def saturation_gate(real: float, emulated: float) -> Gate:
     """
     return Gate(
         name="saturation",
+        variant="cpu",
         passed=real == emulated or abs(real - emulated) <= SATURATION_DB,  # both may be infinite
         says=f"int8 kernels of this CPU give {real:.1f} dB against fp32, the same file in float "
         f"{emulated:.1f} dB, within {SATURATION_DB:g} dB is expected",
     )
 
 
-def judge(gates: Sequence[Gate], allow: Mapping[Any, str]) -> None:
-    """All must have passed, but for those that are allowed to fail.
-
-    Raises:
-        ExportError: Which did not, what was found and expected, and what to do.
-    """
-    failed = [gate for gate in gates if not gate.passed]
-    for gate in failed:
-        if gate.name in allow:
-            log.warning("export: %s: %s; allowed by export.allow", gate.name, gate.says)
-    if left := [gate for gate in failed if gate.name not in allow]:
-        says = "; ".join(f"{gate.name}: {gate.says}" for gate in left)
-        weak = any(gate.name.endswith(("_dice", "_drop")) for gate in left)
-        options = " ".join(f"export.allow.{gate.name}='why'" for gate in left)
-        raise ExportError(
-            f"export: {says}; {'train longer, or ' if weak else ''}let it fail with {options}, "
-            "which the dossier then shows"
-        )
+def refused_by(gates: Sequence[Gate], allow: Mapping[Any, str]) -> list[Gate]:
+    """Gates that failed and may not; each refuses its own file and no other."""
+    return [gate for gate in gates if not gate.passed and gate.name not in allow]

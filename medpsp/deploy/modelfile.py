@@ -36,6 +36,18 @@ PROBE = 32
 """Rows and columns of the image by which graph and metadata are compared."""
 
 
+def _why_not_there(path: Path) -> str:
+    """A dossier beside it may say that its export refused it."""
+    try:
+        told = json.loads((path.parent / "dossier.json").read_text(encoding="utf-8"))
+        gates = [one["gate"] for one in told["refusals"] if one["file"] == path.name]
+    except (OSError, ValueError, KeyError, TypeError):
+        gates = []
+    if gates:
+        return f"its export refused it ({', '.join(gates)}); dossier.html beside it says why"
+    return "no such file; give the .onnx of `medpsp export`"
+
+
 class ModelFile:
     """A model file with the windows and the classes that it carries.
 
@@ -60,7 +72,7 @@ class ModelFile:
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         if not path.is_file():
-            raise NoModelFile(f"model {path}: no such file; give the .onnx of `medpsp export`")
+            raise NoModelFile(f"model {path}: {_why_not_there(path)}")
         try:
             self.session = open_session(path, threads)
         except Exception as error:  # noqa: BLE001 - ORT's errors share no base but Exception

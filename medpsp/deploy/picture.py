@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from medpsp.deploy.stream import Segmented
 from medpsp.intensity import CLASS_COLOURS, overlay
 
-TILE, COLUMNS, MAX_TILES, LEGEND = 224, 4, 8, 32
-"""Pixels of a tile's longer side, tiles a row, tiles at most, pixels of the legend line."""
+TILE, COLUMNS, MAX_TILES, LEGEND, TITLE = 224, 4, 8, 32, 26
+"""Pixels of a tile's longer side, tiles a row, tiles at most, pixels of the lines below them."""
 
 
 class Sheet:
@@ -19,10 +19,11 @@ class Sheet:
 
     Args:
         classes: Names for the legend; the first is the background.
+        title: What the series is, free of identities.
     """
 
-    def __init__(self, classes: tuple[str, ...]) -> None:
-        self._classes = classes
+    def __init__(self, classes: tuple[str, ...], title: str) -> None:
+        self._classes, self._title = classes, title
         self._covered, self._all = _Spread(), _Spread()
 
     def add(self, item: Segmented) -> None:
@@ -38,15 +39,26 @@ class Sheet:
         chosen = [found[i] for i in np.linspace(0, len(found) - 1, count).round().astype(int)]
         tile = chosen[0][1].size
         rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
-        size = max(tile[0] * columns, 2 * TILE), tile[1] * rows + LEGEND
+        size = max(tile[0] * columns, 2 * TILE), tile[1] * rows + TITLE + LEGEND
         sheet = Image.new("RGB", size, "black")
         for number, (place, picture) in enumerate(chosen):
             corner = (number % COLUMNS * tile[0], number // COLUMNS * tile[1])
             sheet.paste(picture, corner)
             at = (corner[0] + 5, corner[1] + 3)
-            ImageDraw.Draw(sheet).text(at, f"{place}", fill=(170, 170, 170))
+            number_slice(sheet, at, place)
+        title = f"{self._title}, {count} of {self._all.count} slices"
+        font, at = ImageFont.load_default(size=15), (10, tile[1] * rows + 6)
+        ImageDraw.Draw(sheet).text(at, title, fill="white", font=font)
         _legend(sheet, self._classes)
         sheet.save(path)
+
+
+def number_slice(sheet: Image.Image, at: tuple[int, int], place: int) -> None:
+    """Write the number of a slice so that it is read on black and on white: with an outline."""
+    font = ImageFont.load_default(size=15)
+    ImageDraw.Draw(sheet).text(
+        at, f"slice {place}", fill="white", font=font, stroke_width=2, stroke_fill="black"
+    )
 
 
 class _Spread:
@@ -55,16 +67,16 @@ class _Spread:
 
     def __init__(self) -> None:
         self.kept: list[tuple[int, Image.Image]] = []
-        self._step, self._count = 1, 0
+        self._step, self.count = 1, 0
 
     def add(self, item: Segmented) -> None:
-        if self._count % self._step == 0:
+        if self.count % self._step == 0:
             if len(self.kept) == 2 * MAX_TILES:
                 del self.kept[1::2]
                 self._step *= 2
-            if self._count % self._step == 0:
+            if self.count % self._step == 0:
                 self.kept.append((item.place, _thumbnail(item)))
-        self._count += 1
+        self.count += 1
 
 
 def _thumbnail(item: Segmented) -> Image.Image:
