@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from launch import chaincli, ondevice, sweepcli
 from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
 from launch.clihelp import InOrder, Settable, begin
 from launch.cluster import sleep_at_barriers
+from launch.configcli import config_app, key_app
 from launch.doctor.command import doctor
 from launch.new.command import new
 from launch.tensorrt import tensorrt
@@ -230,46 +230,8 @@ for _command in (*_first, *_chain, *_several, *_device):
     app.command(cls=Settable if takes_settings else None)(_command)
 
 
-key_app = typer.Typer(no_args_is_help=True, help="The key of the pseudonyms.")
 app.add_typer(key_app, name="key")
-
-
-@key_app.command("new")
-def key_new(path: Annotated[Path, typer.Argument(help="File to write, mode 0600.")]) -> None:
-    """Make a project key; whoever has it can find a patient's pseudonym, so keep it safe."""
-    from medpsp.identity import create_key
-
-    create_key(path)
-    typer.echo(f"{path}  (set data.key_file to it; a lost key means new pseudonyms and splits)")
-
-
-config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
-
-
-@config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON Schema of a configuration, for editors."""
-    from medpsp.config import Config
-
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
-
-
-@config_app.command("list")
-def config_list() -> None:
-    """Names of the shipped configurations."""
-    from launch.rundir import shipped_configs
-
-    typer.echo("\n".join(shipped_configs()))
-
-
-@config_app.command("show", cls=Settable)
-def config_show(config: ConfigArg, overrides: Overrides = None) -> None:
-    """Print the resolved configuration."""
-    from launch.rundir import find_config
-    from medpsp.configio import dump_yaml, load_config
-
-    typer.echo(dump_yaml(load_config(find_config(config), tuple(overrides or ()))))
 
 
 def main() -> None:

@@ -15,22 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from launch.evaltold import tell
 from launch.rundir import RunDir
 from launch.stacks import Labels, Network, Stack, grid_of, predict_stack, stacks_of
 from launch.trained import (
-    BY_CASE,
-    POOLED,
     labelled_rows,
     load_trained,
     number,
-    shown,
     weights_digest,
 )
 from medpsp import __version__
 from medpsp.config import Config
 from medpsp.errors import ShardError
 from medpsp.types import IGNORE
-from medpsp.words import many
 
 if TYPE_CHECKING:
     from launch.scores import Case
@@ -41,8 +38,6 @@ if TYPE_CHECKING:
     from shards.reader import ShardReader
 
 log = logging.getLogger("medpsp")
-SHOWN = 6
-"""Patients whose pseudonyms are on the console; all are in the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +84,7 @@ def evaluate_job(config: Config) -> dict[str, Any]:
     made_of = _made_of(config, weights)
     if known := _known(place, made_of):
         log.info("evaluate: nothing changed since %s; delete it to score again", place)
-        _show(known, place)
+        tell(known, place)
         return known
     import torch
 
@@ -118,7 +113,7 @@ def evaluate_job(config: Config) -> dict[str, Any]:
         "made_of": made_of,
     }
     _write(config, result, cases, reader)
-    _show(result, place)
+    tell(result, place)
     return result
 
 
@@ -254,60 +249,3 @@ def _constant_mask(net: Network, rows: Sequence[SliceRow]) -> ConstantMask:
         check_classes(label, classes, row.bucket, row.slot)
         constant.add(label)
     return constant
-
-
-def _doubt(result: dict[str, Any]) -> None:
-    """Say of which classes the network may have learnt nothing that holds for other patients."""
-    from launch.scores import doubt_of
-
-    for name, of in result["classes"].items():
-        if doubt := doubt_of(of):
-            dice, blind = of["dice_pooled"], of["dice_constant_mask"]["value"]
-            inside = "" if dice["low"] is None else f", 95 % from {shown(dice['low'])}"
-            log.warning(
-                "evaluate: %s is %s than a mask that ignores the image: pooled Dice %s%s, that "
-                "mask %s; look at the pictures, train longer, or label more patients",
-                name,
-                doubt,
-                shown(dice["value"]),
-                inside,
-                shown(blind),
-            )
-
-
-def _show(result: dict[str, Any], place: Path) -> None:
-    log.info(
-        "held-out %s (%s, %s, %s):",
-        BY_CASE,
-        result["split"],
-        many(result["patients"], "patient"),
-        many(result["slices"], "slice"),
-    )
-    for name, of in result["classes"].items():
-        log.info("  %-12s %s, %s", name, _interval(of["dice"]), _distances(of))
-        log.info(
-            "  %-12s %s: %s, constant mask %s",
-            "",
-            POOLED,
-            _interval(of["dice_pooled"]),
-            shown(of["dice_constant_mask"]["value"]),
-        )
-    who = result["held_out"]
-    more = f" and {len(who) - SHOWN} more" if len(who) > SHOWN else ""
-    log.info(
-        "held out: patient %s%s; data.crosswalk=FILE of `medpsp shards` tells their files",
-        ", ".join(who[:SHOWN]),
-        more,
-    )
-    _doubt(result)
-    log.info("page: %s", place.with_suffix(".html"))
-
-
-def _interval(of: dict[str, Any]) -> str:
-    ends = "" if of["low"] is None else f" (95 % {shown(of['low'])} to {shown(of['high'])})"
-    return f"{shown(of['value'])}{ends}"
-
-
-def _distances(of: dict[str, Any]) -> str:
-    iou, hd95, nsd = (shown(of[key]["value"]) for key in ("iou", "hd95_mm", "nsd"))
-    return f"IoU {iou}, HD95 {hd95} mm, NSD {nsd}"
