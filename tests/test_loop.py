@@ -246,7 +246,7 @@ def test_a_kill_between_saving_and_marking_the_best_is_made_good(tmp_path: Path)
     ("wish", "there", "kind", "reason"),
     [
         ("must", False, CheckpointError, "none, and train.resume is must"),
-        ("never", True, ConfigError, "train.resume is never"),
+        ("never", True, ConfigError, "train.resume=never refuses to go on"),
     ],
 )
 def test_what_resume_forbids(
