@@ -276,7 +276,7 @@ def _show(result: dict[str, Any], place: Path) -> None:
     who = result["held_out"]
     more = f" and {len(who) - SHOWN} more" if len(who) > SHOWN else ""
     log.info(
-        "held out: patient %s%s; data.crosswalk=FILE of `medpsp shards` tells their files",
+        "held out, by pseudonym: %s%s; data.crosswalk=FILE of `medpsp shards` tells their files",
         ", ".join(who[:SHOWN]),
         more,
     )
