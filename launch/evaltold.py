@@ -58,7 +58,7 @@ def tell(result: dict[str, Any], place: Path) -> None:
     who = result["held_out"]
     more = f" and {len(who) - SHOWN} more" if len(who) > SHOWN else ""
     log.info(
-        "held out: patient %s%s; data.crosswalk=FILE of `medpsp shards` tells their files",
+        "held out, by pseudonym: %s%s; data.crosswalk=FILE of `medpsp shards` tells their files",
         ", ".join(who[:SHOWN]),
         more,
     )
