@@ -256,6 +256,7 @@ def test_colours_can_be_read_in_light_and_in_dark() -> None:
 
 def test_a_run_of_nothing_yet_is_a_line_for_each_part(trained: Config, tmp_path: Path) -> None:
     run = RunDir.create(trained.model_copy(update={"out": tmp_path / "new"}))
+    run.jobs.mkdir()  # begun, and no more
     page, said = page_of(run)
     assert said == []
     closed(page, run.root)
