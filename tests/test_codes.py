@@ -21,9 +21,9 @@ WORDS = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 
 NOT_CODES = re.compile(
     r"YBR_\w+|ISO_IR|LINEAR_EXACT|CLOSED_PLANAR|CLOSEDPLANAR_XOR|LPS_TO_RAS|RAY_\w+|MEDPSP_\w+|NO_ALB\w+"
-    r"|\w+_(NUM_THREADS|WORLD_SIZE)|TORCH_\w+|DS_ACCELERATOR|LOCAL_RANK"
+    r"|\w+_(NUM_THREADS|WORLD_SIZE)|TORCH_\w+|DS_ACCELERATOR|LOCAL_RANK|SC_CLK_TCK"
 )
-"""Values of elements, names of constants, environment variables."""
+"""Values of elements, names of constants, of the kernel, environment variables."""
 
 TAKES_CODE = {"DicomError", "GeometryError", "LabelError", "refusing", "reading", "append", "add"}
 
