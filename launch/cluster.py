@@ -11,9 +11,12 @@ import subprocess
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medpsp.errors import LaunchError
-from medpsp.types import World
+
+if TYPE_CHECKING:  # numpy comes with it
+    from medpsp.types import World
 
 
 def detect_world() -> World:
@@ -22,6 +25,8 @@ def detect_world() -> World:
     Raises:
         LaunchError: They are set, but not whole numbers that fit together.
     """
+    from medpsp.types import World
+
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     found = {name: os.environ[name] for name in names if name in os.environ}
     if "WORLD_SIZE" not in found:
