@@ -6,6 +6,7 @@ import enum
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -253,7 +254,6 @@ def _fail(error: Exception) -> None:
     from launch.diagnose import diagnosis, lost_peer
     from launch.jobs import one_line
     from launch.ranks import say_last
-    from launch.traces import remove_traces
 
     line = diagnosis(error)
     if line is None and not isinstance(error, (MedpspError, OSError)):
@@ -262,7 +262,10 @@ def _fail(error: Exception) -> None:
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
     say_last(line or one_line(error), echo=lost_peer(error), code=code)
     if code != EXIT_AGAIN:
-        remove_traces(line or one_line(error))
+        with suppress(OSError):  # where no file can be opened, none of ours is imported either
+            from launch.traces import remove_traces
+
+            remove_traces(line or one_line(error))
     sys.exit(code)
 
 

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from launch.scores import doubt_of
 from launch.trained import BY_CASE, POOLED, shown
 from medpsp.words import many
 
@@ -17,6 +16,8 @@ SHOWN = 6
 
 def _doubt(result: dict[str, Any]) -> None:
     """Say of which classes the network may have learnt nothing that holds for other patients."""
+    from launch.scores import doubt_of  # scipy comes with it, which devices have not
+
     for name, of in result["classes"].items():
         if doubt := doubt_of(of):
             dice, blind = of["dice_pooled"], of["dice_constant_mask"]["value"]

@@ -358,6 +358,7 @@ def test_a_refused_file_is_not_given_out_and_the_others_are(
     Predictor(exported.variant("half"))
     with pytest.raises(ModelFileError, match=r"its export refused it \(.*cpu_drop\)"):
         Predictor(exported.int8)
+    RunDir.create(pictures)
     run = write_run_page(exported.root).read_text()
     assert "refused, and not given out: model.int8.onnx" in run
     assert "is not what the dossier was made of" not in run
@@ -386,5 +387,5 @@ def test_a_folder_of_nothing_but_colour_is_none_for_a_grey_network(
     predictor.model.given = replace(predictor.model.given, colours=1)
     (tmp_path / "in").mkdir()
     Image.fromarray(discs(20)[0]).save(tmp_path / "in" / "a.png")
-    with pytest.raises(ArchiveError, match=r"1 files \(COLOUR_FOR_GREY_MODEL\)"):
+    with pytest.raises(ArchiveError, match=r"1 file \(COLOUR_FOR_GREY_MODEL\)"):
         predictor.folder(tmp_path / "in", tmp_path / "out")

@@ -366,8 +366,8 @@ def test_all_checks_together_have_an_end():
     found = [(one.what, own) for one, own in run(several, seconds=0.2)]
     todo = "see what did not answer before it"
     assert found == [
-        ("hangs", [note("hangs", "one: not checked, 0 s were over", todo)]),
-        ("prints", [note("prints", "not checked, 0 s were over", todo)]),
+        ("hangs", [note("hangs", "one: not checked, 0.2 s were over", todo)]),
+        ("prints", [note("prints", "not checked, 0.2 s were over", todo)]),
     ]
 
 

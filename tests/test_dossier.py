@@ -225,7 +225,7 @@ def test_the_constant_mask_stands_beside_the_scores() -> None:
     for of in facts["evaluation"]["classes"].values():
         of["dice_constant_mask"] = value(0.371)
     said = [[cell for _, cell in row] for row in rows_of(dossier_page(facts))]
-    assert "constant mask" in next(row for row in said if "Dice, pooled" in row)
+    assert "constant mask" in next(row for row in said if "Dice, pooled over voxels" in row)
     assert "0.371" in next(row for row in said if "0.9120.880 to 0.941" in row)
 
 

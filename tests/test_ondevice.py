@@ -734,7 +734,7 @@ def test_every_kind_of_entry_is_done_once(
     found = sorted(len(list(out.glob(f"{name}/*"))) for name in names)
     assert found == [0, 1, 2, 2, 2]  # the text; the NIfTI has no SEG; the others SEG and NIfTI
     (failed,) = out.glob("*.failed")
-    line = "nothing DICOM in it, 1 file: 1 .txt; the model takes CT"
+    line = "nothing DICOM in it, 1 file: 1 other; the model takes CT"
     assert failed.read_text() == line + "\n"
     assert f"{failed.stem}: failed: {line}" in heard.lines
     assert len([name for name in heard.lines if "1 series, 4 slices" in name]) == 3

@@ -207,12 +207,11 @@ def test_the_pages_are_filled(browser: Browser, folder: Path, tmp_path: Path) ->
         def loaded() -> list[list[Any]]:
             size = "[e.naturalWidth, e.naturalHeight]"
             found = browser.find("img", size)
-            return found if len(found) == 6 and all(w and h for w, h in found) else []
+            return found if len(found) == 5 and all(w and h for w, h in found) else []
 
-        assert [384, 792] in shown("images", loaded)
+        assert [640, 1320] in shown("images", loaded)
         names = browser.find("tf-image-loader", "e.tag")
-        cases = {f"val/case/{name}" for name in ("worst", "median", "best")}
-        assert cases | {"val/confusion", "val/reliability"} <= set(names)
+        assert {"val/overlay", "val/case/worst", "val/confusion", "val/reliability"} <= set(names)
 
         curves = shown("custom_scalars", lambda: drawn(browser, 6))
         assert max(len(paths) for paths in curves) >= 3  # three terms of the loss in one chart
