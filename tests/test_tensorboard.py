@@ -211,7 +211,7 @@ def test_the_pages_are_filled(browser: Browser, folder: Path, tmp_path: Path) ->
 
         assert [640, 1320] in shown("images", loaded)
         names = browser.find("tf-image-loader", "e.tag")
-        assert {"val/overlay", "val/case/worst", "val/confusion", "val/reliability"} <= set(names)
+        assert {"val/case/worst", "val/case/best", "val/confusion", "val/reliability"} <= set(names)
 
         curves = shown("custom_scalars", lambda: drawn(browser, 6))
         assert max(len(paths) for paths in curves) >= 3  # three terms of the loss in one chart
