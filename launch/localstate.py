@@ -11,7 +11,6 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from launch.chain import chain_of, planned_here, told_by
 from launch.plan import CHAIN
 from launch.rundir import RANKS_LOCK, RunDir
 from medpsp.errors import LaunchError
+from medpsp.progress import duration
 from medpsp.words import many
 
 STALE_S = 120.0
@@ -118,7 +118,7 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
         state = "stopped" if told.state == "again" else told.state
         note, at = (
             told.reason.removeprefix(f"{name}: "),
-            f"took {timedelta(seconds=round(told.ended - told.began))}",
+            f"took {duration(told.ended - told.began)}",
         )
     return Row(
         name=name,

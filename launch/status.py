@@ -94,8 +94,8 @@ def _at(run: RunDir, job: Submitted) -> str:
 def table(run: RunDir, rows: list[Row]) -> Group:
     """For the terminal: a row a job, and below them in full what jobs say of their failure."""
     shown = Table(title=Text(str(run.root)), title_justify="left", pad_edge=False)
-    far = any(row.id for row in rows)
-    for name in ("job", "id", "state", "nodes", "again", "at", ""):
+    far, why = any(row.id for row in rows), any(row.note for row in rows)
+    for name in ("job", "id", "state", "nodes", "again", "at", *([""] if why else [])):
         if far or name not in ("id", "nodes", "again"):
             shown.add_column(name, overflow="fold")
     told = []
@@ -105,7 +105,7 @@ def table(run: RunDir, rows: list[Row]) -> Group:
             told.append(f"{row.name}: {word}")
             word = "see below"
         where = (row.id, row.state, row.nodes, again) if far else (row.state,)
-        shown.add_row(row.name, *where, row.at, word)
+        shown.add_row(row.name, *where, row.at, *([word] if why else []))
     return Group(shown, *(Text(line) for line in told))
 
 
