@@ -18,12 +18,7 @@ from numpy.typing import NDArray
 from launch.evaltold import tell
 from launch.rundir import RunDir
 from launch.stacks import Labels, Network, Stack, grid_of, predict_stack, stacks_of
-from launch.trained import (
-    labelled_rows,
-    load_trained,
-    number,
-    weights_digest,
-)
+from launch.trained import labelled_rows, load_trained, number, weights_digest
 from medpsp import __version__
 from medpsp.config import Config
 from medpsp.errors import ShardError

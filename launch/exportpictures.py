@@ -16,6 +16,7 @@ from medpsp.deploy.dossier import OverlayFact
 from medpsp.errors import ShardError
 from medpsp.intensity import overlay
 from medpsp.train.pictures import PREDICTED, TRUTH, Rgb, outline
+from medpsp.words import many
 from shards.dataset import read_unit
 from shards.figures import read_columns
 from shards.index import INDEX
@@ -58,7 +59,7 @@ def draw_largest(
             share = 100 * one.pixels / one.fp32.size
             title = (
                 f"{variant}: patient {row.patient}, series {row.series} ({row.modality}), slice "
-                f"{row.slice_index}: {one.pixels} pixel{'s' if one.pixels > 1 else ''} of "
+                f"{row.slice_index}: {many(one.pixels, 'pixel')} of "
                 f"{one.fp32.size} differ{'' if one.pixels > 1 else 's'} ({share:.2g} %)"
             )
             if why := reasons.get(row.series):

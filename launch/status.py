@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Group
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.chain import Submitted, Told, label_of, read_chain, told_by
-from launch.localstate import Row, heartbeat, is_local, rows_here
+from launch.localstate import Row, is_local, last_said, rows_here
 from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
 from medpsp.errors import LaunchError
@@ -67,7 +66,7 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
         state=word,
         nodes=",".join(sorted(state.nodes)),
         restarts=max([state.restarts, *(t.restarts for t in told)]),
-        at=_at(run, job) if "RUNNING" in word else "",
+        at=last_said(run, label_of(job.name, 1, job.parts)) if "RUNNING" in word else "",
         note=note or (state.reason if word != "COMPLETED" else ""),
         waits=state.reason if state.state == "PENDING" else "",
         ended=state.ended,
@@ -78,17 +77,6 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
 def _told(run: RunDir, job: Submitted) -> list[Told]:
     names = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
     return [told for name in names if (told := told_by(run, name)) and told.job == job.id]
-
-
-def _at(run: RunDir, job: Submitted) -> str:
-    """The last line of progress in its log."""
-    if job.name == "train" and (note := heartbeat(run)):
-        return note
-    name = label_of(job.name, 1, job.parts)
-    with suppress(OSError):
-        lines = (run.logs / f"{name}.log").read_text(encoding="utf-8").splitlines()
-        return lines[-1].split(" ", 2)[-1] if lines else ""
-    return ""
 
 
 def table(run: RunDir, rows: list[Row]) -> Group:

@@ -215,6 +215,19 @@ def send(address: tuple[str, int], files: list[Path], kind: str = CTImageStorage
 
 
 @contextmanager
+def listening(entity: AE, store: Callable[[evt.Event], int]) -> Iterator[Peer]:
+    """An entity that waits for associations."""
+    server = entity.start_server(
+        ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
+    )
+    assert server
+    try:
+        yield Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1])
+    finally:
+        entity.shutdown()
+
+
+@contextmanager
 def answers(*syntaxes: str) -> Iterator[tuple[Peer, Queue[pydicom.Dataset]]]:
     """An archive that takes SEG."""
     got: Queue[pydicom.Dataset] = Queue()
@@ -228,14 +241,8 @@ def answers(*syntaxes: str) -> Iterator[tuple[Peer, Queue[pydicom.Dataset]]]:
     entity = AE(ae_title="ARCHIVE")
     entity.require_called_aet = True
     entity.add_supported_context(SegmentationStorage, list(syntaxes))
-    server = entity.start_server(
-        ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
-    )
-    assert server
-    try:
-        yield Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1]), got
-    finally:
-        entity.shutdown()
+    with listening(entity, store) as peer:
+        yield peer, got
 
 
 def mask_of(seg: pydicom.Dataset, files: list[Path]) -> np.ndarray:
@@ -406,15 +413,12 @@ def test_an_answer_is_tried_again(predictor: Predictor, tmp_path: Path, heard: H
 
     entity = AE(ae_title="ARCHIVE")
     entity.add_supported_context(SegmentationStorage)
-    server = entity.start_server(
-        ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
-    )
-    assert server
-    peer = Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1])
-    with receiving(predictor, tmp_path / "out", answer=peer, pauses=(0, 0.01)) as receiver:
+    with (
+        listening(entity, store) as peer,
+        receiving(predictor, tmp_path / "out", answer=peer, pauses=(0, 0.01)) as receiver,
+    ):
         send(receiver.address, files)
         heard.until("SEG sent")
-    entity.shutdown()
     assert len(seen) == 4
     assert len(set(seen)) == 1
     told = [line for line in heard.lines if "SEG_NOT_SENT" in line]  # each reason once
@@ -436,17 +440,14 @@ def test_a_seg_that_is_refused_holds_up_no_other(
 
     entity = AE(ae_title="ARCHIVE")
     entity.add_supported_context(SegmentationStorage)
-    server = entity.start_server(
-        ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
-    )
-    assert server
-    peer = Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1])
-    with receiving(predictor, tmp_path / "out", answer=peer, pauses=(SECONDS,)) as receiver:
+    with (
+        listening(entity, store) as peer,
+        receiving(predictor, tmp_path / "out", answer=peer, pauses=(SECONDS,)) as receiver,
+    ):
         send(receiver.address, files)
         heard.until(f"{FIRST}: SEG_NOT_SENT: status 0xa900")
         send(receiver.address, files)
         heard.until(f"{SECOND}: SEG sent")
-    entity.shutdown()
     assert jobs(tmp_path / "out" / "unsent") == ["assoc-000001.series-000.dcm"]
 
 
@@ -463,15 +464,11 @@ def hanging(accepts: bool) -> Iterator[tuple[Peer, threading.Event]]:
     if accepts:
         entity = AE(ae_title="ARCHIVE")
         entity.add_supported_context(SegmentationStorage)
-        server = entity.start_server(
-            ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
-        )
-        assert server
-        try:
-            yield Peer(aet="ARCHIVE", host="127.0.0.1", port=server.server_address[1]), reached
-        finally:
-            go_on.set()
-            entity.shutdown()
+        with listening(entity, store) as peer:
+            try:
+                yield peer, reached
+            finally:
+                go_on.set()
         return
     with socket.create_server(("127.0.0.1", 0)) as mute:
 
