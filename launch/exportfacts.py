@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -30,6 +29,7 @@ from medpsp.deploy.dossier import (
     environment_facts,
 )
 from medpsp.deploy.gates import refused_by
+from medpsp.machine import whole_cores
 from medpsp.types import SPLITS
 from shards.index import file_sha256
 
@@ -115,7 +115,7 @@ def dossier_facts(
         ),
         latency=list(_latency(files, found)),
         cpu=cpu_facts(),
-        load={"cores": os.cpu_count() or 1, "others": found.others},
+        load={"cores": whole_cores(), "others": found.others},
         training=_training(config, rows, metadata["manifest"]),
         allowances=[
             {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}

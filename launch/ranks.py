@@ -33,6 +33,7 @@ from medpsp.errors import (
     LaunchError,
     MedpspError,
 )
+from medpsp.machine import whole_cores
 
 log = logging.getLogger("medpsp")
 _PR_SET_PDEATHSIG = 1
@@ -128,7 +129,7 @@ def follow_parent() -> None:
 
 
 def _environment(config: Config, left: str) -> dict[str, str]:
-    threads = config.train.threads or max(1, (os.cpu_count() or 1) // config.train.ranks)
+    threads = config.train.threads or max(1, whole_cores() // config.train.ranks)
     return {
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -583,7 +583,7 @@ def group(root: Path, files: dict[str, str]) -> Path:
 def test_control_groups_of_both_versions(
     tmp_path: Path, files: dict[str, str], memory: int | None, cores: float, tasks: int | None
 ):
-    from launch.cluster import cores_allowed, memory_allowed, tasks_left
+    from medpsp.machine import cores_allowed, memory_allowed, tasks_left
 
     root = group(tmp_path, files)
     found = (memory_allowed(root), cores_allowed(root), tasks_left(root))
@@ -649,11 +649,13 @@ def test_limits_of_a_process():
     )
     seen = os.cpu_count()
     if seen and seen > 1:
-        assert cores == note(
+        here = f"1 of the {seen} that programs see (affinity or control group)"
+        assert cores == ok("cores", here)
+        (more,) = alone("machine.cores_row(64)", before)
+        assert more == note(
             "cores",
-            f"1 of the {seen} that programs see (affinity or control group)",
-            "set train.threads to 1 divided by train.ranks, data.workers to 1, and `medpsp predict "
-            f"--threads 1`: {seen} threads on them are slower",
+            f"{here}, and train.threads asks for 64 with all ranks",
+            "set train.threads to 0: then the ranks divide the cores that are ours",
         )
 
 

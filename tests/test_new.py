@@ -985,6 +985,6 @@ def test_open_questions_are_in_the_file_and_said(plain: Path, tmp_path: Path):
 def test_control_groups_bound_what_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any version and depth, as `doctor` reads them: not the top of version 2 alone."""
     monkeypatch.setattr(machine, "memory_allowed", lambda: 2**30)
-    monkeypatch.setattr(machine, "cores_allowed", lambda: 1.5)
+    monkeypatch.setattr(machine, "whole_cores", lambda: 1)
     monkeypatch.setattr(machine, "_has_driver", lambda: False)
     assert machine.this_machine() == Machine(cores=1, memory_gib=1.0)

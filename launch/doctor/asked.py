@@ -8,7 +8,6 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import memory_allowed
 from launch.diagnose import existing_folder, size_text
 from launch.doctor.rows import Row, note, ok, problem
 from launch.estimate import RATIO, look, shard_memory_gb
@@ -17,6 +16,7 @@ from launch.profile import Profile
 from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.errors import ConfigError
+from medpsp.machine import memory_allowed
 from shards.index import MANIFEST
 from shards.preflight import require_means, require_places
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from launch.cluster import cores_allowed, memory_allowed, tasks_left
 from launch.diagnose import more_files, size_text
 from launch.doctor.rows import Row, note, ok, problem
+from medpsp.machine import cores_allowed, memory_allowed, tasks_left
 
 FEWEST_FILES, FEW_FILES = 256, 1024
 """Open files of a process; Ray's holds 56 with two workers, and more with more."""
@@ -25,23 +25,19 @@ DAY_S = 86400.0
 
 
 def cores_row(threads: int) -> list[Row]:
-    """What the kernel shows against what it lets us use.
+    """What the kernel shows against what it lets us use, which is what medpsp starts threads for.
 
     Args:
         threads: ``train.threads`` times ranks of a configuration; 0 where they are not set.
     """
     seen, allowed = os.cpu_count() or 1, cores_allowed()
-    if allowed >= seen or 0 < threads <= allowed:
-        return [ok("cores", f"{allowed:g}" if allowed >= seen else f"{allowed:g} of {seen}")]
-    some = max(1, int(allowed))
-    return [
-        note(
-            "cores",
-            f"{allowed:g} of the {seen} that programs see (affinity or control group)",
-            f"set train.threads to {some} divided by train.ranks, data.workers to {some}, and "
-            f"`medpsp predict --threads {some}`: {seen} threads on them are slower",
-        )
-    ]
+    found = f"{allowed:g}"
+    if allowed < seen:
+        found += f" of the {seen} that programs see (affinity or control group)"
+    if threads <= allowed:
+        return [ok("cores", found)]
+    todo = "set train.threads to 0: then the ranks divide the cores that are ours"
+    return [note("cores", f"{found}, and train.threads asks for {threads} with all ranks", todo)]
 
 
 def memory_row(root: Path = Path("/")) -> list[Row]:

@@ -6,7 +6,7 @@ import ctypes
 import os
 from dataclasses import dataclass, replace
 
-from launch.cluster import cores_allowed, memory_allowed
+from medpsp.machine import memory_allowed, whole_cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ def this_machine() -> Machine:
     """Look at the machine; torch is imported only where there is a driver."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = min(whole, memory_allowed() or whole)
-    found = Machine(cores=max(1, int(cores_allowed())), memory_gib=memory / 2**30)
+    found = Machine(cores=whole_cores(), memory_gib=memory / 2**30)
     if not _has_driver():
         return found
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from medpsp.dicom.values import luma
 from medpsp.dicom.voc import SUFFIXES
 from medpsp.errors import ArchiveError, ConfigError, DicomError, NoArchive, SourceError
 from medpsp.intensity import ValueCounts, overlay
+from medpsp.machine import whole_cores
 from medpsp.types import Place, ScanRow, Series
 from medpsp.words import ends_of, many
 
@@ -70,7 +70,7 @@ class Predictor:
     def __init__(self, path: Path, threads: int = 0, formats: tuple[Format, ...] = USUAL) -> None:
         self.model = ModelFile(path, threads)
         self.formats = formats
-        self.decoders = min(DECODERS, threads or os.cpu_count() or 1)
+        self.decoders = min(DECODERS, threads or whole_cores())
 
     def source(
         self, source: Path, out: Path, advance: Callable[[str], None] = lambda name: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from medpsp.deploy.inputs import GraphInput
+from medpsp.machine import whole_cores
 from medpsp.tiles import Tiling, tile_places, tiled
 from medpsp.types import FloatArray
 
@@ -28,17 +30,24 @@ def open_session(path: Path, threads: int = 1, optimise: bool = True) -> ort.Inf
 
     Args:
         path: Of the ONNX file.
-        threads: 0 for all cores.
+        threads: 0 for all cores that are ours.
         optimise: False runs each node as it stands, QDQ in float: what a CPU with VNNI computes.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = thread_count(threads)
     options.log_severity_level = 3
     # threads that wait for the next run would take the cores of the decoders for 30 ms each time
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def thread_count(threads: int) -> int:
+    """What ONNX Runtime is told: its own 0 is all cores of the machine, and binds threads to
+    cores that affinity or a quota may keep from us."""
+    some = whole_cores()
+    return threads or (some if some < (os.cpu_count() or 1) else 0)
 
 
 def run_graph(session: ort.InferenceSession, feeds: Feeds, *names: str) -> list[NDArray[Any]]:

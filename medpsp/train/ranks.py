@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
+from medpsp.machine import whole_cores
 from medpsp.types import World
 
 log = logging.getLogger("medpsp")
@@ -53,7 +54,7 @@ def process_group(
         records: Folder for what nccl remembers of its last collectives, where one fails.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # torchrun's ranks on this machine
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
+    torch.set_num_threads(threads or max(1, whole_cores() // here))
     device = _device(world, here)
     limit, backend = timedelta(seconds=seconds), "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and records:
