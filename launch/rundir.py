@@ -260,6 +260,21 @@ def told_path(error: OSError) -> str:
     return "" if inside else str(path)
 
 
+def _require_home(path: Path, config: Config) -> None:
+    """A run that was moved or copied: its file still says where it was, and work would go there.
+
+    Raises:
+        ConfigError: The file lies in the folder of a run, which is not ``out``.
+    """
+    here, out = RunDir(path.parent), config.out
+    moved = path.name == here.config.name and here.checkpoints.is_dir()
+    if moved and not (out.exists() and out.samefile(here.root)):
+        raise ConfigError(
+            f"config {path}: lies in the folder of a run, but says out: {out}; give "
+            f"out={here.root} with it for a run that was moved or copied, or out={out}"
+        )
+
+
 def open_run(
     name: str,
     overrides: tuple[str, ...],
@@ -274,7 +289,9 @@ def open_run(
         shared: As for `RunDir.lock`.
         refuse: Raises where what is in the folder belongs to something else; nothing is written.
     """
-    config = load_config(find_config(name), overrides)
+    config = load_config(path := find_config(name), overrides)
+    if not any(text.startswith("out=") for text in overrides):
+        _require_home(path, config)
     keep_private(config.data.archive, config.data.labels)
     archive, root = config.data.archive.resolve(), config.out.resolve()
     if config.data.source == "dicom" and root.is_relative_to(archive):

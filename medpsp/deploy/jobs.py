@@ -15,7 +15,7 @@ from medpsp.deploy.folders import lock
 from medpsp.deploy.predict import Prediction, Predictor
 from medpsp.dicom import nifti, voc
 from medpsp.dicom.codes import told_rows
-from medpsp.durable import sync
+from medpsp.durable import sync_all
 from medpsp.errors import MedpspError
 from medpsp.progress import duration
 from medpsp.types import ScanRow
@@ -67,7 +67,7 @@ def run_job(
         found, rows = _segment(predictor, source, part)
         if not same():
             return None
-        _to_disk(part)
+        sync_all(part)
         files = tuple(folder / path.relative_to(part) for made in found for path in made.files)
         before(files)
         part.rename(folder)
@@ -104,12 +104,6 @@ def _line(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) 
     slices = sum(made.slices for made in found)
     line = f"{len(found)} series, {many(slices, 'slice')}, {duration(seconds)}"
     return "; ".join(filter(None, (line, told_rows(rows))))
-
-
-def _to_disk(folder: Path) -> None:
-    """A folder that is there after the power failed must not hold empty files."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 @contextmanager
