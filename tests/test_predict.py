@@ -567,7 +567,7 @@ def empty(model: Path, path: Path) -> Path:
                 lambda m, p, more=more: with_metadata(
                     m, p, medpsp=json.dumps({**METADATA, **more})
                 ),
-                r"metadata is damaged \((Value|Type)Error\)",
+                r"metadata is damaged \((Value|Type|Attribute)Error\)",
             )
             for more in (
                 {"classes": "abc"},
@@ -575,6 +575,15 @@ def empty(model: Path, path: Path) -> Path:
                 {"tile": {"size": [64.5, 64], "overlap": 0.5}},
                 {"tile": {"size": [10**9, 64], "overlap": 0.5}},
                 {"window": {"center": "a", "width": "b"}},
+                {"classes": ["background", "li\nver"]},
+                {"modalities": "CT"},
+                {"modalities": []},
+                {"modalities": [3]},
+                {"policy": {"colour": "sepia"}},
+                {"codes": [["liver"]]},
+                {"codes": {"liver": "x"}},
+                {"codes": {"liver": {"type": ["SCT", "1"]}}},
+                {"codes": {"liver": {"type": ["SCT", "1" * 17, "x"]}}},
                 {"axes": [[0], [1], [2]]},
                 {"axes": [[0, 1], [1, 1]]},
                 {"axes": [[0, 1], [1, 1], [1, 1]]},
