@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
 import os
@@ -529,6 +530,27 @@ def test_same_model_same_bytes(kit: Path, tmp_path: Path) -> None:
         "README.txt",
     }  # fmt: skip
     assert not any(str(tmp_path).encode() in data for data in before.values())
+
+
+def test_a_kit_is_replaced_as_a_whole_or_not_at_all(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, model = tmp_path / "whole", ModelFile(build(tmp_path / "other.onnx"))
+    shutil.copytree(kit, whole)
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file: not a folder; take another one for the kit"):
+        write_kit(model, tmp_path / "file", profile_of((32, 32)))
+
+    def full(*given: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("medpsp.deploy.tensorrt.readme", full)
+    for folder in (whole, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            write_kit(model, folder, profile_of((32, 32)))
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_command(tmp_path: Path) -> None:
