@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.home import require_home
 from medpsp.config import Config
 from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError, LaunchError
@@ -260,21 +261,6 @@ def told_path(error: OSError) -> str:
     return "" if inside else str(path)
 
 
-def _require_home(path: Path, config: Config) -> None:
-    """A run that was moved or copied: its file still says where it was, and work would go there.
-
-    Raises:
-        ConfigError: The file lies in the folder of a run, which is not ``out``.
-    """
-    here, out = RunDir(path.parent), config.out
-    moved = path.name == here.config.name and here.checkpoints.is_dir()
-    if moved and not (out.exists() and out.samefile(here.root)):
-        raise ConfigError(
-            f"config {path}: lies in the folder of a run, but says out: {out}; give "
-            f"out={here.root} with it for a run that was moved or copied, or out={out}"
-        )
-
-
 def open_run(
     name: str,
     overrides: tuple[str, ...],
@@ -291,7 +277,7 @@ def open_run(
     """
     config = load_config(path := find_config(name), overrides)
     if not any(text.startswith("out=") for text in overrides):
-        _require_home(path, config)
+        require_home(path, config.out)
     keep_private(config.data.archive, config.data.labels)
     archive, root = config.data.archive.resolve(), config.out.resolve()
     if config.data.source == "dicom" and root.is_relative_to(archive):

@@ -242,10 +242,9 @@ class Receiver:
             shutil.rmtree(spool.folder, ignore_errors=True)
 
     def _drop_all(self) -> None:
-        if left := len(waiting(self.out)):
-            log.warning(
-                "receive: %s not segmented; kept for the next start", many(left, "association")
-            )
+        if left := waiting(self.out):
+            told = many(len(left), "association")
+            log.warning("receive: %s not segmented; kept for the next start", told)
         for assoc in list(self._open):
             self._aborted(assoc)
 
@@ -290,8 +289,7 @@ class Receiver:
 
     def _again(self, spool: _Spool, why: str) -> None:
         """No fault of the images."""
-        count = many(spool.stored, "object")
-        log.error("%s: %s, failed: %s; tried again later", spool.name, count, why)
+        log.error("%s: %d objects, failed: %s; tried again later", spool.name, spool.stored, why)
         self._later.append((time.monotonic() + RETRY_S, spool))
 
 
