@@ -21,10 +21,9 @@ from launch.evalfigures import METRICS, estimate, swatch
 from launch.exportpictures import BOTH, FP32, GAP, OTHER, SIDE
 from medpsp.deploy.dossier import Facts, OverlayFact, plain
 from medpsp.deploy.sbom import bill_of_materials
-from medpsp.intensity import CT_WINDOW, PERCENTILES
+from medpsp.intensity import CT_WINDOW, PERCENTILES, class_colour
 from shards.page import Html, page, pairs, picture, table, tag
 from shards.sections import section
-from shards.thumbs import class_colour
 
 MODEL = {
     "intended_use": "intended use",

@@ -8,10 +8,10 @@ from typing import Any
 
 from launch.scores import doubt_of
 from launch.trained import BY_CASE, POOLED
+from medpsp.intensity import class_colour
 from medpsp.train.pictures import Rgb
 from medpsp.words import many
 from shards.page import Html, join, percent, table, tag
-from shards.thumbs import class_colour
 
 SIDE = 300
 """CSS pixels of the reliability diagram, and below it of the bars of its counts."""

@@ -24,13 +24,14 @@ from launch.scores import Case
 from launch.trained import BY_CASE, shown
 from medpsp.config import Config
 from medpsp.errors import ShardError
+from medpsp.intensity import class_colour
 from medpsp.train.pictures import BOTH, PREDICTED, TRUTH
 from medpsp.words import many
 from shards.figures import read_columns
 from shards.index import INDEX
 from shards.page import Html, join, page, pairs, picture, table, tag
 from shards.sections import section
-from shards.thumbs import class_colour, withheld
+from shards.thumbs import withheld
 
 if TYPE_CHECKING:
     from shards.reader import ShardReader

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from medpsp.intensity import class_colour
 from medpsp.train.pictures import BOTH, PREDICTED, TRUTH, UNKNOWN, outline
 from medpsp.types import IGNORE
 from shards.dataset import read_unit
-from shards.thumbs import class_colour, fitted
+from shards.thumbs import fitted
 
 if TYPE_CHECKING:
     from launch.scores import Case

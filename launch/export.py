@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.exportmeta import model_metadata
+from launch.exportplace import beside, take_the_place
 from launch.feeds import GraphSlice, graph_input, graph_slices, one_tile_each
-from launch.rundir import SAID, VARIANTS, RunDir
+from launch.rundir import SAID, RunDir
 from launch.trained import labelled_rows, load_trained, weights_digest
 from medpsp.config import Config
 from medpsp.deploy.folders import nothing_left
 from medpsp.deploy.inputs import GraphInput
 from medpsp.errors import ExportError
+from medpsp.exportconfig import REASON
 from medpsp.words import many
 
 if TYPE_CHECKING:
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("medpsp")
 EXAMPLES, PROBES = 8, 16
 """Slices that parity is tried on; tiles on which int8 layers are restored, saturation seen."""
-REASON = "your reason"
-"""In the place of the one that a user gives."""
 
 
 def export_job(config: Config) -> None:
@@ -41,7 +41,8 @@ def export_job(config: Config) -> None:
     Raises:
         ParityError: fp32 differs from the network: nothing is given out, what was there stays.
         ExportError: A file was refused, at the end: a gate of it did not pass and is not among
-            ``export.allow``.
+            ``export.allow``. Or, before anything: nothing to compare files on, or no place for
+            them.
     """
     target, rows = RunDir(config.out), labelled_rows(config)
     if not validation(rows):
@@ -49,10 +50,10 @@ def export_job(config: Config) -> None:
             "export: no labelled slice of a validation patient to compare files on; raise "
             "data.split.val"
         )
-    run = RunDir(config.out, export_name=".export.partial")  # nothing has its name before the gates
+    run = beside(target)  # nothing has its name before the gates
     with nothing_left(run.export):
         refused = _export(config, run, rows)
-        gone = _take_the_place(run, target)
+        gone = take_the_place(run, target)
     if refused:
         raise ExportError(refusal(config, refused, gone))
 
@@ -108,7 +109,11 @@ def refusal(config: Config, refused: Sequence[Gate], gone: Sequence[str] = ()) -
         for name in config.export.variants
         if name in names
     )
-    more = f" (of the earlier export {', '.join(gone)} is gone)" if gone else ""
+    more = (
+        f" (of the earlier export {', '.join(gone)} {'is' if len(gone) == 1 else 'are'} gone)"
+        if gone
+        else ""
+    )
     weak = any(gate.name.endswith(("_dice", "_drop")) for gate in refused)
     options = (f"export.allow.{gate.name}='{REASON}'" for gate in refused)
     command = f"medpsp export {shlex.quote(str(run.config))} {' '.join(options)}"
@@ -118,25 +123,6 @@ def refusal(config: Config, refused: Sequence[Gate], gone: Sequence[str] = ()) -
         f"{'train longer, or ' if weak else ''}let it pass with a reason, which the dossier "
         f"shows: {command}"
     )
-
-
-def _take_the_place(run: RunDir, target: RunDir) -> list[str]:
-    """Of an earlier export, whose dossier goes first and comes last; what else is there stays.
-
-    Returns:
-        Model files of the earlier one that have no successor.
-    """
-    target.export.mkdir(exist_ok=True)
-    made = {path.name for path in run.export.iterdir()}
-    models = {target.fp32.name, *(target.variant(name).name for name in VARIANTS)}
-    papers = sorted(made - models)
-    gone = sorted(name for name in models - made if (target.export / name).exists())
-    for name in (*papers, *gone):
-        (target.export / name).unlink(missing_ok=True)
-    for name in (*sorted(made & models), *papers):
-        (run.export / name).replace(target.export / name)
-    run.export.rmdir()
-    return gone
 
 
 def _write_variants(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.home import require_home
 from medpsp.config import Config
 from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError, LaunchError
@@ -274,7 +275,9 @@ def open_run(
         shared: As for `RunDir.lock`.
         refuse: Raises where what is in the folder belongs to something else; nothing is written.
     """
-    config = load_config(find_config(name), overrides)
+    config = load_config(path := find_config(name), overrides)
+    if not any(text.startswith("out=") for text in overrides):
+        require_home(path, config.out)
     keep_private(config.data.archive, config.data.labels)
     archive, root = config.data.archive.resolve(), config.out.resolve()
     if config.data.source == "dicom" and root.is_relative_to(archive):

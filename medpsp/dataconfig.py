@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,9 +15,8 @@ from pydantic import (
 )
 
 from medpsp.types import ReadPolicy, Window
+from medpsp.words import ODD
 
-_ODD = re.compile(r"[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""What a DICOM text of one value does not take (PS3.5 6.2)."""
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 DECODE_SECONDS, DECODE_MEMORY_MIB = 30, 1024
 """Limits of a decoder where no configuration says others: on a device, for one."""
@@ -240,7 +238,7 @@ class DataConfig(Node):
     def _map_into_classes(self) -> DataConfig:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes must differ, got {', '.join(self.classes)}")
-        if odd := [name for name in self.classes if not name.strip() or _ODD.search(name)]:
+        if odd := [name for name in self.classes if not name.strip() or ODD.search(name)]:
             raise ValueError(
                 f"classes: {odd[0]!r} is blank, or has a backslash or control character"
             )

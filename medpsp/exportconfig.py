@@ -14,6 +14,8 @@ Term = tuple[
     Annotated[str, Field(min_length=1, max_length=64)],
 ]
 """Coding scheme designator, code value, code meaning (PS3.3 8.8)."""
+REASON = "your reason"
+"""What a refusal writes in the place of the reason that a user gives."""
 Gate = Literal[
     "cpu_dice",
     "cpu_drop",
@@ -24,6 +26,10 @@ Gate = Literal[
     "saturation",
     "latency",
 ]
+
+
+LEAST_REASON = 8
+"""Characters."""
 
 
 class ClassTerms(Node):
@@ -61,7 +67,7 @@ class ExportConfig(Node):
     parity_tolerance: Annotated[float, Field(gt=0)] = Field(
         default=1e-4, description="Difference of logits from the network's, over the largest one."
     )
-    allow: dict[Gate, Annotated[str, Field(min_length=8)]] = Field(
+    allow: dict[Gate, str] = Field(
         default={}, description="Gates that may fail: name to reason, which the dossier shows."
     )
     codes: dict[str, ClassTerms] = Field(
@@ -71,6 +77,17 @@ class ExportConfig(Node):
     intended_use: str = Field(
         default="Research only. Not a medical device.", description="As the file says it."
     )
+
+    @field_validator("allow")
+    @classmethod
+    def _a_reason(cls, value: dict[Gate, str]) -> dict[Gate, str]:
+        for name, text in value.items():
+            if len(text.strip()) < LEAST_REASON or text.strip().lower() == REASON:
+                raise ValueError(
+                    f"{name}: '{text}' is no reason; say in {LEAST_REASON} characters or more why "
+                    "the file is good enough, as the dossier shows it"
+                )
+        return value
 
     @field_validator("variants")
     @classmethod

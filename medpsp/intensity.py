@@ -259,6 +259,17 @@ CLASS_COLOURS = np.array(
 """RGB of the classes, in turn; from Okabe and Ito's set for colour-blind readers."""
 
 
+def class_colour(index: int) -> tuple[int, int, int]:
+    """RGB of a class from 1 on, wherever one is drawn; the colours repeat."""
+    red, green, blue = _colours_of(np.array(index)).tolist()
+    return int(red), int(green), int(blue)
+
+
+def _colours_of(classes: NDArray[np.integer]) -> FloatArray:
+    colours: FloatArray = CLASS_COLOURS[1 + (classes - 1) % (len(CLASS_COLOURS) - 1)]
+    return colours
+
+
 def overlay(image: FloatArray, mask: NDArray[np.uint8], opacity: float = 0.45) -> NDArray[np.uint8]:
     """(H, W, 3) RGB of an image in [0, 1] with its classes tinted; background and 255 are not.
 
@@ -269,6 +280,5 @@ def overlay(image: FloatArray, mask: NDArray[np.uint8], opacity: float = 0.45) -
     """
     rgb = np.repeat(image[..., None] * 255, 3, axis=2) if image.ndim == 2 else image * 255
     tinted = (mask > 0) & (mask != 255)
-    colours = CLASS_COLOURS[1 + (mask[tinted] - 1) % (len(CLASS_COLOURS) - 1)]
-    rgb[tinted] = rgb[tinted] * (1 - opacity) + colours * opacity
+    rgb[tinted] = rgb[tinted] * (1 - opacity) + _colours_of(mask[tinted]) * opacity
     return rgb.clip(0, 255).astype(np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
@@ -13,6 +14,8 @@ _SHOWN = frozenset(
 )
 """Ends of names that are shown; any other may be of a patient's name."""
 OTHERS = "other"
+ODD = re.compile(r"[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What a DICOM text of one value does not take (PS3.5 6.2), such as the name of a class."""
 
 
 def many(count: int, one: str) -> str:
@@ -28,12 +31,14 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def end_of(name: str) -> str:
+    """What a name ends in, of lower case; empty where that may be of a patient's name."""
+    ends = PurePosixPath(name.lower()).suffixes
+    return next((end for end in ("".join(ends[-2:]), "".join(ends[-1:])) if end in _SHOWN), "")
+
+
 def ends_of(names: Iterable[str]) -> str:
     """How many names there are of each kind, by what they end in; nothing else of them."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        ends = "".join(PurePosixPath(name.lower()).suffixes[-2:])
-        last = PurePosixPath(name).suffix.lower()
-        counts[next((end for end in (ends, last) if end in _SHOWN), OTHERS)] += 1
+    counts = Counter(end_of(name) or OTHERS for name in names)
     often = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return listed([f"{count} {end}" for end, count in often]) if often else "none"

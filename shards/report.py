@@ -14,7 +14,7 @@ import numpy as np
 
 from medpsp.dicom.codes import code_of
 from medpsp.errors import ShardError
-from medpsp.intensity import CLASS_COLOURS
+from medpsp.intensity import CLASS_COLOURS, class_colour
 from medpsp.types import STATUSES
 from medpsp.words import many
 from shards.figures import Columns, class_shares, count_flags, count_splits, read_columns
@@ -38,7 +38,7 @@ from shards.sections import (
     section,
     splits_section,
 )
-from shards.thumbs import Case, choose_cases, class_colour, draw, withheld
+from shards.thumbs import Case, choose_cases, draw, withheld
 
 
 def write_report(root: Path, cases: int = 24) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from medpsp.dicom.codes import code_of
+from medpsp.intensity import class_colour
 from medpsp.types import SPLITS, STATUSES
 from shards.figures import (
     Columns,
@@ -34,7 +35,6 @@ from shards.page import (
     tag,
     tally,
 )
-from shards.thumbs import class_colour
 
 
 def section(name: str, title: str, *content: object, css: str = "") -> Html:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from medpsp.dicom.deidentify import BURNED_IN_MODALITIES
 from medpsp.errors import ShardError
-from medpsp.intensity import CLASS_COLOURS, to_unit
+from medpsp.intensity import class_colour, to_unit
 from medpsp.types import IGNORE, Window
 from shards.figures import Columns, first_of_series
 from shards.reader import ShardReader
@@ -136,12 +136,6 @@ def fitted(shape: tuple[int, ...], spacing: NDArray[np.float64]) -> tuple[int, i
     least = LONGEST / 8  # a line of pixels is still to be seen
     wide, high = (round(max(least, LONGEST * v / longest)) for v in (width, height))
     return wide, high
-
-
-def class_colour(index: int) -> tuple[int, int, int]:
-    """RGB of a class, as `medpsp.intensity.overlay` has it."""
-    red, green, blue = CLASS_COLOURS[1 + (index - 1) % (len(CLASS_COLOURS) - 1)].tolist()
-    return int(red), int(green), int(blue)
 
 
 def _tint(label: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -226,6 +226,9 @@ def test_presets_are_stages(
         ("model={head: shallow, output_stride: 32}", "a shallow backbone ends at 8 or 16"),
         ("model={in_channels: 2}", "in_channels 2: a slice is grey (1) or RGB (3)"),
         ("model={in_channels: 3, windows: [{center: 1, width: 2}]}", "windows: they are of grey"),
+        ("export.allow.latency=Your reason", "latency: 'Your reason' is no reason; say in 8"),
+        ("export.allow.latency='          '", "is no reason; say in 8 characters or more why"),
+        ("export.allow.speed=a reason given", "or 'latency', got 'speed'"),
     ],
 )
 def test_what_does_not_fit_together(tmp_path: Path, override: str, expected: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
+import os
 import re
 import shlex
 from dataclasses import dataclass, replace
@@ -20,6 +22,8 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from launch.export import refusal
+from launch.exportplace import beside, take_the_place
+from launch.rundir import RunDir
 from medpsp.config import Config, ModelConfig
 from medpsp.configio import load_config
 from medpsp.deploy.export import IR_VERSION, export_onnx
@@ -46,7 +50,7 @@ from medpsp.deploy.session import (
     run_graph,
 )
 from medpsp.deploy.verify import SHAPES, Example, check_parity
-from medpsp.errors import ExportError, ParityError
+from medpsp.errors import ConfigError, ExportError, ParityError
 from medpsp.model.psp import PSPNet, build_model
 from medpsp.tiles import Tiling
 from medpsp.train.sliding import probabilities
@@ -356,14 +360,17 @@ def test_a_refusal_names_file_gate_finding_bound_and_what_to_do(tmp_path: Path) 
         "model.onnx, model.int8.trt.onnx, model.fp16.onnx and their dossier; train longer, or let "
         f"it pass with a reason, which the dossier shows: {command}"
     )
-    options = shlex.split(command)[3:]  # can be given as it stands, and says what it allows
+    options = shlex.split(command)[3:]  # can be given once a reason is in it
     given = {"out": "runs/my liver", "data": {k: str(v) for k, v in data.items()}}
     (tmp_path / "c.yaml").write_text(
         json.dumps(given | {"data": {**given["data"], "classes": data["classes"]}})
     )
+    with pytest.raises(ConfigError, match=r"'your reason' is no reason; say in 8 characters"):
+        load_config(tmp_path / "c.yaml", options)
+    options = [text.replace("your reason", "a <test>") for text in options]
     assert load_config(tmp_path / "c.yaml", options).export.allow == {
-        "cpu_dice": "your reason",
-        "cpu_drop": "your reason",
+        "cpu_dice": "a <test>",
+        "cpu_drop": "a <test>",
     }
     said = refusal(config, [slow], ["model.int8.onnx"])
     assert "latency: int8 takes 1.50 of the time" in said
@@ -383,6 +390,67 @@ def test_half_a_work_is_not_left(tmp_path: Path) -> None:
     with nothing_left(tmp_path / "half"):
         (tmp_path / "half").mkdir()
     assert (tmp_path / "half").exists()
+    with pytest.raises(OSError, match="No space left") as full, nothing_left(tmp_path / "half"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write has it: no file
+    assert full.value.filename == str(tmp_path)
+
+
+MODELS, PAPERS = (
+    ("model.onnx", "model.int8.onnx"),
+    ("dossier.html", "dossier.json", "sbom.cdx.json"),
+)
+
+
+def test_a_dossier_is_there_only_with_the_files_that_it_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far it comes before it is killed."""
+    replace_by, left = Path.replace, [0]
+
+    def killed(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return replace_by(path, target)
+
+    for steps in range(len(MODELS) + len(PAPERS) + 1):
+        target = RunDir(tmp_path / str(steps))
+        target.export.mkdir(parents=True)
+        for name in (*MODELS, "model.fp16.onnx", *PAPERS, "notes.txt"):
+            (target.export / name).write_text("old")
+        run = beside(target)
+        run.export.mkdir()
+        for name in (*MODELS, *PAPERS):
+            (run.export / name).write_text("new")
+        left[0] = steps
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            if steps < len(MODELS) + len(PAPERS):
+                with pytest.raises(KeyboardInterrupt):
+                    take_the_place(run, target)
+                assert not target.export_report.exists()
+                continue
+            assert take_the_place(run, target) == ["model.fp16.onnx"]
+        found = {path.name: path.read_text() for path in target.export.iterdir()}
+        assert found == {**dict.fromkeys((*MODELS, *PAPERS), "new"), "notes.txt": "old"}
+        assert not run.export.exists()
+
+
+def test_a_place_that_cannot_be_taken_is_known_before_the_work(tmp_path: Path) -> None:
+    run, other = RunDir(tmp_path / "run"), tmp_path / "other"
+    run.root.mkdir()
+    run.export.write_text("")
+    with pytest.raises(ExportError, match=r"run/export: a file; move it away, and export again$"):
+        beside(run)
+    run.export.unlink()
+    run.export.symlink_to(other / "export")
+    with pytest.raises(ExportError, match="a link to nowhere"):
+        beside(run)
+    other.mkdir()
+    assert beside(run).export == other / ".export.partial"  # a rename leads over no disk's end
+    beside(run).export.mkdir()
+    (other / "export").mkdir()
+    assert take_the_place(beside(run), run) == []
 
 
 def test_bounds_are_those_of_the_backbone() -> None:

@@ -41,7 +41,7 @@ from pynetdicom.transport import AssociationSocket
 
 from launch.ondevice import predict_source
 from launch.phantom import Phantom, draw, to_mr, write_series
-from medpsp.deploy import dicomnet, watch
+from medpsp.deploy import dicomnet, receive, sender, watch
 from medpsp.deploy.answers import Format
 from medpsp.deploy.dicomnet import Peer
 from medpsp.deploy.inputs import GraphInput
@@ -310,6 +310,95 @@ def test_numbers_go_on_and_what_a_killed_one_left_is_removed(
         assoc.release()
         heard.until("assoc-000042: 1 object, 1 series, 1 slice,")
     assert no_spool(tmp_path / "out")
+
+
+def test_what_waits_is_segmented_by_the_next_start(
+    predictor: Predictor, tmp_path: Path, heard: Heard
+):
+    """Killed before, while, after, and once too often."""
+    out = tmp_path / "out"
+    for kept in (".whole-0-assoc-000004", ".whole-1-assoc-000002", ".whole-0-assoc-000003"):
+        series(out / kept)
+    series(out / ".whole-2-assoc-000001")
+    (out / "assoc-000003").mkdir()
+    files, _ = series(tmp_path / "in")
+    with receiving(predictor, out) as receiver:
+        send(receiver.address, files)
+        heard.until("assoc-000005: 4 objects, 1 series")
+    assert not list(out.glob(".whole-*"))
+    assert jobs(out) == [f"assoc-{number:06d}" for number in (2, 3, 4, 5)]
+    assert list((out / "assoc-000003").iterdir()) == []  # there before
+    assert [line.split(":")[0] for line in heard.lines if "1 series" in line] == [
+        f"assoc-{number:06d}" for number in (2, 4, 5)
+    ]
+    (line,) = (line for line in heard.lines if "assoc-000001" in line)
+    assert "dropped: 2 receivers were killed while they segmented it; its sender" in line
+
+
+def test_a_killed_receiver_loses_nothing_of_what_it_took(model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    files, hu = series(tmp_path / "in")
+    process = command("receive", model, out, "--port", 0, "--threads", 1)
+    assert process.stdout
+    host, port = process.stdout.readline().split()[-1].rsplit(":", 1)
+    for _ in range(3):
+        assert send((host, int(port)), files) == [0] * 4
+    eventually(lambda: len(jobs(out)) + len(list(out.glob(".whole-*"))) >= 3)
+    process.kill()
+    process.communicate(timeout=SECONDS)
+    process = command("receive", model, out, "--port", 0, "--threads", 1)
+    names = [f"assoc-{number:06d}" for number in (1, 2, 3)]
+    eventually(lambda: jobs(out) == names, 0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
+    for name in names:
+        (seg,) = (out / name).iterdir()
+        np.testing.assert_array_equal(mask_of(pydicom.dcmread(seg), files), expected(hu))
+    assert not list(out.glob(".whole-*"))
+
+
+def test_an_association_that_the_disk_stopped_is_segmented_later(
+    predictor: Predictor, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
+):
+    files, _ = series(tmp_path / "in")
+    real, fails = predictor.source, [2]
+
+    def full(*given: Any) -> Any:
+        fails[0] -= 1
+        if fails[0] >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    monkeypatch.setattr(predictor, "source", full)
+    monkeypatch.setattr(receive, "RETRY_S", 0.0)
+    with receiving(predictor, tmp_path / "out") as receiver:
+        send(receiver.address, files)
+        for _ in range(2):
+            line = heard.until("assoc-000001: 4 objects, failed")
+            assert line.endswith("failed: No space left on device; tried again later")
+        heard.until("assoc-000001: 4 objects, 1 series")
+    assert not list((tmp_path / "out").glob(".whole-*"))
+
+
+def test_a_folder_of_notes_that_is_away_ends_no_sending(
+    tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
+):
+    peer, tries = Peer(aet="ARCHIVE", host="127.0.0.1", port=9), [0]
+
+    def away(out: Path) -> list[str]:
+        tries[0] += 1
+        if tries[0] in (2, 3):  # the first is that of the start
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return []
+
+    monkeypatch.setattr(sender, "unsent", away)
+    one = sender.Sender(tmp_path, peer, "MEDPSP", (0.0,))
+    one.start()
+    eventually(lambda: tries[0] >= 4)
+    one.close()
+    (line,) = heard.lines
+    assert line.startswith("unsent: SEG_NOT_SENT: Stale file handle")
 
 
 def test_echo_leaves_nothing_behind(predictor: Predictor, tmp_path: Path):
@@ -731,7 +820,7 @@ def test_every_kind_of_entry_is_done_once(
     found = sorted(len(list(out.glob(f"{name}/*"))) for name in names)
     assert found == [0, 1, 2, 2, 2]  # the text; the NIfTI has no SEG; the others SEG and NIfTI
     (failed,) = out.glob("*.failed")
-    line = "nothing DICOM in it, 1 file: 1 other; the model takes CT"
+    line = "nothing DICOM in it, 1 file: 1 .txt; the model takes CT"
     assert failed.read_text() == line + "\n"
     assert f"{failed.stem}: failed: {line}" in heard.lines
     assert len([name for name in heard.lines if "1 series, 4 slices" in name]) == 3

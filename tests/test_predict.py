@@ -567,7 +567,7 @@ def empty(model: Path, path: Path) -> Path:
                 lambda m, p, more=more: with_metadata(
                     m, p, medpsp=json.dumps({**METADATA, **more})
                 ),
-                r"metadata is damaged \((Value|Type)Error\)",
+                r"metadata is damaged \((Value|Type|Attribute)Error\)",
             )
             for more in (
                 {"classes": "abc"},
@@ -575,6 +575,15 @@ def empty(model: Path, path: Path) -> Path:
                 {"tile": {"size": [64.5, 64], "overlap": 0.5}},
                 {"tile": {"size": [10**9, 64], "overlap": 0.5}},
                 {"window": {"center": "a", "width": "b"}},
+                {"classes": ["background", "li\nver"]},
+                {"modalities": "CT"},
+                {"modalities": []},
+                {"modalities": [3]},
+                {"policy": {"colour": "sepia"}},
+                {"codes": [["liver"]]},
+                {"codes": {"liver": "x"}},
+                {"codes": {"liver": {"type": ["SCT", "1"]}}},
+                {"codes": {"liver": {"type": ["SCT", "1" * 17, "x"]}}},
                 {"axes": [[0], [1], [2]]},
                 {"axes": [[0, 1], [1, 1]]},
                 {"axes": [[0, 1], [1, 1], [1, 1]]},
@@ -795,6 +804,15 @@ def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
         predictor.source(tmp_path / "broken.nii.gz", tmp_path / "e")
     with pytest.raises(ArchiveError, match="no such folder"):
         predictor.source(tmp_path / "nothing", tmp_path / "f")
+    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), None), tmp_path / "spaced.nii")
+    with pytest.raises(ArchiveError, match=r"spaced\.nii: NIFTI_UNPLACED, neither qform nor sform"):
+        predictor.source(tmp_path / "spaced.nii", tmp_path / "u")
+    assert not (tmp_path / "u").exists()
+    image = nib.load(tmp_path / "spaced.nii")
+    image.set_qform(affine, 1)  # one of them is enough
+    nib.save(image, tmp_path / "turned.nii")
+    (volume,), _ = predictor.source(tmp_path / "turned.nii", tmp_path / "u")
+    assert volume.pixels == whole.pixels
 
 
 @pytest.mark.parametrize("how", ["flipped", "canonical", "slices first"])

@@ -43,6 +43,21 @@ def test_every_path_lies_below_the_out_folder(tmp_path: Path):
     assert [f.name for f in fields(RunDir)] == ["root", "export_name"]
 
 
+def test_a_run_that_was_moved_or_copied_is_not_taken_for_where_it_was(tmp_path: Path):
+    first, other = RunDir.create(config(tmp_path / "run")), tmp_path / "copy"
+    first.checkpoints.mkdir()
+    (tmp_path / "link").symlink_to(first.root)
+    assert open_run(str(tmp_path / "link/config.yaml"), ())[1] == first
+    shutil.copytree(first.root, other)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=rf"says out: {first.root}; give out={other} with it"):
+            open_run(str(other / "config.yaml"), ())
+        if first.root.exists():
+            shutil.rmtree(first.root)
+    assert open_run(str(other / "config.yaml"), (f"out={other}",))[1].root == other
+    assert not first.root.exists()
+
+
 def test_an_equal_configuration_is_not_written_again(tmp_path: Path):
     run = RunDir.create(config(tmp_path))
     before = run.config.stat()

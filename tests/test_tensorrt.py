@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.util
 import json
 import os
@@ -222,7 +223,7 @@ def test_a_copy_that_computes_otherwise_is_refused(
     monkeypatch.setattr("medpsp.deploy.tensorrt.SAME", -1.0)
     with pytest.raises(ExportError, match="differs by"):
         write_kit(model, tmp_path / "kit", SMALL)
-    assert not list((tmp_path / "kit").iterdir())
+    assert not (tmp_path / "kit").exists()
 
 
 def test_a_copy_may_settle_a_tie_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,6 +530,27 @@ def test_same_model_same_bytes(kit: Path, tmp_path: Path) -> None:
         "README.txt",
     }  # fmt: skip
     assert not any(str(tmp_path).encode() in data for data in before.values())
+
+
+def test_a_kit_is_replaced_as_a_whole_or_not_at_all(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, model = tmp_path / "whole", build(tmp_path / "other.onnx", GraphInput())
+    shutil.copytree(kit, whole)
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file: not a folder; take another one for the kit"):
+        write_kit(model, tmp_path / "file", SMALL)
+
+    def full(*given: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("medpsp.deploy.tensorrt.readme", full)
+    for folder in (whole, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            write_kit(model, folder, SMALL)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_command(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from medpsp.errors import ConfigError
 
 log = logging.getLogger("medpsp")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def lock(handle: int, out: Path) -> None:
@@ -60,11 +62,17 @@ def alone(out: Path) -> Iterator[None]:
 
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
-    """A folder for half a work: what a killed one left goes first, and the folder with an error."""
+    """A folder for half a work: what a killed one left goes first, and the folder with an error.
+
+    Where the disk is full and the error does not say of what file, it is that of the folder: once
+    that is gone, there is room again, and nobody could find out.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+            error.filename = str(folder.parent)
         shutil.rmtree(folder, ignore_errors=True)
         raise
 

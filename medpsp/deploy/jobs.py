@@ -13,13 +13,12 @@ from pathlib import Path
 
 from medpsp.deploy.folders import lock
 from medpsp.deploy.predict import Prediction, Predictor
-from medpsp.dicom import nifti, voc
 from medpsp.dicom.codes import told_rows
-from medpsp.durable import sync
+from medpsp.durable import sync_all
 from medpsp.errors import MedpspError
 from medpsp.progress import duration
 from medpsp.types import ScanRow
-from medpsp.words import many
+from medpsp.words import end_of, many
 
 WORK, SPOOL = ".part-", ".spool-"
 """Beginnings of names of what is not whole yet in a folder of answers."""
@@ -67,7 +66,7 @@ def run_job(
         found, rows = _segment(predictor, source, part)
         if not same():
             return None
-        _to_disk(part)
+        sync_all(part)
         files = tuple(folder / path.relative_to(part) for made in found for path in made.files)
         before(files)
         part.rename(folder)
@@ -88,9 +87,8 @@ def _segment(
     predictor: Predictor, source: Path, out: Path
 ) -> tuple[list[Prediction], list[ScanRow]]:
     """Under a name that names nobody: messages and some answers carry that of the source."""
-    ends = (end for end in (*nifti.SUFFIXES, *voc.SUFFIXES) if source.name.lower().endswith(end))
     with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / f"entry{next(ends, '')}"
+        link = Path(folder) / f"entry{end_of(source.name)}"
         link.symlink_to(source.resolve())
         return predictor.source(link, out)
 
@@ -104,12 +102,6 @@ def _line(found: Sequence[Prediction], rows: Sequence[ScanRow], seconds: float) 
     slices = sum(made.slices for made in found)
     line = f"{len(found)} series, {many(slices, 'slice')}, {duration(seconds)}"
     return "; ".join(filter(None, (line, told_rows(rows))))
-
-
-def _to_disk(folder: Path) -> None:
-    """A folder that is there after the power failed must not hold empty files."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from medpsp import __version__
 from medpsp.deploy.fairing import Floats, pieces, vertex_areas
 from medpsp.deploy.marching import Ints
 from medpsp.errors import DicomError
-from medpsp.intensity import CLASS_COLOURS
+from medpsp.intensity import class_colour
 
 FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 """50 bytes of a binary STL."""
@@ -153,7 +153,7 @@ def _primitive(number: int) -> dict[str, Any]:
 
 def _material(part: Part) -> dict[str, Any]:
     """Matt, in the colour of the overlays; glTF wants linear light (3.9.2), not sRGB."""
-    srgb = CLASS_COLOURS[1 + (part.label - 1) % (len(CLASS_COLOURS) - 1)].astype(np.float64) / 255
+    srgb = np.array(class_colour(part.label)) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     colour = [round(float(v), 6) for v in linear]
     surface = {"baseColorFactor": [*colour, 1.0], "metallicFactor": 0.0, "roughnessFactor": 0.6}

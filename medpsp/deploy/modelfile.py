@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import onnxruntime as ort
@@ -29,6 +29,7 @@ from medpsp.dicom.nifti import Axes
 from medpsp.errors import ModelFileError, NoModelFile
 from medpsp.tiles import Tiling
 from medpsp.types import FloatArray, ReadPolicy, Window
+from medpsp.words import ODD
 
 MOST = 8192
 """Rows or columns of a tile."""
@@ -88,7 +89,7 @@ class ModelFile:
         self.meta = read_metadata(path, self.session)
         try:
             self._parse(self.meta)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ModelFileError(
                 f"model {path}: its metadata is damaged ({type(error).__name__})"
             ) from None
@@ -96,11 +97,7 @@ class ModelFile:
             raise ModelFileError(f"model {path}: metadata and graph do not fit: {fault}")
 
     def _parse(self, meta: Mapping[str, Any]) -> None:
-        self.classes: tuple[str, ...] = tuple(meta["classes"])
-        if not isinstance(meta["classes"], list) or not all(
-            isinstance(name, str) and name for name in self.classes
-        ):
-            raise ValueError("classes")
+        self.classes, self.modalities = _names(meta, "classes"), _names(meta, "modalities")
         axes = meta.get("axes")
         self.axes: Axes | None = tuple((int(a), int(s)) for a, s in axes) if axes else None
         if self.axes and (
@@ -109,7 +106,8 @@ class ModelFile:
         ):
             raise ValueError("axes")
         self.codes: dict[str, dict[str, list[str]]] = dict(meta.get("codes", {}))
-        self.modalities: tuple[str, ...] = tuple(meta["modalities"])
+        if not all(_is_term(term) for terms in self.codes.values() for term in terms.values()):
+            raise ValueError("codes")
         window = meta["window"]
         self.window = Window(**window) if window else None
         self.header_window = bool(meta.get("header_window", False))
@@ -120,6 +118,9 @@ class ModelFile:
             raise ValueError("tile")
         self.tiling = Tiling((rows, columns), float(meta["tile"]["overlap"]))
         self.policy = ReadPolicy(modalities=self.modalities, **meta.get("policy", {}))
+        for name, kind in get_type_hints(ReadPolicy).items():
+            if get_origin(kind) is Literal and getattr(self.policy, name) not in get_args(kind):
+                raise ValueError(name)
         known = [self.window, *self.views, *self.given.windows]
         if not all(math.isfinite(w.center) and 0 < w.width < math.inf for w in known if w):
             raise ValueError("window")
@@ -159,6 +160,24 @@ class ModelFile:
         shapes, size = [one.shape for one in found], (PROBE, PROBE)
         wanted = [(1, *size), (1, len(self.classes), *size)]
         return "" if shapes == wanted else f"outputs {shapes}, expected {wanted}"
+
+
+def _names(meta: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """At least one; they stand in messages, pictures and names of files."""
+    found = meta[key]
+    if not isinstance(found, list) or not found:
+        raise ValueError(key)
+    if not all(isinstance(name, str) and name.strip() and not ODD.search(name) for name in found):
+        raise ValueError(key)
+    return tuple(found)
+
+
+def _is_term(term: object) -> bool:
+    """Scheme, value and meaning, as `exportconfig.Term`."""
+    if not isinstance(term, list) or not all(isinstance(text, str) for text in term):
+        return False
+    scheme, value, meaning = (len(text) for text in term)
+    return 0 < scheme <= 16 and 0 < value <= 16 and 0 < meaning <= 64
 
 
 def read_metadata(path: Path, session: ort.InferenceSession) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from medpsp.deploy.stream import Segmented
-from medpsp.intensity import CLASS_COLOURS, overlay
+from medpsp.intensity import class_colour, overlay
 
 TILE, COLUMNS, MAX_TILES, LEGEND, TITLE = 224, 4, 8, 32, 26
 """Pixels of a tile's longer side, tiles a row, tiles at most, pixels of the lines below them."""
@@ -89,8 +89,7 @@ def _thumbnail(item: Segmented) -> Image.Image:
 def _legend(sheet: Image.Image, classes: tuple[str, ...]) -> None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
     x, y = 10, sheet.height - LEGEND + 8
-    for index, name in enumerate(classes[1:]):
-        red, green, blue = (int(v) for v in CLASS_COLOURS[1 + index % (len(CLASS_COLOURS) - 1)])
-        draw.rectangle((x, y, x + 14, y + 14), fill=(red, green, blue))
+    for index, name in enumerate(classes[1:], 1):
+        draw.rectangle((x, y, x + 14, y + 14), fill=class_colour(index))
         draw.text((x + 20, y - 2), name, fill="white", font=font)
         x += 38 + int(draw.textlength(name, font=font))

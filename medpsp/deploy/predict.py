@@ -206,6 +206,12 @@ class Predictor:
             raise ConfigError(f"{source}: the model was trained on {what}; give the DICOM files")
         try:
             volume = nifti.open_nifti(source)
+            if not volume.placed:
+                raise DicomError(
+                    "NIFTI_UNPLACED",
+                    "neither qform nor sform says which side is left; give the DICOM files, or set "
+                    "one of them",
+                )
             slices: Callable[[], Iterable[NDArray[Any]]] = volume.slices
             affine, shape = volume.affine, volume.shape
             if nifti.axes_of(np.array(affine)) != self.model.axes:

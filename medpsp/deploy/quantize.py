@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -27,6 +27,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from medpsp.deploy.export import quiet, write_model
 from medpsp.deploy.session import Feeds
+from medpsp.deploy.tensorrtgraph import asymmetric
 from medpsp.errors import ExportError
 
 Kind = Literal["cpu", "trt"]
@@ -109,8 +110,8 @@ class Quantizer:
             )
             made: onnx.ModelProto = quantizer.quantize_model()
             quantizer.model.topological_sort()
-        if not cpu:
-            check_symmetric(made)
+        if not cpu and (wrong := asymmetric(made)):
+            raise ExportError(f"{wrong[0]}: no int8 with zero point 0; TensorRT takes no other")
         return made
 
     def write(self, target: Path, metadata: dict[str, Any], restored: Collection[str] = ()) -> None:
@@ -191,24 +192,6 @@ def fuse_silu(proto: onnx.ModelProto) -> None:
             nodes.remove(gate)
     if ORT_DOMAIN not in {opset.domain for opset in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(ORT_DOMAIN, 1))
-
-
-def check_symmetric(proto: onnx.ModelProto) -> None:
-    """Every zero point is an int8 of 0.
-
-    Raises:
-        ExportError: One is not; TensorRT would refuse the file.
-    """
-    constants = {t.name: t for t in proto.graph.initializer}
-    for node in proto.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            zero = constants[node.input[2]]
-            if zero.data_type != TensorProto.INT8 or numpy_helper.to_array(zero).any():
-                raise ExportError(
-                    f"{node.name}: zero point is {TensorProto.DataType.Name(zero.data_type)} "
-                    f"{numpy_helper.to_array(zero).tolist()}, expected INT8 0; TensorRT takes no "
-                    "other"
-                )
 
 
 def weighted(node: onnx.NodeProto, constants: Collection[str]) -> bool:

@@ -2,6 +2,7 @@
 
 Objects of one association lie in a private folder until it is released. They are segmented then,
 one association after another, in the thread that calls `Receiver.serve`; `Sender` sends in its own.
+What waits for either is on disk, so that a process that is killed loses nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import queue
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from medpsp.deploy.dicomnet import Peer, entity_of, take_images
 from medpsp.deploy.jobs import SPOOL, owned, run_job
 from medpsp.deploy.predict import Predictor
 from medpsp.deploy.sender import PAUSES, Sender, unsent
+from medpsp.deploy.waiting import MOST_TRIES, keep, tried, untried, waiting
 from medpsp.errors import ConfigError
 from medpsp.words import many
 
@@ -35,6 +38,8 @@ log = logging.getLogger("medpsp")
 
 POLL_S = 0.2
 """Seconds until a request to stop is seen."""
+RETRY_S = 60.0
+"""Seconds until an association is segmented again that the disk or the memory stopped."""
 OUT_OF_RESOURCES = 0xA700
 """Status of a C-STORE that may work later (PS3.4 table B.2-1)."""
 
@@ -89,6 +94,7 @@ class Receiver:
         self._server: ThreadedAssociationServer | None = None
         self._open: dict[Association, _Spool] = {}
         self._whole: queue.SimpleQueue[_Spool] = queue.SimpleQueue()
+        self._later: list[tuple[float, _Spool]] = []
         self._lock = threading.Lock()
         self._number = 0
         self._sender: Sender | None = None
@@ -99,14 +105,20 @@ class Receiver:
     def __enter__(self) -> Receiver:
         with ExitStack() as stack:
             stack.enter_context(owned(self.out))
-            names = [path.name.removeprefix("assoc-") for path in self.out.glob("assoc-*")]
-            self._number = max((int(name) for name in names if name.isdecimal()), default=0)
+            left = waiting(self.out)
+            names = [
+                *(path.name for path in self.out.glob("assoc-*")),
+                *(name for name, *_ in left),
+            ]
+            numbers = [name.removeprefix("assoc-") for name in names]
+            self._number = max((int(number) for number in numbers if number.isdecimal()), default=0)
+            self._take_up(left)
             self._server = self._listening()
             if self._sender:
                 self._sender.start()
                 stack.callback(self._sender.close)
-            elif left := unsent(self.out):
-                log.warning("receive: %d SEG of before are not sent without --answer", len(left))
+            elif segs := unsent(self.out):
+                log.warning("receive: %d SEG of before are not sent without --answer", len(segs))
             stack.callback(self._drop_all)
             stack.callback(self._ae.shutdown)
             self._stack = stack.pop_all()
@@ -142,6 +154,18 @@ class Receiver:
         self._server.shutdown()
         while self._at_hand():
             self._next()
+
+    def _take_up(self, left: list[tuple[str, int, Path]]) -> None:
+        """What an earlier process did not come to; nothing may kill one start after another."""
+        for name, tries, folder in left:
+            spool = _Spool(name, folder, stored=len(list(folder.iterdir())))
+            if (self.out / name).exists():  # killed between the answer and the end
+                shutil.rmtree(folder, ignore_errors=True)
+            elif tries >= MOST_TRIES:
+                self._drop(spool, f"{tries} receivers were killed while they segmented it")
+            else:
+                log.info("%s: %s of before, segmented now", name, many(spool.stored, "object"))
+                self._whole.put(spool)
 
     def _at_hand(self) -> bool:
         """Whether an association is to be finished; a connection that is none yet is not."""
@@ -199,8 +223,12 @@ class Receiver:
             self._drop(
                 spool, f"not stored: {spool.came - spool.stored} of {many(spool.came, 'object')}"
             )
-        else:
-            self._whole.put(spool)
+        elif spool.folder:
+            try:
+                spool.folder = keep(spool.folder, spool.name)
+                self._whole.put(spool)
+            except OSError as error:
+                self._drop(spool, f"not stored: {error.strerror}")
         del self._open[event.assoc]  # last: `_at_hand` must see it all the time
 
     def _aborted(self, assoc: Association) -> None:
@@ -214,8 +242,9 @@ class Receiver:
             shutil.rmtree(spool.folder, ignore_errors=True)
 
     def _drop_all(self) -> None:
-        while not self._whole.empty():
-            self._drop(self._whole.get(), "the receiver ends")
+        if left := waiting(self.out):
+            told = many(len(left), "association")
+            log.warning("receive: %s not segmented; kept for the next start", told)
         for assoc in list(self._open):
             self._aborted(assoc)
 
@@ -224,22 +253,32 @@ class Receiver:
         for assoc in list(self._open):
             if not assoc.is_alive():  # its thread ended without a word
                 self._aborted(assoc)
+        if self._later and self._later[0][0] <= time.monotonic():
+            self._whole.put(self._later.pop(0)[1])
         try:
             spool = self._whole.get(timeout=POLL_S)
         except queue.Empty:
             return
+        try:
+            self._segment(spool)
+        except OSError as error:  # the folder of answers itself
+            self._again(spool, error.strerror or type(error).__name__)
+
+    def _segment(self, spool: _Spool) -> None:
         if spool.folder is None:
             return
-        sender = self._sender
-        try:
-            job = run_job(
-                self.predictor,
-                spool.folder,
-                self.out / spool.name,
-                before=sender.note if sender else lambda files: None,
-            )
-        finally:
-            shutil.rmtree(spool.folder, ignore_errors=True)
+        sender, spool.folder = self._sender, tried(spool.folder)
+        job = run_job(
+            self.predictor,
+            spool.folder,
+            self.out / spool.name,
+            before=sender.note if sender else lambda files: None,
+        )
+        if job and job.again:
+            spool.folder = untried(spool.folder)
+            self._again(spool, job.line)
+            return
+        shutil.rmtree(spool.folder, ignore_errors=True)
         if job is None or job.failed:
             why = job.line if job else ""
             log.error("%s: %s, failed: %s", spool.name, many(spool.stored, "object"), why)
@@ -247,6 +286,11 @@ class Receiver:
         log.info("%s: %s, %s", spool.name, many(spool.stored, "object"), job.line)
         if sender:
             sender.wake()
+
+    def _again(self, spool: _Spool, why: str) -> None:
+        """No fault of the images."""
+        log.error("%s: %d objects, failed: %s; tried again later", spool.name, spool.stored, why)
+        self._later.append((time.monotonic() + RETRY_S, spool))
 
 
 def _is_loopback(host: str) -> bool:

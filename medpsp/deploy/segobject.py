@@ -31,7 +31,7 @@ from medpsp.dicom.header import Header
 from medpsp.dicom.opened import opened
 from medpsp.dicom.parse import parse, refusing
 from medpsp.errors import DicomError
-from medpsp.intensity import CLASS_COLOURS
+from medpsp.intensity import class_colour
 from medpsp.types import Place, Series
 
 if TYPE_CHECKING:  # it takes 0.4 s to import
@@ -172,7 +172,6 @@ def _segment(number: int, index: int, model: ModelFacts) -> SegmentDescription:
         return CodedConcept(value=code[1], scheme_designator=code[0], meaning=code[2])
 
     codes = model.codes.get(model.classes[index], {})
-    shade = CLASS_COLOURS[1 + (index - 1) % (len(CLASS_COLOURS) - 1)].tolist()
     return SegmentDescription(
         segment_number=number,
         segment_label=model.classes[index][:64],
@@ -185,7 +184,7 @@ def _segment(number: int, index: int, model: ModelFacts) -> SegmentDescription:
             version=model.version,
             parameters={"model": model.name, "digest": model.digest},
         ),
-        display_color=CIELabColor.from_rgb(*shade),
+        display_color=CIELabColor.from_rgb(*class_colour(index)),
     )
 
 

@@ -111,7 +111,11 @@ class Sender:
         while not self._cut.is_set():
             self._wake.clear()
             last = self._ending.is_set()
-            pause = self._round()
+            try:
+                pause = self._round()
+            except OSError as error:  # the folder of notes: a file server that comes back
+                self._tell(UNSENT, error.strerror or type(error).__name__)
+                pause = self._pauses[-1]
             if last:
                 return
             self._wake.wait(pause)

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from medpsp.deploy.folders import nothing_left
 from medpsp.deploy.inputs import GraphInput, window_rows
 from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.session import (
@@ -143,7 +144,7 @@ def write_kit(model: ModelFile, folder: Path, profile: Profile) -> OpCheck:
 
     Args:
         model: fp32, fp16 or trt (S8S8) file of `medpsp export`.
-        folder: Made where it is missing; files of these names are replaced.
+        folder: Made where it is missing; files of these names are replaced, all or none.
         profile: Sizes.
 
     Returns:
@@ -151,7 +152,7 @@ def write_kit(model: ModelFile, folder: Path, profile: Profile) -> OpCheck:
 
     Raises:
         ExportError: A U8S8 file, operators that TensorRT lacks, or a copy that computes otherwise.
-        ConfigError: A DLA for a quantized file.
+        ConfigError: A DLA for a quantized file, or the folder is none.
     """
     name, proto = model.path.name, onnx.load(model.path)
     refuse_asymmetric(proto, name)
@@ -162,31 +163,40 @@ def write_kit(model: ModelFile, folder: Path, profile: Profile) -> OpCheck:
     kind = "int8" if quantized else "fp16" if half else "fp32"
     changes = make_readable(proto, name)
     found = check_ops(proto, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / "tensorrt.onnx"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: not a folder; take another one for the kit")
+    copy, part = folder / "tensorrt.onnx", folder / ".partial"
     if copy.exists() and copy.samefile(model.path):
         raise ConfigError(f"{folder}: holds the model itself; give another folder")
-    try:
-        save(proto, copy)
-        arrays, far = parity_arrays(model, copy, profile, optimise=not quantized)
-    except (ExportError, OSError):
-        copy.unlink(missing_ok=True)  # nobody shall build it
-        raise
-    arrays["least_sqnr_db"], arrays["most_changed"] = map(np.array, LIMITS[kind])
+    with nothing_left(part if folder.exists() else folder):
+        part.mkdir(parents=True)
+        save(proto, part / copy.name)
+        arrays, far = parity_arrays(model, part / copy.name, profile, optimise=not quantized)
+        arrays["least_sqnr_db"], arrays["most_changed"] = map(np.array, LIMITS[kind])
+        about = {"file": name, "variant": model.meta.get("variant", kind), "kind": kind, "far": far}
+        shapes = _write_scripts(part, model.given, profile, arrays, kind)
+        about["cases"] = int(arrays["cases"])
+        (part / "README.txt").write_text(readme(about, changes, found, shapes), encoding="utf-8")
+        for path in sorted(part.iterdir()):
+            path.replace(folder / path.name)
+        part.rmdir()
+    return found
+
+
+def _write_scripts(
+    folder: Path, given: GraphInput, profile: Profile, arrays: dict[str, NDArray[Any]], kind: str
+) -> dict[str, str]:
+    """What builds and checks the engine; returns its shapes."""
     np.savez_compressed(folder / "parity.npz", **arrays)  # type: ignore[arg-type]
     script = resources.files("medpsp.deploy").joinpath("tensorrtparity.py")
     (folder / "parity.py").write_bytes(script.read_bytes())
-    given = model.given
     shapes = profile.shapes(given.planes, 0 if given.windows else given.views)
     build = folder / "build.sh"
     build.write_text(build_script(kind, shapes, profile.dla), encoding="utf-8")
     build.chmod(0o755)
     providers = json.dumps(ort_providers(kind, shapes, profile.dla), indent=1)
     (folder / "onnxruntime_tensorrt.json").write_text(providers + "\n", encoding="utf-8")
-    about = {"file": name, "variant": model.meta.get("variant", kind), "kind": kind, "far": far}
-    about["cases"] = int(arrays["cases"])
-    (folder / "README.txt").write_text(readme(about, changes, found, shapes), encoding="utf-8")
-    return found
+    return shapes
 
 
 def parity_arrays(

@@ -116,7 +116,17 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 def is_quantized(proto: Any) -> bool:
     """Whether it holds Q/DQ nodes."""
-    return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node)
+    return bool(_paired(proto))
+
+
+def asymmetric(proto: Any) -> list[str]:
+    """Names of the Q/DQ nodes that TensorRT does not take: other than int8 with zero point 0."""
+    values = _constants(proto.graph)
+    return [n.name for n in _paired(proto) if not _symmetric(n, values)]
+
+
+def _paired(proto: Any) -> list[Any]:
+    return [n for n in proto.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
 
 
 def refuse_asymmetric(proto: Any, name: str) -> None:
@@ -125,13 +135,11 @@ def refuse_asymmetric(proto: Any, name: str) -> None:
     Raises:
         ExportError: A Q/DQ node has another one: a U8S8 file for CPUs.
     """
-    values = _constants(proto.graph)
-    nodes = [n for n in proto.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    wrong = sum(not _symmetric(node, values) for node in nodes)
-    if wrong:
+    if wrong := len(asymmetric(proto)):
         raise ExportError(
-            f"{name}: {wrong} of {len(nodes)} Q/DQ nodes are not int8 with zero point 0 (U8S8, for "
-            "CPUs), which TensorRT does not take; give the trt file (S8S8) of the same export"
+            f"{name}: {wrong} of {len(_paired(proto))} Q/DQ nodes are not int8 with zero point 0 "
+            "(U8S8, for CPUs), which TensorRT does not take; give the trt file (S8S8) of the same "
+            "export"
         )
 
 

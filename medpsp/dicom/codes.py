@@ -170,6 +170,8 @@ _IMAGE_CODES: dict[str, tuple[Status, str, str]] = {
         "Use a model that was trained on such images."),
     "NIFTI_UNREADABLE": ("quarantined", "The NIfTI file is not one readable grey volume.",
         "Save it again."),
+    "NIFTI_UNPLACED": ("quarantined", "Neither qform nor sform says how the volume lies.",
+        "Convert the DICOM files again, or set the form if you know it."),
     "SEG_NOT_WRITTEN": ("kept", "No SEG: headers lack what it needs, or the input is a NIfTI.",
         "Send the original images for a SEG."),
     "SEG_NOT_SENT": ("kept", "The archive that answers go to did not take the SEG; it stays here.",

@@ -124,11 +124,14 @@ class NiftiVolume(NamedTuple):
         path: Of the file.
         shape: (N, H, W).
         affine: (4, 4) index (column, row, slice) to mm LPS, as nested tuples.
+        placed: The header says so, by qform or sform. Else nibabel makes an affine of the spacing
+            alone, which knows neither left from right nor head from feet.
     """
 
     path: Path
     shape: tuple[int, int, int]
     affine: tuple[tuple[float, ...], ...]
+    placed: bool = True
 
     def slices(self) -> Iterator[NDArray[Any]]:
         """(H, W) values, int16 where all of a slice are whole and fit, else float32.
@@ -206,7 +209,8 @@ def open_nifti(path: Path) -> NiftiVolume:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise DicomError("NIFTI_UNREADABLE", "its affine maps to no volume")
     rows = tuple(tuple(float(v) for v in row) for row in affine)
-    return NiftiVolume(path, (shape[2], shape[1], shape[0]), rows)
+    placed = any(int(image.header[name]) > 0 for name in ("qform_code", "sform_code"))
+    return NiftiVolume(path, (shape[2], shape[1], shape[0]), rows, placed)
 
 
 def _loaded(path: Path) -> Any:
