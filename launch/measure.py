@@ -46,7 +46,8 @@ def measure_job(config: Config) -> None:
 
     world, train = detect_world(), config.train
     end_with_parent()
-    with process_group(world, train.threads, alone=train.engine != "ddp") as device:
+    threads = train.threads or threads_each(world.size)
+    with process_group(world, threads, alone=train.engine != "ddp") as device:
         found = _measured(config, world, device)
     if world.rank == 0:
         write_json(config.out / "scale.json", found)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from launch.chain import unfinished
+from launch.cluster import threads_each
 from launch.plan import JobSpec
 from launch.rundir import RunDir, open_run
 from medpsp.config import Config
@@ -85,7 +86,7 @@ def scale_members(base: Config, ranks: str, backbones: str) -> list[tuple[str, t
     stages = _written([{"name": "measure", "steps": TIMED, "lr": 1e-4}])
     shared = [f"train.stages={stages}"]
     if not base.train.threads:  # or one rank would have the cores of all
-        threads = max(1, (os.cpu_count() or 1) // max(int(count) for count in counts))
+        threads = threads_each(max(int(count) for count in counts))
         shared.append(f"train.threads={threads}")
     return [
         (

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from launch.chain import Told, has_failed, tell, told_by
-from launch.cluster import detect_world, end_time
+from launch.cluster import detect_world, end_time, threads_each
 from launch.ranks import end_with_parent, say_last, start_ranks
 from launch.rundir import REASONS, RunDir
 from launch.trained import labelled_rows
@@ -84,11 +84,11 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
     train = in_steps(train, lambda fraction: len(stage_rows(rows, fraction)), begun)
     config = config.model_copy(update={"train": train})
     limits = train.first_step_seconds, train.step_seconds
-    zero = train.engine != "ddp"
+    zero, threads = train.engine != "ddp", train.threads or threads_each(world.size)
     folder = run.logs / "ranks"
     with (
         Watch(folder, world, limits, tell=partial(_say, run), stop=stop) as watch,
-        process_group(world, train.threads, max(limits) + 60, alone=zero, records=folder) as device,
+        process_group(world, threads, max(limits) + 60, alone=zero, records=folder) as device,
     ):
         watch.at(0, "model", first=True)
         check_device(config.model, device)

@@ -47,13 +47,13 @@ def process_group(
 
     Args:
         world: Who we are.
-        threads: Of torch; 0: cores divided by the ranks of this machine.
+        threads: Of torch.
         seconds: A collective that takes longer is an error.
         alone: Whether one process needs a group, too, as for DeepSpeed.
         records: Folder for what nccl remembers of its last collectives, where one fails.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # torchrun's ranks on this machine
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
+    torch.set_num_threads(threads)
     device = _device(world, here)
     limit, backend = timedelta(seconds=seconds), "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and records:
