@@ -143,10 +143,8 @@ def require_idle(folder: RunDir) -> None:
         return
     if left := _at_work([folder]):
         names = ", ".join(job.name for job in left)
-        raise ConfigError(
-            f"{folder.root}: {names} still waits or runs; `medpsp cancel {quote(str(folder.root))}` "
-            "first"
-        )
+        cancel = f"medpsp cancel {quote(str(folder.root))}"
+        raise ConfigError(f"{folder.root}: {names} still waits or runs; `{cancel}` first")
 
 
 def refuse_beside_jobs(config: Config) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cluster import detect_world
+from launch.cluster import detect_world, threads_each
 from launch.meeting import write_json
 from launch.ranks import end_with_parent, start_ranks
 from launch.rundir import RunDir
