@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -102,7 +103,7 @@ def _submit(plan: tuple[JobSpec, ...], profile: Profile, cluster: str, folder: R
     from launch.submit import submit_cluster
 
     submit_cluster(plan, profile, cluster, folder)
-    typer.echo(f"medpsp status {folder.root}")
+    typer.echo(f"medpsp status {quote(str(folder.root))}")
 
 
 def with_index(config: str, changes: tuple[str, ...]) -> tuple[str, ...]:
@@ -142,9 +143,8 @@ def require_idle(folder: RunDir) -> None:
         return
     if left := _at_work([folder]):
         names = ", ".join(job.name for job in left)
-        raise ConfigError(
-            f"{folder.root}: {names} still waits or runs; `medpsp cancel {folder.root}` first"
-        )
+        cancel = f"medpsp cancel {quote(str(folder.root))}"
+        raise ConfigError(f"{folder.root}: {names} still waits or runs; `{cancel}` first")
 
 
 def refuse_beside_jobs(config: Config) -> None:
@@ -241,10 +241,10 @@ def status(
         return
     for folder in folders:
         Console().print(table(folder, status_of(folder)), soft_wrap=True)
-    typer.echo(f"logs         {out}/logs   (medpsp logs {out} JOB)")
+    typer.echo(f"logs         {out}/logs   (medpsp logs {quote(str(out))} JOB)")
     if RunDir(out).page.is_file():
         typer.echo(f"page         {RunDir(out).page}")
-    typer.echo(f"tensorboard --logdir {out}")
+    typer.echo(f"tensorboard --logdir {quote(str(out))}")
 
 
 def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")]) -> None:

@@ -244,8 +244,10 @@ def main() -> None:
         _fail(error)
         raise
     except SystemExit as end:
-        if end.code in (130, 143):  # Ctrl-C, as typer leaves, and SIGTERM
-            sys.stderr.write("medpsp: interrupted; run the same command again to go on\n")
+        if end.code in (129, 130, 143):  # SIGHUP, Ctrl-C, as typer leaves, and SIGTERM
+            from launch.terminal import show
+
+            show("medpsp: interrupted; run the same command again to go on\n")
         raise
 
 

@@ -60,14 +60,15 @@ def _as_setting(word: str, rest: Sequence[str], options: Sequence[str]) -> str:
     """What to write in place of an option that is none."""
     import difflib
 
-    from medpsp.configio import keys_like
+    from medpsp.configio import keys_like, keys_named
 
     name, equals, value = word.partition("=")
     if not equals:
         value = next((text for text in rest[:1] if not text.startswith("-")), "VALUE")
-    keys = keys_like(name.lstrip("-").replace("-", "_"))
+    plain = name.lstrip("-").replace("-", "_")
+    keys = keys_like(plain)
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
-    if near and not keys:
+    if near and not keys_named(plain):
         return f"{name}: no such option; did you mean '{near[0]}'?"
     example = f"{keys[0]}={value}" if keys else "train.batch_size=8"
     return f"{name}: no such option; settings are written as {example}"

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from shlex import quote
 
 from launch.local import submit_plan
 from launch.phantom import Phantom, write_archive
@@ -70,14 +71,16 @@ def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
     return [
         f"page         {run.page}",
         f"shards       {config.shards}",
-        f"tensorboard  {run.tensorboard}   (tensorboard --logdir {run.root})",
+        f"tensorboard  {run.tensorboard}   (tensorboard --logdir {quote(str(run.root))})",
         f"checkpoint   {run.checkpoints / 'best'}",
         f"onnx fp32    {run.fp32}",
         f"onnx int8    {run.int8}",
         f"dossier      {run.export / 'dossier.html'}",
-        f"DICOM SEG    {next(f for f in files if f.suffix == '.dcm')}",
-        f"masks        {next(f for f in files if f.suffix == '.gz')}",
-        f"meshes       {next(f for f in files if f.suffix == '.glb')}",
+        *(
+            f"{title:12} {file}"
+            for title, suffix in (("DICOM SEG", ".dcm"), ("masks", ".gz"), ("meshes", ".glb"))
+            for file in [f for f in files if f.suffix == suffix][:1]  # none of a class, no mesh
+        ),
         f"overlays     {sheet}   (and {len(overlays)} single slices in {overlays[0].parent})",
         f"of {many(scores['patients'], 'held-out patient')}:",
         *(f"  {line}" for line in lines),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from launch.measure import measure_job
 from launch.preflight import preflight_job
 from launch.ranks import log_job
 from launch.rundir import RunDir, keep_private, told_path
+from launch.terminal import show
 from launch.train import train_job
 from medpsp.config import Config
 from medpsp.configio import load_config
@@ -151,12 +151,12 @@ def setup_logging() -> None:
 
 
 class _Stderr(logging.Handler):
-    """Writes to what sys.stderr is at the time: a progress bar replaces it while it shows."""
+    """Lines for whoever started the command."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, FILE_ONLY):
             return
-        sys.stderr.write(self.format(record) + "\n")
+        show(self.format(record) + "\n")
 
 
 def one_line(error: BaseException) -> str:

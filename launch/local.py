@@ -23,11 +23,13 @@ from launch.jobs import run_command, setup_logging
 from launch.plan import JobSpec
 from launch.ranks import follow_parent
 from launch.rundir import RunDir
+from launch.terminal import show
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, LaunchError
+from medpsp.train.stop import asking
 
 log = logging.getLogger("medpsp")
 POLL_S = 0.1
-ASKING = (signal.SIGINT, signal.SIGTERM)
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST = "medpsp: "
 """Before the line that a process ends with; whoever started it says that line itself."""
 
@@ -92,9 +94,10 @@ def _heard() -> Iterator[list[int]]:
     numbers: list[int] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
-        numbers.append(number)
+        if not (numbers and number == signal.SIGHUP):  # a shell sends its own beside the kernel's
+            numbers.append(number)
 
-    before = {number: signal.signal(number, hear) for number in ASKING}
+    before = {number: signal.signal(number, hear) for number in asking(ASKING)}
     try:
         yield numbers
     finally:
@@ -144,7 +147,7 @@ def _show(lines: Iterator[str]) -> None:
         if not line:
             return
         if not line.startswith(LAST):
-            sys.stderr.write(line)
+            show(line)
 
 
 def main(name: str, config: Path) -> int:
@@ -159,8 +162,8 @@ def main(name: str, config: Path) -> int:
     """
     answer = os.dup(1)
     os.dup2(2, 1)  # whoever prints does so into the log
-    signal.signal(signal.SIGINT, _leave)
-    signal.signal(signal.SIGTERM, _leave)
+    for number in asking(ASKING):
+        signal.signal(number, _leave)
     follow_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     setup_logging()

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from launch.cluster import memory_limit, oom_kills
 from launch.rundir import REASONS, RunDir, keep_place
+from launch.terminal import show
 from medpsp.config import Config
 from medpsp.errors import (
     EXIT_AGAIN,
@@ -33,9 +34,12 @@ from medpsp.errors import (
     LaunchError,
     MedpspError,
 )
-from medpsp.machine import whole_cores
+from medpsp.machine import threads_each
+from medpsp.train.stop import SIGNALS, asking
 
 log = logging.getLogger("medpsp")
+FORWARDED = (*SIGNALS, signal.SIGQUIT)
+"""By torchrun to the ranks."""
 _PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 
@@ -70,7 +74,7 @@ def start_ranks(config: Config, command: str = "train") -> None:
         "--standalone",
         f"--nproc-per-node={ranks}",
         f"--redirects={','.join(f'{rank}:3' for rank in range(1, ranks))}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+        f"--signals-to-handle={','.join(one.name for one in asking(FORWARDED))}",
         f"--log-dir={folder}",
         "-m",
         "launch.cli",
@@ -129,7 +133,7 @@ def follow_parent() -> None:
 
 
 def _environment(config: Config, left: str) -> dict[str, str]:
-    threads = config.train.threads or max(1, whole_cores() // config.train.ranks)
+    threads = config.train.threads or threads_each(config.train.ranks)
     return {
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -233,7 +237,7 @@ def say_last(line: str, echo: bool = False, code: int = 1) -> None:
         return
     rank = os.environ.get("RANK")
     who = f"rank {rank}: " if rank and not line.startswith("train: rank ") else ""
-    sys.stderr.write(f"medpsp: {who}{line}\n")
+    show(f"medpsp: {who}{line}\n")
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, line, (), None)
     for handler in log.handlers:
         if isinstance(handler, logging.FileHandler):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -97,7 +98,7 @@ def require_begun(root: Path) -> None:
     if not any(path.exists() for path in traces):
         raise ConfigError(
             f"{root}: no run has begun there, as it holds neither shards nor checkpoints, scores "
-            f"or export; `medpsp run {run.config}` begins it"
+            f"or export; `medpsp run {quote(str(run.config))}` begins it"
         )
 
 

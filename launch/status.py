@@ -155,7 +155,7 @@ def log_files(run: RunDir, name: str) -> list[Path]:
     Raises:
         LaunchError: No such job.
     """
-    own, folder = sorted(run.logs.glob(f"{name}*.log")), run.logs / "jobs"
+    folder = run.logs / "jobs"
     if is_local(run):
         known = [row.name for row in rows_here(run)]
         theirs = [path for path in (folder / f"{name}.log",) if path.is_file()]
@@ -167,4 +167,4 @@ def log_files(run: RunDir, name: str) -> list[Path]:
         theirs = [path for part in parts for path in sorted(folder.glob(f"{part}/*_log.out"))]
     if name not in known:
         raise LaunchError(f"logs {name}: no such job; there are {', '.join(known)}")
-    return [*own, *theirs]
+    return [*sorted(run.logs.glob(f"{name}*.log")), *theirs]

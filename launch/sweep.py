@@ -18,7 +18,7 @@ from launch.plan import JobSpec
 from launch.rundir import RunDir, open_run
 from medpsp.config import Config
 from medpsp.errors import ConfigError
-from medpsp.machine import whole_cores
+from medpsp.machine import threads_each
 
 log = logging.getLogger("medpsp")
 FOLDER = "sweep"
@@ -86,7 +86,7 @@ def scale_members(base: Config, ranks: str, backbones: str) -> list[tuple[str, t
     stages = _written([{"name": "measure", "steps": TIMED, "lr": 1e-4}])
     shared = [f"train.stages={stages}"]
     if not base.train.threads:  # or one rank would have the cores of all
-        threads = max(1, whole_cores() // max(int(count) for count in counts))
+        threads = threads_each(max(int(count) for count in counts))
         shared.append(f"train.threads={threads}")
     return [
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +20,7 @@ from launch.chaincli import (
     wanted,
     with_index,
 )
-from medpsp.errors import LaunchError
+from medpsp.errors import ConfigError, LaunchError, MedpspError
 
 if TYPE_CHECKING:
     from launch.profile import Profile
@@ -56,10 +57,10 @@ def sweep(
         for run in runs_of(RunDir(load_config(find_config(config), changes).out)):
             require_idle(run)
     base, folder = open_run(config, changes, refuse=None if cluster else refuse_beside_jobs)
-    opened, failed = open_members(folder, chosen), list[LaunchError]()
+    opened, failed = open_members(folder, chosen), list[MedpspError]()
     if cluster:
         _sweep_on(cluster, profile, base, folder, opened)
-        typer.echo(f"medpsp status {folder.root}")
+        typer.echo(f"medpsp status {quote(str(folder.root))}")
         if not wait:
             return
         follow_runs(runs_of(folder))
@@ -73,19 +74,19 @@ def sweep(
 
 def _sweep_here(
     base: Config, folder: RunDir, opened: list[tuple[Config, RunDir]]
-) -> list[LaunchError]:
+) -> list[MedpspError]:
     """Run all members; those that fail do not stop the others, as on a cluster."""
     from launch.local import submit_plan
     from launch.plan import plan_jobs
     from launch.sweep import own_part, shared_part
 
-    plan, failed = plan_jobs(base), []
+    plan, failed = plan_jobs(base), list[MedpspError]()
     submit_plan(wanted(shared_part(plan), base, folder, ""), folder)
     for member, run in opened:
         try:
             submit_plan(own_part(plan, member, run), run)
-        except LaunchError as error:
-            failed.append(LaunchError(f"{run.root.name}: {error}"))
+        except (LaunchError, ConfigError) as error:
+            failed.append(type(error)(f"{run.root.name}: {error}"))
             log.warning("%s", failed[-1])
     return failed
 

@@ -156,9 +156,11 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in fault["loc"]) or "config"
     if fault["type"] == "extra_forbidden":
         legal = _keys_at(fault["loc"][:-1])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), legal, n=1)
-        whole = ".".join(str(part) for part in (*fault["loc"][:-1], *near))
-        hint = f"did you mean '{whole}'?" if near else f"legal: {', '.join(legal)}"
+        last = str(fault["loc"][-1])
+        near = difflib.get_close_matches(last, legal, n=1)
+        there = [".".join(str(part) for part in (*fault["loc"][:-1], *near))] if near else []
+        meant = there or keys_named(last)[:1]
+        hint = f"did you mean '{meant[0]}'?" if meant else f"legal: {', '.join(legal)}"
         text = f"{where}: unknown key; {hint}"
     elif fault["type"] == "missing":
         text = f"{where}: required, but not given"
@@ -167,17 +169,23 @@ def _explain(error: ValidationError) -> str:
         shown = repr(got) if isinstance(got, str | int | float | bool | None) else _kind(got)
         text = f"{where}: {fault['msg'].removeprefix('Value error, ')}"
         text += "" if fault["type"] == "value_error" else f", got {shown}"
+        text += "; a list is written in brackets" if fault["type"] == "tuple_type" else ""
     return text + (f" (and {count - 1} more)" if count > 1 else "")
+
+
+def keys_named(name: str) -> list[str]:
+    """Whole keys that are a name or end in it."""
+    return [key for key in _keys_below(Config) if f".{key}".endswith(f".{name}")]
 
 
 def keys_like(name: str) -> list[str]:
     """Whole keys that are a name or end in it, else in what is nearest to it."""
-    keys = list(_keys_below(Config))
-    if same := [key for key in keys if f".{key}".endswith(f".{name}")]:
+    if same := keys_named(name):
         return same
+    keys = list(_keys_below(Config))
     ends = [key.rpartition(".")[2] for key in keys]
     near = difflib.get_close_matches(name, [*keys, *ends], n=1)
-    return [key for key in keys if f".{key}".endswith(f".{near[0]}")] if near else []
+    return keys_named(near[0]) if near else []
 
 
 def _keys_below(node: type[Node]) -> Iterator[str]:

@@ -39,6 +39,19 @@ def whole_cores() -> int:
     return max(1, int(cores_allowed()))
 
 
+def threads_each(ranks: int) -> int:
+    """Threads of a rank where the configuration sets none: its share of the cores it may use.
+
+    Args:
+        ranks: So many share this machine, unless LOCAL_WORLD_SIZE says how many.
+    """
+    cores, here = whole_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if own.isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ:  # whose ranks share a task
+        return max(1, min(int(own), cores))
+    return max(1, cores // here)
+
+
 def tasks_left(root: Path = Path("/")) -> int | None:
     """Processes and threads that control groups still allow; None where they do not count them."""
     pairs = zip(_group("pids.max", root), _group("pids.current", root), strict=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -93,7 +94,8 @@ class Bar:
         trace: TracebackType | None,
     ) -> None:
         if self._rich:
-            self._rich.stop()
+            with suppress(OSError):  # the terminal may be closed
+                self._rich.stop()
         if self.show and kind is None and self._said != self.done:
             self._line()
 

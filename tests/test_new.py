@@ -711,6 +711,17 @@ def test_a_step_is_timed_by_as_many_processes_as_ranks(
     assert found
     assert found.how.startswith("measured")
     assert 0 < found.seconds < 10
+    asked = list[str]()
+
+    def started(*_: object, env: dict[str, str], **__: object) -> None:
+        asked.append(env["OMP_NUM_THREADS"])
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", started)
+        with pytest.raises(InterruptedError):
+            pace.pace_of(yaml.safe_dump(config), replace(evidence().machine, cores=6))
+    assert asked == ["3"]  # of the cores that are left to this process
     monkeypatch.setattr(pace, "LIMIT_S", 0.05)
     config |= {"model": {"backbone": "resnet18"}, "train": {"batch_size": 8}}
     found = pace.pace_of(yaml.safe_dump(config), evidence().machine)
@@ -969,6 +980,18 @@ def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(inside.exception, ConfigError)
     assert "lies inside the archive" in str(inside.exception)
     assert json.dumps(sorted(os.listdir(plain))) == '["dicom"]'
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_archive_is_read(
+    plain: Path, tmp_path: Path
+):
+    for out, words in (
+        (tmp_path, "a folder, expected"),
+        (Path("/proc/a.yaml"), "cannot be written"),
+    ):
+        done = CliRunner().invoke(app, ["new", str(plain / "nowhere"), "--out", str(out)])
+        assert isinstance(done.exception, ConfigError)
+        assert words in str(done.exception)
 
 
 def test_open_questions_are_in_the_file_and_said(plain: Path, tmp_path: Path):

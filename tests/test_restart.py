@@ -21,7 +21,7 @@ from medpsp.errors import EXIT_AGAIN, Interrupted
 from medpsp.train.checkpoint import load_checkpoint, read_state
 from medpsp.train.loop import fit
 from medpsp.train.ranks import process_group
-from medpsp.train.stop import OUT_OF_TIME, StopRequest
+from medpsp.train.stop import OUT_OF_TIME, StopRequest, asking
 from medpsp.types import World
 from tests.children import SERVER
 from tests.squares import CPU, make_config, make_run, names, network
@@ -145,7 +145,7 @@ def test_random_kills_change_no_bit(undisturbed: Any, tmp_path: Path) -> None:
     assert min(seen.values()) >= KILLS // 2 // len(seen), seen
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_obeyed_at_the_next_step(tmp_path: Path, number: int) -> None:
     config = config_of()
     with StopRequest().listening() as stop:
@@ -174,6 +174,19 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_closed_terminal_asks_only_whom_nohup_did_not_shield() -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    assert asking(numbers) == [*numbers]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert asking(numbers) == [signal.SIGTERM]
+        with StopRequest().listening() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def signalling(batches: Callable[..., Any], at: int, act: Callable[[], None]) -> Any:

@@ -162,8 +162,9 @@ def test_status_and_logs_of_a_run_on_this_machine(made: Config, tmp_path: Path):
     assert log_files(run, "check") == [run.logs / "check.log", run.logs / "jobs/check.log"]
     done = CliRunner().invoke(app, ["logs", str(out), "check"])
     assert done.stdout.count("check: every digest, slice and split is as the manifest says") == 2
-    with pytest.raises(LaunchError, match="no such job; there are check, evaluate, export"):
-        log_files(run, "train")
+    for name in ("train", "*", "/etc"):
+        with pytest.raises(LaunchError, match="no such job; there are check, evaluate, export"):
+            log_files(run, name)
     (run.logs / "train.log").write_text("2026-11-27 09:00:00,000 the last line\n")
     old = time.time() - 3600
     os.utime(run.logs / "train.log", (old, old))
@@ -255,6 +256,29 @@ def test_ctrl_c_waits_until_training_has_saved(made: Config, tmp_path: Path, ran
     assert rows[0].note == last.removeprefix("medpsp: train: ")
     assert ended(rows)
     RunDir(config.out).lock()  # another command may begin at once
+
+
+def test_ctrl_c_waits_although_nobody_reads_any_more(made: Config, tmp_path: Path):
+    """As with `medpsp run ... 2>&1 | tee log`, where it ends tee, too."""
+    config = trains(made, tmp_path / "out", 1)
+    with typed(config, "--from", "train") as process:
+        until(lambda: steps(config.out, 1) or process.poll() is not None)
+        assert process.stderr is not None
+        process.stderr.close()
+        ctrl_c(process)
+        assert process.wait(DEADLINE_S) == EXIT_AGAIN
+    assert list((config.out / "checkpoints").glob("step-*"))
+
+
+def test_a_closed_terminal_waits_until_training_has_saved(made: Config, tmp_path: Path):
+    config = trains(made, tmp_path / "out", 1)
+    with typed(config, "--from", "train") as process:
+        until(lambda: steps(config.out, 1) or process.poll() is not None)
+        for _ in range(2):  # the shell's and the kernel's
+            os.killpg(process.pid, signal.SIGHUP)
+        _, shown = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == EXIT_AGAIN, shown
+    assert "train: stopped by SIGHUP after step " in shown.splitlines()[-1]
 
 
 def test_a_second_ctrl_c_ends_all_at_once(made: Config, tmp_path: Path):

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from launch.chain import Told, depends_on, tell
+from launch.chain import Told, depends_on, tell, told_by
+from launch.cli import app
 from launch.compare import COLUMNS, compare, comparison_text
 from launch.plan import plan_jobs
 from launch.rundir import RunDir
@@ -132,6 +134,28 @@ def found(ranks: int, step: float, data: float = 0.0, reduce: float = 0.0) -> di
         "reduce_s": reduce,
         "gradient_bytes": 50_000_000,
     }
+
+
+def test_a_member_that_fails_leaves_the_others_their_turn(made: Config, tmp_path: Path):
+    """Also one whose job finds the configuration wrong, which ends a run."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "shards").symlink_to(made.shards)
+    tree = made.model_dump(mode="json")
+    base = Config.model_validate({**tree, "out": out})
+    run = RunDir.create(base)
+    for name in ("shards", "check"):
+        told = Told(state="done", job="", node="", restarts=0, digest=depends_on(base, name))
+        tell(run, name, told)
+    over = ("--over", "model.backbone=timm/no_such,timm/nor_this")
+    done = CliRunner().invoke(app, ["sweep", str(run.config), *over])
+    assert isinstance(done.exception, ConfigError), done.output
+    assert str(done.exception).startswith("backbone=timm-no_such: train: ")
+    for name in ("no_such", "nor_this"):
+        member = told_by(RunDir(out / "sweep" / f"backbone=timm-{name}"), "train")
+        assert member
+        assert (member.state, member.code) == ("failed", 2)
+    assert "nor_this" in (out / "sweep/table.md").read_text()
 
 
 def test_scaling_by_hand():

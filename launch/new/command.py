@@ -34,7 +34,7 @@ def new(
     from launch.new.choices import Places
     from launch.new.evidence import gather
     from launch.new.pace import pace_of
-    from launch.new.proposal import propose, write_proposal
+    from launch.new.proposal import propose, require_place, write_proposal
     from launch.rundir import keep_private
     from medpsp.identity import KEY_VARIABLE
 
@@ -42,6 +42,8 @@ def new(
     keep_private(archive, labels)
     if out.resolve().is_relative_to(archive.resolve()):
         raise ConfigError(f"--out {out}: lies inside the archive; take a file outside it")
+    if not out.is_file():  # one that is there may be read only: it stays as it is
+        require_place(out)
     if key is None and not os.environ.get(KEY_VARIABLE):
         key = out.with_suffix(".key")
     places = Places(archive=archive, file=out, key=key, index=index)

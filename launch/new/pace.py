@@ -44,7 +44,7 @@ def pace_of(text: str, machine: Machine) -> Pace | None:
     Returns:
         None where nothing is known.
     """
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1  # the load, too, is of the whole machine
     busy = f" while others used this machine (load {load:.0f} on {cores} cores)"
     busy = busy if load > cores + 1 else ""  # one is our own
     with tempfile.TemporaryDirectory(prefix="medpsp-") as folder:
@@ -55,7 +55,7 @@ def pace_of(text: str, machine: Machine) -> Pace | None:
             found, why = list[float](), "there is no torch here"
         else:
             log.info("timing a step of the proposed network: %s at most", duration(LIMIT_S))
-            found, why = _timed(file, config.train.ranks)
+            found, why = _timed(file, config.train.ranks, machine.cores)
     if found:
         return Pace(statistics.median(found[_WARM_UP:] or found), f"measured{busy}")
     if machine.gpus:
@@ -64,13 +64,13 @@ def pace_of(text: str, machine: Machine) -> Pace | None:
     return Pace(_estimated(config, machine), f"estimated from multiply-adds, as {why}")
 
 
-def _timed(file: Path, ranks: int) -> tuple[list[float], str]:
+def _timed(file: Path, ranks: int, cores: int) -> tuple[list[float], str]:
     """Seconds of the steps that were done in time; where there is none, why."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "launch.new.pace", str(file)]
     started = []
     for rank in range(ranks):
-        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // ranks))}
         if ranks > 1:
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
             env |= {**place, **{name: str(number) for name, number in numbers.items()}}

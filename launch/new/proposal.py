@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,14 +64,29 @@ def propose(found: Evidence) -> Proposal:
     return Proposal(text=text, said=(*said, *_next(found)))
 
 
+def require_place(path: Path) -> None:
+    """Refuse a file that cannot be written, before minutes are spent on what it would say.
+
+    Raises:
+        ConfigError: It is a folder, or it cannot be made there.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: a folder, expected the name of a file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
 def write_proposal(path: Path, text: str) -> None:
     """Write the file, once it has been loaded as any other.
 
     Raises:
-        ConfigError: A file of other content is there, or the path is a folder.
+        ConfigError: A file of other content is there; or as `require_place`.
     """
-    if path.is_dir():
-        raise ConfigError(f"--out {path}: a folder, expected the name of a file to write")
+    require_place(path)
     if path.exists():
         there = path.read_text(encoding="utf-8", errors="replace")
         if _but_steps(there) != _but_steps(text):
@@ -78,7 +94,6 @@ def write_proposal(path: Path, text: str) -> None:
                 f"--out {path}: exists and says something else; take another name, or delete it"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
-from medpsp.machine import whole_cores
+from medpsp.machine import threads_each
 from medpsp.types import World
 
 log = logging.getLogger("medpsp")
@@ -48,13 +48,13 @@ def process_group(
 
     Args:
         world: Who we are.
-        threads: Of torch; 0: cores divided by the ranks of this machine.
+        threads: Of torch; 0: the share of a rank of this machine's cores that are ours.
         seconds: A collective that takes longer is an error.
         alone: Whether one process needs a group, too, as for DeepSpeed.
         records: Folder for what nccl remembers of its last collectives, where one fails.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # torchrun's ranks on this machine
-    torch.set_num_threads(threads or max(1, whole_cores() // here))
+    torch.set_num_threads(threads or threads_each(world.size))
     device = _device(world, here)
     limit, backend = timedelta(seconds=seconds), "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and records:

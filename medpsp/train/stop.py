@@ -1,20 +1,21 @@
 """Why training should end early: a signal, or the time that the scheduler grants.
 
 A handler does nothing but set a number; the loop asks at its step boundaries, where all ranks
-agree, save and leave together. A second Ctrl-C ends the process at once.
+agree, save and leave together. A second Ctrl-C ends the process at once. So does the end of the
+terminal ask, but not a process that shall outlive it (nohup).
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from medpsp.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 OUT_OF_TIME = 128
 """In place of the number of a signal."""
 
@@ -37,7 +38,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals for as long as this lasts; in the main thread only."""
-        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        before = {number: signal.signal(number, self._heard) for number in asking(SIGNALS)}
         try:
             yield self
         finally:
@@ -55,6 +56,12 @@ class StopRequest:
         if self._signal == 0 and self._at is not None and time.time() >= self._at:
             return OUT_OF_TIME
         return self._signal
+
+
+def asking(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those of some signals that ask to end: all but SIGHUP where nohup lets it be ignored."""
+    deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in numbers if not (deaf and number == signal.SIGHUP)]
 
 
 def interrupted(code: int, step: int) -> Interrupted:
