@@ -21,7 +21,7 @@ WORDS = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 
 NOT_CODES = re.compile(
     r"YBR_\w+|ISO_IR|LINEAR_EXACT|CLOSED_PLANAR|CLOSEDPLANAR_XOR|LPS_TO_RAS|RAY_\w+|MEDPSP_\w+|NO_ALB\w+"
-    r"|\w+_(NUM_THREADS|WORLD_SIZE)|TORCH_\w+|DS_ACCELERATOR|LOCAL_RANK|SC_CLK_TCK"
+    r"|\w+_(NUM_THREADS|WORLD_SIZE)|TORCH(ELASTIC)?_\w+|SLURM_\w+|DS_ACCELERATOR|LOCAL_RANK|SC_CLK_TCK"
 )
 """Values of elements, names of constants, of the kernel, environment variables."""
 
