@@ -160,6 +160,14 @@ def copied(made: Config, tmp_path: Path) -> Config:
 
 
 @pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """What a test starts hears that its terminal is closed, even where the tests do not."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def own_handlers() -> Iterator[None]:
     """Jobs that run in this process add handlers to the logger: take them off again."""
     logger = logging.getLogger("medpsp")

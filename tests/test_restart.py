@@ -145,6 +145,7 @@ def test_random_kills_change_no_bit(undisturbed: Any, tmp_path: Path) -> None:
     assert min(seen.values()) >= KILLS // 2 // len(seen), seen
 
 
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_obeyed_at_the_next_step(tmp_path: Path, number: int) -> None:
     config = config_of()
@@ -176,6 +177,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.usefixtures("no_nohup")
 def test_a_closed_terminal_asks_only_whom_nohup_did_not_shield() -> None:
     numbers = (signal.SIGTERM, signal.SIGHUP)
     assert asking(numbers) == [*numbers]

@@ -270,6 +270,7 @@ def test_ctrl_c_waits_although_nobody_reads_any_more(made: Config, tmp_path: Pat
     assert list((config.out / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.usefixtures("no_nohup")
 def test_a_closed_terminal_waits_until_training_has_saved(made: Config, tmp_path: Path):
     config = trains(made, tmp_path / "out", 1)
     with typed(config, "--from", "train") as process:
