@@ -60,13 +60,12 @@ def run(
         plan = starting_at(plan_jobs(planned), start or "shards")
         typer.echo(describe(plan, RunDir(planned.out).config))
         return
-    resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs)
+    trains = start not in ("evaluate", "export")
+    resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs, trains=trains)
     from launch.local import submit_plan
 
     submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
-    if folder.page.is_file():
-        typer.echo(f"page         {folder.page}")
-    typer.echo(f"onnx fp32    {folder.fp32}\nonnx int8    {folder.int8}")
+    _tell_places(folder)
 
 
 def _run_on(
@@ -89,7 +88,7 @@ def _run_on(
         typer.echo(describe_scripts(plan, profile, RunDir(planned.out)))
         return
     require_idle(RunDir(planned.out))
-    resolved, folder = open_run(config, changes)
+    resolved, folder = open_run(config, changes, trains=start not in ("evaluate", "export"))
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
     if wait and plan:
@@ -242,9 +241,23 @@ def status(
     for folder in folders:
         Console().print(table(folder, status_of(folder)), soft_wrap=True)
     typer.echo(f"logs         {out}/logs   (medpsp logs {quote(str(out))} JOB)")
-    if RunDir(out).page.is_file():
-        typer.echo(f"page         {RunDir(out).page}")
-    typer.echo(f"tensorboard --logdir {quote(str(out))}")
+    _tell_places(RunDir(out))
+
+
+def _tell_places(folder: RunDir) -> None:
+    """What is there to be looked at, and given to a device."""
+    for what, path in (
+        ("page", folder.page),
+        ("evaluation", folder.evaluation.with_suffix(".html")),
+        ("onnx fp32", folder.fp32),
+        ("onnx int8", folder.int8),
+        ("dossier", folder.export_report.with_suffix(".html")),
+    ):
+        if path.is_file():
+            typer.echo(f"{what:12} {path}")
+    if folder.tensorboard.is_dir():
+        logdir = quote(str(folder.root))
+        typer.echo(f"{'tensorboard':12} {folder.tensorboard}   (tensorboard --logdir {logdir})")
 
 
 def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")]) -> None:

@@ -70,7 +70,7 @@ def shards(
         )
     converts = step is Step.convert
     resolved, run = open_run(
-        config, tuple(overrides or ()), shared=converts, refuse=refuse_beside_jobs
+        config, tuple(overrides or ()), shared=converts, refuse=refuse_beside_jobs, trains=False
     )
     run.log_to(f"shards.{which}of{parts}" if converts else "shards")
     if converts:
@@ -91,7 +91,9 @@ def check(
     from launch.rundir import open_run
 
     setup_logging()
-    resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
+    resolved, run = open_run(
+        config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False
+    )
     run.log_to("check")
     check_job(resolved, repair=repair, quick=quick)
 
@@ -109,7 +111,8 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
                 refuse_other_run(config)
 
         setup_logging()
-        resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse)
+        trains = name not in ("evaluate", "export")
+        resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse, trains=trains)
         log_job(run, name)
         if name in PAGED and name != "train":  # which has ranks
             run_by_hand(name, resolved)
@@ -136,7 +139,7 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
     from shards.report import write_report
 
     setup_logging()
-    resolved, _ = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
+    resolved, _ = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False)
     typer.echo(str(write_report(resolved.shards)))
 
 
@@ -164,7 +167,9 @@ def voc(
     from launch.rundir import open_run
 
     setup_logging()
-    resolved, folder = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
+    resolved, folder = open_run(
+        config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False
+    )
     from shards.voc import export_voc
 
     folder.log_to("voc")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from launch.trained import FEW_PATIENTS
 from medpsp.deploy.dossier import AgreementFact, Facts, ParityFact
+from medpsp.words import many
 from shards.page import Html, join, table, tag
 from shards.sections import section
 
@@ -17,12 +19,13 @@ T = TypeVar("T")
 
 
 def gates_section(facts: Facts) -> Html:
-    """Gates that were not met: whose files were refused, and which were allowed, and why."""
+    """Gates that were not met: whose files were refused, and which were allowed, and why. Below
+    them all gates with what was found."""
     allowed, refused = facts.get("allowances"), facts.get("refusals", ())
     if allowed is None and not refused:
         return section("allowances", "Gates", NOT_MEASURED)
     if not allowed and not refused:
-        return section("allowances", "Gates", tag("p", "Every gate was met."))
+        return section("allowances", "Gates", tag("p", "Every gate was met."), *_found(facts))
     parts: list[Html] = []
     for title, lines in (
         ("Refused: files that did not pass and were not given out", [*_refused(facts)]),
@@ -33,7 +36,25 @@ def gates_section(facts: Facts) -> Html:
     ):
         if lines:
             parts += [tag("h2", title, style="color:var(--mark)"), tag("ul", *lines)]
-    return tag("section", *parts, id="allowances", style="border:2px solid var(--mark)")
+    return tag(
+        "section", *parts, *_found(facts), id="allowances", style="border:2px solid var(--mark)"
+    )
+
+
+def _found(facts: Facts) -> Iterator[Html]:
+    """What each gate found, and of how many patients."""
+    gates = facts.get("gates")
+    if not gates:
+        return
+    rows = [(g["gate"], g["variant"], "yes" if g["passed"] else "no", g["says"]) for g in gates]
+    yield table(("gate", "file", "met", "found, and expected"), rows, ())
+    splits = facts["training"]["splits"] if "training" in facts else {}
+    if "val" in splits:
+        patients = splits["val"]["patients"]
+        text = f"Masks were compared on slices of {many(patients, 'validation patient')}."
+        if patients < FEW_PATIENTS:
+            text += " So few say little about others: compare masks of your own before use."
+        yield tag("p", text, css="quiet")
 
 
 def _refused(facts: Facts) -> Iterator[Html]:

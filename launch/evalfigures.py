@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.scores import doubt_of
-from launch.trained import BY_CASE, POOLED
+from launch.trained import BY_CASE, FEW_PATIENTS, POOLED
 from medpsp.intensity import class_colour
 from medpsp.train.pictures import Rgb
 from medpsp.words import many
@@ -23,9 +23,6 @@ CASES = "cases"
 METRICS = {"dice": BY_CASE, "dice_pooled": POOLED, "iou": "IoU, mean of cases",
            "hd95_mm": "HD95, mm", "nsd": "NSD"}  # fmt: skip
 """Of `evaluation.json`, see `launch.scores`, and their names in tables."""
-
-FEW_PATIENTS = 10
-"""Below, a percentile interval is known to be too narrow."""
 
 
 def estimate(of: dict[str, float | None]) -> Html:

@@ -247,24 +247,24 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
         style="flex:1 1 250px;flex-direction:column;align-items:flex-start",
     )
     place = f"slice {case.drawn.slice_index}"
-    frames = _frames(case, reader, place) if not hidden else [[tag("span", f"not shown: {hidden}")]]
+    nothing = [([tag("span", f"not shown: {hidden}")], place)]
     figures = (
-        tag("figure", tag("div", *f, css="frame", style=TALL), tag("figcaption", place), style=WIDE)
-        for f in frames
+        tag("figure", tag("div", *f, css="frame", style=TALL), tag("figcaption", what), style=WIDE)
+        for f, what in (nothing if hidden else _frames(case, reader, place))
     )
     pics = tag("div", *figures, css="pics", style="flex-wrap:wrap")
     return tag("article", header, pics, css="case", tabindex=0, style=ROW)
 
 
-def _frames(case: Case, reader: ShardReader, place: str) -> list[list[Html]]:
+def _frames(case: Case, reader: ShardReader, place: str) -> list[tuple[list[Html], str]]:
+    """Pictures on one another, and what they show."""
     try:
         drawn = draw_case(reader, case)
     except ShardError:
-        return [[tag("span", "cannot be drawn")]]
-    return [
-        [picture(drawn.image, place), picture(over, f"{place}, {what}", "over")]
-        for over, what in ((drawn.truth, "true classes"), (drawn.contours, "contours"))
-    ]
+        return [([tag("span", "cannot be drawn")], place)]
+    truth = f"{place}, {'true classes' if drawn.marked else 'no class is here in truth'}"
+    pairs = ((drawn.truth, truth), (drawn.contours, f"{place}, contours"))
+    return [([picture(drawn.image, place), picture(p, what, "over")], what) for p, what in pairs]
 
 
 def _settings(result: dict[str, Any]) -> Html:

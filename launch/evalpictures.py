@@ -28,10 +28,12 @@ NEAREST, BICUBIC = Image.Resampling.NEAREST, Image.Resampling.BICUBIC
 
 
 class Pictures(NamedTuple):
-    """PNG of the slice; RGBA PNG of its true classes, and of the contours of both."""
+    """PNG of the slice; RGBA PNG of its true classes, whether there are any, and of the contours
+    of both."""
 
     image: bytes
     truth: bytes
+    marked: bool
     contours: bytes
 
 
@@ -49,7 +51,8 @@ def draw_case(reader: ShardReader, case: Case) -> Pictures:
     truth, found = (
         np.asarray(Image.fromarray(m).resize(size, NEAREST)) for m in (label, predicted)
     )
-    return Pictures(*(_png(p) for p in (image, _tinted(truth), _contours(truth, found))))
+    marked = bool(((label > 0) & (label != IGNORE)).any())
+    return Pictures(_png(image), _png(_tinted(truth)), marked, _png(_contours(truth, found)))
 
 
 def _tinted(label: NDArray[np.uint8]) -> Image.Image:

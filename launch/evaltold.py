@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from launch.trained import BY_CASE, POOLED, shown
@@ -59,9 +60,10 @@ def tell(result: dict[str, Any], place: Path) -> None:
     who = result["held_out"]
     more = f" and {len(who) - SHOWN} more" if len(who) > SHOWN else ""
     log.info(
-        "held out, by pseudonym: %s%s; data.crosswalk=FILE of `medpsp shards` tells their files",
+        "held out, by pseudonym: %s%s; `medpsp shards %s data.crosswalk=FILE` tells their files",
         ", ".join(who[:SHOWN]),
         more,
+        quote(str(place.with_name("config.yaml"))),
     )
     _doubt(result)
     log.info("page: %s", place.with_suffix(".html"))

@@ -117,6 +117,15 @@ def dossier_facts(
         cpu=cpu_facts(),
         load={"cores": whole_cores(), "others": found.others},
         training=_training(config, rows, metadata["manifest"]),
+        gates=[
+            {
+                "gate": gate.name,
+                "variant": said_of(gate.variant),
+                "passed": gate.passed,
+                "says": gate.says,
+            }
+            for gate in found.gates
+        ],
         allowances=[
             {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}
             for gate in found.gates

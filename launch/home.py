@@ -1,9 +1,11 @@
-"""Where the configuration of a run lies."""
+"""Where the configuration of a run lies, and what of it stays."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from medpsp.config import Config
+from medpsp.configio import load_config
 from medpsp.errors import ConfigError
 
 
@@ -20,3 +22,22 @@ def require_home(path: Path, out: Path) -> None:
             f"config {path}: lies in the folder of a run, but says out: {out}; give out={here} "
             f"with it for a run that was moved or copied, or out={out}"
         )
+
+
+def kept(path: Path, config: Config) -> Config:
+    """What ``config.yaml`` says after a command that does not train: how a run was trained stays.
+
+    Whoever gives their own file again, without the words that training had, would have the run say
+    that it was trained in another way, and repeat it so.
+
+    Args:
+        path: Of that file.
+        config: Of the command.
+    """
+    if not ((path.parent / "checkpoints").is_dir() and path.is_file()):
+        return config
+    try:
+        old = load_config(path)
+    except ConfigError:  # of another version, or damaged
+        return config
+    return config.model_copy(update={"model": old.model, "train": old.train, "seed": old.seed})

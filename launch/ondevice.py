@@ -63,7 +63,8 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
                 amount = f"{item.volumes[number]:.1f} ml"
             parts.append(f"{name} {amount}")
         where = item.files[0] if item.files else f"{item.name}: no surface to write"
-        typer.echo(f"{where}  {many(item.slices, 'slice')}, {', '.join(parts)}")
+        kind = f"{item.modality}, " if item.modality else ""
+        typer.echo(f"{where}  {kind}{many(item.slices, 'slice')}, {', '.join(parts)}")
         for line in _others(item.files):
             typer.echo(f"  {line}")
     if times := predictor.model.times:

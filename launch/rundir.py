@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.home import require_home
+from launch.home import kept, require_home
 from medpsp.config import Config
 from medpsp.configio import dump_yaml, load_config
 from medpsp.errors import ConfigError, LaunchError
@@ -266,6 +266,7 @@ def open_run(
     overrides: tuple[str, ...],
     shared: bool = False,
     refuse: Callable[[Config], None] | None = None,
+    trains: bool = True,
 ) -> tuple[Config, RunDir]:
     """Load a configuration and make its run folder.
 
@@ -274,6 +275,7 @@ def open_run(
         overrides: As for `load_config`.
         shared: As for `RunDir.lock`.
         refuse: Raises where what is in the folder belongs to something else; nothing is written.
+        trains: As for `launch.home.kept`.
     """
     config = load_config(path := find_config(name), overrides)
     if not any(text.startswith("out=") for text in overrides):
@@ -293,4 +295,4 @@ def open_run(
         run.lock_as_rank(REASONS not in os.environ and os.environ.get("RANK") == "0")
     if refuse:
         refuse(config)
-    return config, RunDir.create(config)
+    return config, RunDir.create(config if trains else kept(run.config, config))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.evalfigures import doubts_of
 from launch.runfacts import Lack, RunFacts
+from launch.trained import NO_BETTER, early
 from shards.index import SHARDS, file_sha256
 from shards.layout import changed_settings
 from shards.page import Html, coded, join, tag
@@ -20,6 +21,7 @@ def doubts_section(facts: RunFacts) -> Html:
         *_failures(facts),
         *_of_other_data(facts),
         *_of_other_steps(facts),
+        *_of_early_best(facts),
         *_of_other_files(facts),
         *_refused_files(facts),
     ]
@@ -58,6 +60,13 @@ def _of_other_steps(facts: RunFacts) -> Iterator[str]:
         if step != best:
             yield f"The exported files are of step {step}, the best one is {best} now."
     yield from _of_other_weights(facts)
+
+
+def _of_early_best(facts: RunFacts) -> Iterator[str]:
+    if isinstance(facts.best, Lack) or facts.best["best"] < 0:
+        return
+    if early(step := facts.best["step"], facts.step):
+        yield f"Validation was best at step {step} of {facts.step} that are done: {NO_BETTER}."
 
 
 def _of_other_weights(facts: RunFacts) -> Iterator[str]:

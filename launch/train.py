@@ -16,7 +16,7 @@ from launch.chain import Told, has_failed, tell, told_by
 from launch.cluster import detect_world, end_time
 from launch.ranks import end_with_parent, say_last, start_ranks
 from launch.rundir import REASONS, RunDir
-from launch.trained import labelled_rows
+from launch.trained import NO_BETTER, early, labelled_rows
 from medpsp.config import Config
 from medpsp.errors import ConfigError
 from medpsp.types import World
@@ -112,7 +112,20 @@ def _train(config: Config, world: World, rows: tuple[SliceRow, ...], stop: StopR
             state = fit(parts, model)
             finish(parts.board, config, state.step, state.best)
     if world.rank == 0:
-        log.info("train: %s, best validation Dice %.3f", many(state.step, "step"), state.best)
+        _say_end(run, state)
+
+
+def _say_end(run: RunDir, state: TrainState) -> None:
+    from medpsp.train.checkpoint import read_state
+
+    if state.best < 0:
+        log.info("train: %s, no validation", many(state.step, "step"))
+        return
+    best = run.checkpoints / "best"
+    step = read_state(best).step if best.is_dir() else state.step
+    more = f"; {NO_BETTER}" if early(step, state.step) else ""
+    said = "train: %s, best validation Dice %.3f at step %d%s"
+    log.info(said, many(state.step, "step"), state.best, step, more)
 
 
 def _last_state(run: RunDir) -> TrainState | None:

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 BY_CASE, POOLED = "Dice, mean of cases", "Dice, pooled over voxels"
 """The two Dice of `launch.scores`, wherever one is shown; the first one is the headline."""
+NO_BETTER = "no better since, so more steps would not help; more patients or augmentation may"
+FEW_PATIENTS = 10
+"""Below, a percentile interval is known to be too narrow."""
+ENOUGH = 100
+"""Steps from which on a network has begun to learn at all."""
+
+
+def early(best: int, last: int) -> bool:
+    """Whether validation was best in the first half of the steps, and fell behind in the second."""
+    return last >= ENOUGH and best <= last // 2
 
 
 def labelled_rows(config: Config) -> tuple[SliceRow, ...]:

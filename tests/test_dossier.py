@@ -238,6 +238,24 @@ def test_allowances_stand_first_and_in_red() -> None:
     assert "Every gate was met." in dossier_page({**known(), "allowances": []})
 
 
+@pytest.mark.parametrize("allowances", [[], [{"gate": "cpu_drop", "reason": "a few steps"}]])
+def test_every_gate_is_listed_with_what_was_found(allowances: list[Any]) -> None:
+    """Whoever certifies a device has the dossier only."""
+    facts = {**known(), "allowances": allowances}
+    facts["gates"] = [
+        {"gate": "cpu_dice", "variant": "int8", "passed": True, "says": "Dice 0.9954 <ok>"},
+        {"gate": "cpu_drop", "variant": "int8", "passed": False, "says": "0.0061 lower"},
+    ]  # fmt: skip
+    facts["training"]["splits"]["val"] = {"patients": 2, "slices": 90}
+    page = dossier_page(facts)  # type: ignore[arg-type]
+    said = [[cell for _, cell in row] for row in rows_of(page)]
+    assert ["cpu_dice", "int8", "yes", "Dice 0.9954 <ok>"] in said
+    assert ["cpu_drop", "int8", "no", "0.0061 lower"] in said
+    assert "slices of 2 validation patients. So few say little about others" in page
+    facts["training"]["splits"]["val"]["patients"] = 10
+    assert "So few" not in dossier_page(facts)  # type: ignore[arg-type]
+
+
 def test_a_refused_file_stands_first_and_is_in_no_table_of_files() -> None:
     refusals = [{"gate": "cpu_drop", "variant": "int8 QDQ U8S8", "file": "model.int8.onnx",
                  "says": "Dice is <lower>"}]  # fmt: skip

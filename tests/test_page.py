@@ -292,6 +292,17 @@ def test_each_missing_part_leaves_the_others(run: RunDir) -> None:
     assert "Data No shards yet" in words
 
 
+def test_a_best_step_long_ago_is_worth_a_look(run: RunDir) -> None:
+    """`train longer` would be wrong advice there."""
+    for name, step in (("best", 40), ("step-00000120", 120)):
+        meta = run.checkpoints / name / "meta.json"
+        meta.parent.mkdir(exist_ok=True)
+        told = json.loads((run.checkpoints / "best/meta.json").read_text())
+        meta.write_text(json.dumps(told | {"step": step}))
+    words = words_of(write_run_page(run.root).read_text())
+    assert "Validation was best at step 40 of 120 that are done: no better since, so" in words
+
+
 def test_training_that_goes_on_is_said(run: RunDir, trained: Config) -> None:
     tree = trained.model_dump(mode="json") | {"out": run.root}
     tree["train"]["stages"] = [{"name": "only", "steps": 50, "lr": 3e-3}]

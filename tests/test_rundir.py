@@ -58,6 +58,30 @@ def test_a_run_that_was_moved_or_copied_is_not_taken_for_where_it_was(tmp_path: 
     assert not first.root.exists()
 
 
+def test_a_command_that_does_not_train_leaves_how_the_run_was_trained(tmp_path: Path):
+    """Given the file of before again, without the words of training."""
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        f"{{out: {tmp_path / 'run'}, data: {{archive: a, classes: [background, organ]}}}}", "utf-8"
+    )
+    words = ("train.steps=1200", "train.ranks=2", "seed=5", "model.backbone=convnext_tiny")
+    trained, run = open_run(str(file), words)
+    more = "data.crosswalk=../names.jsonl"
+    assert load_config(run.config) == trained
+    assert open_run(str(file), (more,), trains=False)[0].train.ranks == 1
+    assert load_config(run.config).train.ranks == 1  # nothing is trained yet
+    open_run(str(file), words)
+    run.checkpoints.mkdir()
+    open_run(str(file), (more,), trains=False)
+    found = load_config(run.config)
+    assert (found.train, found.model, found.seed) == (trained.train, trained.model, 5)
+    assert found.data.crosswalk is not None
+    open_run(str(file), ())
+    assert load_config(run.config).train.ranks == 1
+    run.config.write_text("of: another version", "utf-8")
+    assert open_run(str(file), (), trains=False)[0] == load_config(run.config)
+
+
 def test_an_equal_configuration_is_not_written_again(tmp_path: Path):
     run = RunDir.create(config(tmp_path))
     before = run.config.stat()

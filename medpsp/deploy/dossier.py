@@ -121,6 +121,15 @@ class TrainingFact(TypedDict):
     classes: list[str]
 
 
+class GateFact(TypedDict):
+    """A gate, the variant whose file it guards, and what was found and expected, in words."""
+
+    gate: str
+    variant: str
+    passed: bool
+    says: str
+
+
 class AllowanceFact(TypedDict):
     """A gate that was not met and passed all the same, and the reason that was given."""
 
@@ -151,6 +160,7 @@ class Facts(TypedDict, total=False):
         load: Of the machine meanwhile.
         training: Of the data.
         evaluation: ``evaluation.json`` of `medpsp evaluate`.
+        gates: All that were applied.
         allowances: Empty where every gate was met, or its file refused.
         refusals: Of files that were not given out; empty where all were.
         steps: What was optimised, a sentence each.
@@ -167,6 +177,7 @@ class Facts(TypedDict, total=False):
     load: LoadFact
     training: TrainingFact
     evaluation: dict[str, Any]
+    gates: list[GateFact]
     allowances: list[AllowanceFact]
     refusals: list[RefusalFact]
     steps: list[str]

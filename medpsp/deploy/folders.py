@@ -87,4 +87,7 @@ def _require_empty(out: Path) -> None:
             "another folder"
         )
     if found:
-        raise ConfigError(f"{out}: not empty; masks of other patients would stand among the new")
+        raise ConfigError(
+            f"{out}: not empty, and masks of other patients would "
+            "stand among the new; give a new folder"
+        )

@@ -44,6 +44,7 @@ class Prediction:
         files: Those of the whole series first.
         pixels: (K,) pixels of each class.
         volumes: (K,) ml; None without geometry.
+        modality: Of DICOM.
         seconds: Wall time from the first slice's decoding to the last file.
     """
 
@@ -52,6 +53,7 @@ class Prediction:
     files: tuple[Path, ...]
     pixels: tuple[int, ...]
     volumes: tuple[float, ...] | None = None
+    modality: str = ""
     seconds: float = 0.0
 
 
@@ -186,6 +188,7 @@ class Predictor:
             files=answers.files,
             pixels=answers.pixels,
             volumes=answers.volumes,
+            modality=target.dicom.first.modality if target.dicom else "",
             seconds=time.perf_counter() - began,
         )
         return made, answers.refused

@@ -162,7 +162,9 @@ def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> N
         if step % train.log_every == 0 or step == end:
             progress.guard.look()
             report_step(run, progress, loss, norm, step - 1)
-            bar.note = f"{stage.name} loss {float(loss.total):.3f} dice {progress.state.score:.3f}"
+            bar.note = f"{stage.name} loss {float(loss.total):.3f}"
+            if progress.state.best >= 0:  # below, nothing was validated yet
+                bar.note += f", validation Dice {progress.state.score:.3f}"
         bar.advance()
         asked = agreement.say(run.stop.code)
         ends, scores = step == total_steps(train.stages), scores_at(run.config, step)
