@@ -63,9 +63,11 @@ def run(
     trains = start not in ("evaluate", "export")
     resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs, trains=trains)
     from launch.local import submit_plan
+    from launch.status import places
 
     submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
-    _tell_places(folder)
+    for line in places(folder):
+        typer.echo(line)
 
 
 def _run_on(
@@ -232,7 +234,7 @@ def status(
     from rich.console import Console
 
     from launch.rundir import RunDir
-    from launch.status import status_of, table
+    from launch.status import places, status_of, table
 
     folders = runs_of(RunDir(out))
     if watch:
@@ -241,23 +243,8 @@ def status(
     for folder in folders:
         Console().print(table(folder, status_of(folder)), soft_wrap=True)
     typer.echo(f"logs         {out}/logs   (medpsp logs {quote(str(out))} JOB)")
-    _tell_places(RunDir(out))
-
-
-def _tell_places(folder: RunDir) -> None:
-    """What is there to be looked at, and given to a device."""
-    for what, path in (
-        ("page", folder.page),
-        ("evaluation", folder.evaluation.with_suffix(".html")),
-        ("onnx fp32", folder.fp32),
-        ("onnx int8", folder.int8),
-        ("dossier", folder.export_report.with_suffix(".html")),
-    ):
-        if path.is_file():
-            typer.echo(f"{what:12} {path}")
-    if folder.tensorboard.is_dir():
-        logdir = quote(str(folder.root))
-        typer.echo(f"{'tensorboard':12} {folder.tensorboard}   (tensorboard --logdir {logdir})")
+    for line in places(RunDir(out)):
+        typer.echo(line)
 
 
 def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Group
 from rich.table import Table
@@ -147,6 +148,22 @@ def require_success(rows: list[Row]) -> None:
         row = next((r for r in bad if "CANCELLED" not in r.state), bad[0])
         which = f", job {row.id}" if row.id else ""
         raise LaunchError(f"{row.name}: {row.state} ({row.note or 'no reason given'}){which}")
+
+
+def places(run: RunDir) -> Iterator[str]:
+    """A line for each thing of a run that is there to be looked at, or given to a device."""
+    for what, path in (
+        ("page", run.page),
+        ("evaluation", run.evaluation.with_suffix(".html")),
+        ("onnx fp32", run.fp32),
+        ("onnx int8", run.int8),
+        ("dossier", run.export_report.with_suffix(".html")),
+    ):
+        if path.is_file():
+            yield f"{what:12} {path}"
+    if run.tensorboard.is_dir():
+        logdir = quote(str(run.root))
+        yield f"{'tensorboard':12} {run.tensorboard}   (tensorboard --logdir {logdir})"
 
 
 def log_files(run: RunDir, name: str) -> list[Path]:
