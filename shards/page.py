@@ -100,18 +100,17 @@ def meter(share: float, full: float, text: str, colour: str = "") -> Html:
 
 
 def tally(items: Iterable[tuple[str, int]], most: int = 10) -> Html:
-    """Names with their number and a bar, the commonest first; the rest in one line."""
+    """Names with their number and a bar of their share, the commonest first; the rest in one line."""
     ordered = sorted(items, key=lambda item: (-item[1], item[0]))
     total = max(1, sum(count for _, count in ordered))
-    top = ordered[0][1] if ordered else 0
-    shown = [(name or "not recorded", count, top) for name, count in ordered[:most]]
+    shown = [(name or "not recorded", count) for name, count in ordered[:most]]
     if len(ordered) > most:
         rest = sum(count for _, count in ordered[most:])
-        shown.append((f"{len(ordered) - most} others", rest, 0))
+        shown.append((f"{len(ordered) - most} others", rest))
     lines = (
-        tag("tr", tag("th", name, scope="row"), tag("td", meter(n, full, percent(n / total))),
+        tag("tr", tag("th", name, scope="row"), tag("td", meter(n, total, percent(n / total))),
             _right(n))
-        for name, n, full in shown
+        for name, n in shown
     )  # fmt: skip
     return tag("table", tag("tbody", *lines), css="tally")
 
