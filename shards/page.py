@@ -100,7 +100,7 @@ def meter(share: float, full: float, text: str, colour: str = "") -> Html:
 
 
 def tally(items: Iterable[tuple[str, int]], most: int = 10) -> Html:
-    """Names with their number and a bar of their share, the commonest first; the rest in one line."""
+    """Names, their number and a bar of their share, the commonest first; the rest in one line."""
     ordered = sorted(items, key=lambda item: (-item[1], item[0]))
     total = max(1, sum(count for _, count in ordered))
     shown = [(name or "not recorded", count) for name, count in ordered[:most]]
