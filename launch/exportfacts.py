@@ -22,13 +22,14 @@ from medpsp.deploy.dossier import (
     AgreementFact,
     Facts,
     FileFact,
+    GateFact,
     LatencyFact,
     ParityFact,
     TrainingFact,
     cpu_facts,
     environment_facts,
 )
-from medpsp.deploy.gates import refused_by
+from medpsp.deploy.gates import Gate, refused_by
 from medpsp.machine import whole_cores
 from medpsp.types import SPLITS
 from shards.index import file_sha256
@@ -117,15 +118,7 @@ def dossier_facts(
         cpu=cpu_facts(),
         load={"cores": whole_cores(), "others": found.others},
         training=_training(config, rows, metadata["manifest"]),
-        gates=[
-            {
-                "gate": gate.name,
-                "variant": said_of(gate.variant),
-                "passed": gate.passed,
-                "says": gate.says,
-            }
-            for gate in found.gates
-        ],
+        gates=[_gate(one) for one in found.gates],
         allowances=[
             {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}
             for gate in found.gates
@@ -175,6 +168,11 @@ def of_these_files(scores: Any, config: Config, weights: str) -> bool:
 def said_of(name: str) -> str:
     """Variant as the metadata of the file has it."""
     return SAID.get(name, name)
+
+
+def _gate(gate: Gate) -> GateFact:
+    variant = said_of(gate.variant)
+    return {"gate": gate.name, "variant": variant, "passed": gate.passed, "says": gate.says}
 
 
 def _file(path: Path, variant: str) -> FileFact:

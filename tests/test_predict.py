@@ -634,7 +634,7 @@ def test_the_device_needs_neither_torch_nor_the_cluster(
     )
     out = tmp_path / "out"
     first, *others = done.stdout.splitlines()
-    assert first.startswith(f"{out / 'series-000.nii.gz'}  4 slices, organ ")
+    assert first.startswith(f"{out / 'series-000.nii.gz'}  CT, 4 slices, organ ")
     assert sorted(others[:3]) == [
         f"  {out / 'series-000'}  4 slices",
         f"  {out / 'series-000.dcm'}",

@@ -172,8 +172,7 @@ class Predictor:
         target = Target(name=name, shape=series.shape, affine=series.affine, dicom=series)
         found = segment(self.model, _frames(pool, series, name, refused), seen, counts)
         made, left = self._written(out, target, found, began)
-        rows += refused
-        rows += [_remark(first.file_id, one, name) for one in left]
+        rows += [*refused, *(_remark(first.file_id, one, name) for one in left)]
         return made
 
     def _written(
@@ -260,16 +259,16 @@ class Predictor:
             files = (out / f"{path.name}.mask.png", out / f"{path.name}.overlay.png")
             Image.fromarray(item.mask).save(files[0])
             Image.fromarray(overlay(item.unit, item.mask)).save(files[1])
-            pixels = np.bincount(item.mask.ravel(), minlength=len(self.model.classes))
-            predictions.append(
-                Prediction(name=path.name, slices=1, files=files, pixels=tuple(pixels.tolist()))
-            )
+            counted = np.bincount(item.mask.ravel(), minlength=len(self.model.classes))
+            pixels = tuple(counted.tolist())
+            predictions.append(Prediction(name=path.name, slices=1, files=files, pixels=pixels))
         return predictions
 
 
 def _remark(file_id: str, error: SourceError, name: str) -> ScanRow:
-    detail = f"{name}: {error.detail}"
-    return ScanRow(file_id=file_id, status="kept", code=error.code, detail=detail)
+    return ScanRow(
+        file_id=file_id, status="kept", code=error.code, detail=f"{name}: {error.detail}"
+    )
 
 
 def _frames(
