@@ -70,8 +70,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path, threads: int = 0, formats: tuple[Format, ...] = USUAL) -> None:
-        self.model = ModelFile(path, threads)
-        self.formats = formats
+        self.model, self.formats = ModelFile(path, threads), formats
         self.decoders = min(DECODERS, threads or whole_cores())
 
     def source(
@@ -266,9 +265,8 @@ class Predictor:
 
 
 def _remark(file_id: str, error: SourceError, name: str) -> ScanRow:
-    return ScanRow(
-        file_id=file_id, status="kept", code=error.code, detail=f"{name}: {error.detail}"
-    )
+    told = f"{name}: {error.detail}"
+    return ScanRow(file_id=file_id, status="kept", code=error.code, detail=told)
 
 
 def _frames(
