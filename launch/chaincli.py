@@ -51,6 +51,7 @@ def run(
     if cluster:
         _run_on(cluster, config, changes, start, dry=dry_run, wait=wait)
         return
+    from launch.home import trains
     from launch.plan import describe, plan_jobs, starting_at
     from launch.rundir import RunDir, find_config, open_run
     from medpsp.configio import load_config
@@ -60,8 +61,7 @@ def run(
         plan = starting_at(plan_jobs(planned), start or "shards")
         typer.echo(describe(plan, RunDir(planned.out).config))
         return
-    trains = start not in ("evaluate", "export")
-    resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs, trains=trains)
+    resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs, trains=trains(start))
     from launch.local import submit_plan
     from launch.status import places
 
@@ -73,6 +73,7 @@ def run(
 def _run_on(
     cluster: str, config: str, changes: tuple[str, ...], start: str, *, dry: bool, wait: bool
 ) -> None:
+    from launch.home import trains
     from launch.plan import plan_cluster
     from launch.profile import load_profile
     from launch.rundir import RunDir, find_config, open_run
@@ -90,7 +91,7 @@ def _run_on(
         typer.echo(describe_scripts(plan, profile, RunDir(planned.out)))
         return
     require_idle(RunDir(planned.out))
-    resolved, folder = open_run(config, changes, trains=start not in ("evaluate", "export"))
+    resolved, folder = open_run(config, changes, trains=trains(start))
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
     if wait and plan:

@@ -100,6 +100,7 @@ def check(
 
 def _job(name: str) -> Callable[[str, list[str] | None], None]:
     def command(config: ConfigArg, overrides: Overrides = None) -> None:
+        from launch.home import trains
         from launch.jobs import JOBS, PAGED, run_by_hand, setup_logging
         from launch.ranks import log_job
         from launch.rundir import open_run
@@ -111,8 +112,8 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
                 refuse_other_run(config)
 
         setup_logging()
-        trains = name not in ("evaluate", "export")
-        resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse, trains=trains)
+        changes = tuple(overrides or ())
+        resolved, run = open_run(config, changes, refuse=refuse, trains=trains(name))
         log_job(run, name)
         if name in PAGED and name != "train":  # which has ranks
             run_by_hand(name, resolved)

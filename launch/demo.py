@@ -6,12 +6,12 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from shlex import quote
 
 from launch.local import submit_plan
 from launch.phantom import Phantom, write_archive
 from launch.plan import plan_jobs
 from launch.rundir import RunDir, open_run
+from launch.status import places
 from launch.trained import BY_CASE, POOLED, shown
 from medpsp.config import Config
 from medpsp.identity import create_key
@@ -69,13 +69,9 @@ def _artefacts(config: Config, run: RunDir, files: list[Path]) -> list[str]:
     overlays = [f for f in files if f.suffix == ".png"]
     sheet = overlays.pop(0)
     return [
-        f"page         {run.page}",
         f"shards       {config.shards}",
-        f"tensorboard  {run.tensorboard}   (tensorboard --logdir {quote(str(run.root))})",
         f"checkpoint   {run.checkpoints / 'best'}",
-        f"onnx fp32    {run.fp32}",
-        f"onnx int8    {run.int8}",
-        f"dossier      {run.export / 'dossier.html'}",
+        *places(run),
         *(
             f"{title:12} {file}"
             for title, suffix in (("DICOM SEG", ".dcm"), ("masks", ".gz"), ("meshes", ".glb"))

@@ -248,9 +248,10 @@ def _case(rank: str, case: Case, reader: ShardReader, hidden: str, names: Sequen
     )
     place = f"slice {case.drawn.slice_index}"
     nothing = [([tag("span", f"not shown: {hidden}")], place)]
+    frames = nothing if hidden else _frames(case, reader, place)
     figures = (
         tag("figure", tag("div", *f, css="frame", style=TALL), tag("figcaption", what), style=WIDE)
-        for f, what in (nothing if hidden else _frames(case, reader, place))
+        for f, what in frames
     )
     pics = tag("div", *figures, css="pics", style="flex-wrap:wrap")
     return tag("article", header, pics, css="case", tabindex=0, style=ROW)
@@ -263,8 +264,8 @@ def _frames(case: Case, reader: ShardReader, place: str) -> list[tuple[list[Html
     except ShardError:
         return [([tag("span", "cannot be drawn")], place)]
     truth = f"{place}, {'true classes' if drawn.marked else 'no class is here in truth'}"
-    pairs = ((drawn.truth, truth), (drawn.contours, f"{place}, contours"))
-    return [([picture(drawn.image, place), picture(p, what, "over")], what) for p, what in pairs]
+    layers = ((drawn.truth, truth), (drawn.contours, f"{place}, contours"))
+    return [([picture(drawn.image, place), picture(p, what, "over")], what) for p, what in layers]
 
 
 def _settings(result: dict[str, Any]) -> Html:

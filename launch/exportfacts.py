@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -30,7 +31,6 @@ from medpsp.deploy.dossier import (
     environment_facts,
 )
 from medpsp.deploy.gates import Gate, refused_by
-from medpsp.machine import whole_cores
 from medpsp.types import SPLITS
 from shards.index import file_sha256
 
@@ -116,7 +116,7 @@ def dossier_facts(
         ),
         latency=list(_latency(files, found)),
         cpu=cpu_facts(),
-        load={"cores": whole_cores(), "others": found.others},
+        load={"cores": os.cpu_count() or 1, "others": found.others},
         training=_training(config, rows, metadata["manifest"]),
         gates=[_gate(one) for one in found.gates],
         allowances=[

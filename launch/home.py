@@ -24,6 +24,11 @@ def require_home(path: Path, out: Path) -> None:
         )
 
 
+def trains(job: str) -> bool:
+    """Whether a job of the chain trains, or one after it, as a chain begins there; "" is all."""
+    return job not in ("evaluate", "export")
+
+
 def kept(path: Path, config: Config) -> Config:
     """What ``config.yaml`` says after a command that does not train: how a run was trained stays.
 

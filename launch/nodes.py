@@ -25,6 +25,7 @@ from pathlib import Path
 from launch.cluster import free_port, own_address
 from launch.meeting import wait_for_json, write_json
 from medpsp.errors import LaunchError
+from medpsp.machine import whole_cores
 from medpsp.progress import duration
 
 OBJECT_STORE = 100 * 2**20
@@ -77,7 +78,7 @@ def _lend(meeting: Path) -> int:
 @contextmanager
 def _ray(token: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """``ray start`` with the cores of this task; ended with everything it started."""
-    cores = os.environ.get("SLURM_CPUS_PER_TASK") or str(len(os.sched_getaffinity(0)))
+    cores = os.environ.get("SLURM_CPUS_PER_TASK") or str(whole_cores())
     folder = tempfile.mkdtemp(prefix="ray-")  # short: a socket's path has at most 107 bytes
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--block"]
     limits = [f"--num-cpus={cores}", "--num-gpus=0", f"--object-store-memory={OBJECT_STORE}"]

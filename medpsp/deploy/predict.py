@@ -265,8 +265,8 @@ class Predictor:
 
 
 def _remark(file_id: str, error: SourceError, name: str) -> ScanRow:
-    told = f"{name}: {error.detail}"
-    return ScanRow(file_id=file_id, status="kept", code=error.code, detail=told)
+    detail = f"{name}: {error.detail}"
+    return ScanRow(file_id=file_id, status="kept", code=error.code, detail=detail)
 
 
 def _frames(

@@ -106,10 +106,7 @@ class Receiver:
         with ExitStack() as stack:
             stack.enter_context(owned(self.out))
             left = waiting(self.out)
-            names = [
-                *(path.name for path in self.out.glob("assoc-*")),
-                *(name for name, *_ in left),
-            ]
+            names = {path.name for path in self.out.glob("assoc-*")} | {name for name, *_ in left}
             numbers = [name.removeprefix("assoc-") for name in names]
             self._number = max((int(number) for number in numbers if number.isdecimal()), default=0)
             self._take_up(left)
@@ -289,7 +286,8 @@ class Receiver:
 
     def _again(self, spool: _Spool, why: str) -> None:
         """No fault of the images."""
-        log.error("%s: %d objects, failed: %s; tried again later", spool.name, spool.stored, why)
+        told = many(spool.stored, "object")
+        log.error("%s: %s, failed: %s; tried again later", spool.name, told, why)
         self._later.append((time.monotonic() + RETRY_S, spool))
 
 
