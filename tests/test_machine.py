@@ -41,6 +41,17 @@ def test_one_core_of_many_gets_one_thread(code: str, told: str) -> None:
     assert done.stdout.split() == told.split()
 
 
+def test_threads_are_bound_where_each_has_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medpsp.deploy.session import own_cores
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 2, 3})
+    assert [own_cores(n) for n in (0, 1, 2, 3, 4)] == ["", "", "", "4;8", ""]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
+    assert own_cores(1) == ""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert own_cores(2) == ""
+
+
 def test_half_a_core_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     for allowed, threads in ((0.5, 1), (2.9, 2), (8.0, 8)):
         monkeypatch.setattr(machine, "cores_allowed", lambda allowed=allowed: allowed)
