@@ -45,4 +45,5 @@ def kept(path: Path, config: Config) -> Config:
         old = load_config(path)
     except ConfigError:  # of another version, or damaged
         return config
-    return config.model_copy(update={"model": old.model, "train": old.train, "seed": old.seed})
+    trained = {name: getattr(old, name) for name in ("model", "loss", "train", "seed")}
+    return config.model_copy(update=trained)
