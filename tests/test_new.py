@@ -736,7 +736,7 @@ def test_a_file_is_the_same_but_for_the_time_of_a_step(tmp_path: Path):
     out = tmp_path / "a.yaml"
     write_proposal(out, propose(evidence(pace=Pace(0.82, "measured"))).text)
     before = out.read_text()
-    write_proposal(out, propose(evidence(pace=Pace(0.2, "measured"))).text)
+    assert not write_proposal(out, propose(evidence(pace=Pace(0.2, "measured"))).text)
     assert out.read_text() == before
     other = Machine(cores=2, memory_gib=32.0)
     with pytest.raises(ConfigError, match="exists and says something else"):
@@ -974,6 +974,9 @@ def test_the_command(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert done.exit_code == 0, done.output
     assert "key_file" not in yaml.safe_load(out.read_text())["data"]
     assert done.stdout.splitlines()[-2:] == [f"medpsp config show {out}", f"medpsp shards {out}"]
+    done = CliRunner().invoke(app, ["new", str(plain / "dicom"), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-3].startswith(f"{out}  was there and says the same")
     inside = CliRunner().invoke(
         app, ["new", str(plain / "dicom"), "--out", str(plain / "dicom" / "a.yaml")]
     )

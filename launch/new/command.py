@@ -48,8 +48,11 @@ def new(
         key = out.with_suffix(".key")
     places = Places(archive=archive, file=out, key=key, index=index)
     seen = gather(archive, labels, places, most)
-    found = propose(seen)
+    found = untimed = propose(seen)
     if seen.labels.kind:  # there is something to train
         found = propose(replace(seen, pace=pace_of(found.text, seen.machine)))
-    write_proposal(out, found.text)
-    typer.echo("\n".join(found.said))
+    said = found.said
+    if not write_proposal(out, found.text):
+        kept = f"{out}  was there and says the same: it stays as it is, its train.steps too"
+        said = (*untimed.said[:-3], kept, *untimed.said[-2:])
+    typer.echo("\n".join(said))

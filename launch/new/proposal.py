@@ -80,8 +80,11 @@ def require_place(path: Path) -> None:
         raise ConfigError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 
-def write_proposal(path: Path, text: str) -> None:
+def write_proposal(path: Path, text: str) -> bool:
     """Write the file, once it has been loaded as any other.
+
+    Returns:
+        Whether it was written: one that says the same, but for `train.steps`, stays as it is.
 
     Raises:
         ConfigError: A file of other content is there; or as `require_place`.
@@ -93,7 +96,7 @@ def write_proposal(path: Path, text: str) -> None:
             raise ConfigError(
                 f"--out {path}: exists and says something else; take another name, or delete it"
             )
-        return
+        return False
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -101,6 +104,7 @@ def write_proposal(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    return True
 
 
 def _but_steps(text: str) -> str:
