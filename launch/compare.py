@@ -99,10 +99,13 @@ def _shown(value: float | None) -> str:
 
 
 def comparison_table(rows: Iterable[tuple[str, ...]]) -> Table:
-    """For the terminal."""
+    """For the terminal; in a narrow one long names take several lines, and figures stay whole."""
     table = Table(pad_edge=False)
     for place, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place == 0)
+        if place < 2:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table

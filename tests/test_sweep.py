@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from launch.chain import Told, depends_on, tell, told_by
 from launch.cli import app
-from launch.compare import COLUMNS, compare, comparison_text
+from launch.compare import COLUMNS, compare, comparison_table, comparison_text
 from launch.plan import plan_jobs
 from launch.rundir import RunDir
 from launch.scale import bottleneck, calculated_table, efficiency, measured_table, rate
@@ -108,6 +109,16 @@ def scored(root: Path, dice: float | None) -> Path:
     if dice is not None:
         run.evaluation.write_text(json.dumps(scores(dice)))
     return run.root
+
+
+def test_a_narrow_terminal_cuts_no_figure(capsys: pytest.CaptureFixture[str]):
+    """A pipe counts as one of 80 columns."""
+    name = "mobilenetv3_large_100"
+    figures = ("0", "6000", "0.932", "131.938", "0.813", "0.997", "refused")
+    Console(width=80).print(comparison_table([(f"backbone={name}", name, *figures)]))
+    said = capsys.readouterr().out
+    assert all(f" {figure}" in said for figure in figures)
+    assert "…" not in said
 
 
 def test_the_best_run_comes_first(tmp_path: Path):
