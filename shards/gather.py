@@ -169,12 +169,12 @@ def _require_splits(planned: SeriesFile, *, listed: bool) -> None:
         for number, split in enumerate(SPLITS)
     }
     if not counts["train"] or not counts["val"]:
+        shares = "raise data.split.val" if counts["train"] else "lower data.split.val and .test"
+        todo = f"{shares}, add patients, or use another key"
+        if sum(counts.values()) == 1:
+            todo = "add patients"
         raise ConfigError(
             f"data.split: patients fall to {counts}, train and val need at least one each; "
-            + (
-                "check the split lists"
-                if listed
-                else "raise data.split.val, add patients, or use another key"
-            )
+            + ("check the split lists" if listed else todo)
         )
     log.info("patients: %s", ", ".join(f"{n} {split}" for split, n in counts.items()))

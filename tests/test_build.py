@@ -433,6 +433,8 @@ def test_a_split_without_patients_is_a_configuration_error(
 ):
     config = make_config(archive, tmp_path, split={"val": 0.0, "test": 0.25})
     refused(config, ConfigError, r"^data\.split: .*'val': 0.*raise data\.split\.val")
+    config = make_config(archive, tmp_path, split={"val": 0.98, "test": 0.01})
+    refused(config, ConfigError, r"^data\.split: .*'train': 0.*lower data\.split\.val and \.test")
     assert not config.shards.exists()
 
 
