@@ -9,7 +9,6 @@ import errno
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
