@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from medpsp.types import ScanRow
 
 ModelArg = Annotated[Path, typer.Argument(help="ONNX file of `medpsp export`.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads, one a core at most; 0 for all.")]
 Formats = Annotated[
     str, typer.Option("--format", help="Some of seg, nifti, png, gif, mesh; with commas.")
 ]

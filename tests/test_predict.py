@@ -41,6 +41,7 @@ from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import Scan
 from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError
 from medpsp.intensity import CT_WINDOW, ValueCounts, overlay, percentile_window, to_unit
+from medpsp.machine import whole_cores
 from medpsp.tiles import Tiling
 from medpsp.types import ReadPolicy, Series, SliceRef, Window
 
@@ -351,6 +352,11 @@ def test_images_without_geometry_get_masks_and_no_volume(model: Path, tmp_path: 
     assert [(r.file_id, r.frame, r.status, r.code) for r in rows] == [
         ("1", 1, "quarantined", "DEC_ERROR")
     ]
+
+
+def test_more_threads_than_cores_are_not_started(model: Path):
+    options = Predictor(model, 10**10).model.session.get_session_options()
+    assert options.intra_op_num_threads == whole_cores()
 
 
 def test_of_images_that_stand_alone_the_folder_is_told(

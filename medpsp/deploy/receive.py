@@ -216,7 +216,7 @@ class Receiver:
         from pynetdicom.pdu_primitives import A_RELEASE
 
         spool = self._open.get(event.assoc)
-        if spool is None or not isinstance(event.primitive, A_RELEASE):
+        if spool is None or not isinstance(getattr(event, "primitive", None), A_RELEASE):
             return
         if spool.stored < spool.came:  # a mask of half a series looks like one of a whole one
             self._drop(
