@@ -186,7 +186,8 @@ def _agrees(
 
     _score(config, run, rows, known, name)
     scores, least = known[1].scores, least_dice(name, config.model.backbone)
-    return all(gate.passed for gate in dice_gates(name, least, scores[name], scores["fp32"]))
+    gates = dice_gates(name, least, scores[name], scores["fp32"], config.data.classes)
+    return all(gate.passed for gate in gates)
 
 
 def _score(
@@ -234,7 +235,7 @@ def _compare(
     fp32 = found.scores["fp32"]
     for name in wanted.variants:
         least = least_dice(name, config.model.backbone)
-        found.gates += dice_gates(name, least, found.scores[name], fp32)
+        found.gates += dice_gates(name, least, found.scores[name], fp32, config.data.classes)
         log.info(
             "export: %s masks against fp32 masks, Dice %.4f", name, found.scores[name].agreement
         )

@@ -144,6 +144,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Exported(model, fp32, int8)
 
 
+NAMES = ["background", "liver"]
+
+
 def parity(exported: Exported, path: Path | None = None, tolerance: float = TOLERANCE) -> list:
     graph = DeployGraph(exported.model, GIVEN, confidence=True)
     return check_parity(graph, path or exported.fp32, GIVEN, EXAMPLES, tolerance)
@@ -328,7 +331,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     assert found["cpu"].changed == pytest.approx(0.25)
     assert found["fp32"].against_labels[1] == pytest.approx(2 * 10 / (10 + 15))
     assert found["cpu"].against_labels[1] == 1
-    agree, drop = dice_gates("cpu", 0.95, found["cpu"], found["fp32"])
+    agree, drop = dice_gates("cpu", 0.95, found["cpu"], found["fp32"], NAMES)
     assert (agree.name, agree.passed, drop.name, drop.passed) == (
         "cpu_dice",
         False,
@@ -336,13 +339,13 @@ def test_scores_by_hand(tmp_path: Path) -> None:
         True,
     )
     assert "Dice 0.8000, expected 0.95" in agree.says
-    _, drop = dice_gates("cpu", 0.5, found["fp32"], found["cpu"])
+    _, drop = dice_gates("cpu", 0.5, found["fp32"], found["cpu"], NAMES)
     assert (drop.passed, "0.2000 lower" in drop.says) == (False, True)
 
 
 def test_a_refusal_names_file_gate_finding_bound_and_what_to_do(tmp_path: Path) -> None:
     nothing = Scores(against_fp32=(1.0, np.nan), against_labels=(1.0, 0.0), changed=0.0)
-    gates = dice_gates("cpu", 0.99, nothing, replace(nothing, against_labels=(1.0, 0.2)))
+    gates = dice_gates("cpu", 0.99, nothing, replace(nothing, against_labels=(1.0, 0.2)), NAMES)
     slow = latency_gate([{"cpu": np.array([3.0]), "fp32": np.array([2.0])}])
     refused = refused_by([*gates, slow], {"latency": "a shared machine"})
     assert refused == gates
@@ -355,7 +358,7 @@ def test_a_refusal_names_file_gate_finding_bound_and_what_to_do(tmp_path: Path) 
     )
     assert refusal(config, refused) == (
         "export: refused model.int8.onnx (cpu_dice: no mask has any foreground, neither of fp32, "
-        "expected Dice 0.99 between them; cpu_drop: Dice of class 1 against the labels is 0.2000 "
+        "expected Dice 0.99 between them; cpu_drop: Dice of liver against the labels is 0.2000 "
         "lower than that of fp32, at most 0.005 is expected); written to runs/my liver/export: "
         "model.onnx, model.int8.trt.onnx, model.fp16.onnx and their dossier; train longer, or let "
         f"it pass with a reason, which the dossier shows: {command}"

@@ -178,7 +178,9 @@ def least_dice(variant: Variant, backbone: str) -> float:
     return LEAST_DICE[variant].get(backbone, OTHERWISE[variant])
 
 
-def dice_gates(variant: Variant, least: float, found: Scores, fp32: Scores) -> list[Gate]:
+def dice_gates(
+    variant: Variant, least: float, found: Scores, fp32: Scores, classes: Sequence[str]
+) -> list[Gate]:
     """Agreement with fp32, and the drop of each class against the labels.
 
     Without any foreground in either mask there is no agreement to speak of: that does not pass.
@@ -196,8 +198,8 @@ def dice_gates(variant: Variant, least: float, found: Scores, fp32: Scores) -> l
                 name=f"{variant}_drop",
                 variant=variant,
                 passed=bool(drops[worst] <= MOST_DROP),
-                says=f"Dice of class {worst} against the labels is {drops[worst]:.4f} lower than "
-                f"that of fp32, at most {MOST_DROP:g} is expected",
+                says=f"Dice of {classes[worst]} against the labels is {drops[worst]:.4f} lower "
+                f"than that of fp32, at most {MOST_DROP:g} is expected",
             )
         )
     return gates
