@@ -23,7 +23,8 @@ SHM = Path("/dev/shm")
 MORE_SHM = "enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm)"
 NEARLY_NONE = 2**20
 """Bytes; a disk with less is full."""
-OTHER_FOLDER = "mend its rights, or take another folder (out=FOLDER)"
+RIGHTS = "mend its rights, or take another folder"
+OTHER_FOLDER = f"{RIGHTS} (out=FOLDER)"
 
 _PEER_GONE = re.compile(
     r"connection (was likely )?closed|connection (re)?set by|broken pipe|connection reset"
@@ -210,7 +211,7 @@ def _access(error: BaseException) -> str | None:
         return None  # it names the setting
     where = told_path(cause) or "a file of the archive"
     told = str(error) if own else f"{where}: {cause.strerror}"
-    return f"{told}; {OTHER_FOLDER}"
+    return f"{told}; {OTHER_FOLDER if own else RIGHTS}"
 
 
 def size_text(count: int) -> str:

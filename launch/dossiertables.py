@@ -128,9 +128,9 @@ def agreement_tables(facts: Facts) -> list[Html]:
         return []
     text = (
         "Dice of the masks against those of fp32, and of both against the labels, of slices of "
-        "validation patients; the scores are of test patients, where there are any. SQNR of the "
-        "logits by the kernels of this CPU and by float emulation of the same graph, which a CPU "
-        "that does not saturate computes."
+        "validation patients, those with foreground if any has; the scores are of test patients, "
+        "where there are any. SQNR of the logits by the kernels of this CPU and by float emulation "
+        "of the same graph, which a CPU that does not saturate computes."
     )
     rows = [
         (_variant(facts, fact["variant"]), *row) for fact in given for row in _classes(facts, fact)

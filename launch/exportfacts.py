@@ -118,7 +118,7 @@ def dossier_facts(
         cpu=cpu_facts(),
         load={"cores": os.cpu_count() or 1, "others": found.others},
         training=_training(config, rows, metadata["manifest"]),
-        gates=[_gate(one) for one in found.gates],
+        gates=[_parity_gate(config, found), *map(_gate, found.gates)],
         allowances=[
             {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}
             for gate in found.gates
@@ -168,6 +168,14 @@ def of_these_files(scores: Any, config: Config, weights: str) -> bool:
 def said_of(name: str) -> str:
     """Variant as the metadata of the file has it."""
     return SAID.get(name, name)
+
+
+def _parity_gate(config: Config, found: Found) -> GateFact:
+    """Nothing is written where it is not met."""
+    from medpsp.deploy.verify import parity_says
+
+    says = parity_says(found.parity, config.export.parity_tolerance)
+    return {"gate": "parity", "variant": "fp32", "passed": True, "says": says}
 
 
 def _gate(gate: Gate) -> GateFact:

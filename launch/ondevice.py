@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from medpsp.types import ScanRow
 
 ModelArg = Annotated[Path, typer.Argument(help="ONNX file of `medpsp export`.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads, one a core at most; 0 for all.")]
 Formats = Annotated[
     str, typer.Option("--format", help="Some of seg, nifti, png, gif, mesh; with commas.")
 ]
@@ -62,10 +61,11 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
             if item.volumes:
                 amount = f"{item.volumes[number]:.1f} ml"
             parts.append(f"{name} {amount}")
-        where = item.files[0] if item.files else f"{item.name}: no surface to write"
+        files = _told_files(item)
+        where = files[0] if files else f"{item.name}: no surface to write"
         kind = f"{item.modality}, " if item.modality else ""
         typer.echo(f"{where}  {kind}{many(item.slices, 'slice')}, {', '.join(parts)}")
-        for line in _others(item.files):
+        for line in files[1:]:
             typer.echo(f"  {line}")
     if times := predictor.model.times:
         ms = np.percentile(np.array(times) * 1e3, [50, 95])
@@ -77,16 +77,11 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
         typer.echo(told_rows(rows))
 
 
-def _others(files: Sequence[Path]) -> Iterator[str]:
-    """Files of a series but the first one; of single slices the folder, and how many they are."""
-    inside = Counter(path.parent for path in files)
-    beside = files[0].parent if files else None
-    for path in files[1:]:
-        if path.parent == beside:
-            yield str(path)
-    for folder, count in inside.items():
-        if folder != beside:
-            yield f"{folder}  {many(count, 'slice')}"
+def _told_files(item: Prediction) -> list[str]:
+    """Files of a series; of single slices the folder, and how many they are."""
+    whole = [str(path) for path in item.files if path.name.startswith(item.name)]
+    slices = [path.parent for path in item.files if not path.name.startswith(item.name)]
+    return [*whole, *(f"{folder}  {many(item.slices, 'slice')}" for folder in slices[:1])]
 
 
 def watch(

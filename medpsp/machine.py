@@ -47,8 +47,11 @@ def threads_each(ranks: int) -> int:
     """
     cores, here = whole_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     own = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if own.isdecimal() and "TORCHELASTIC_RUN_ID" not in os.environ:  # whose ranks share a task
-        return max(1, min(int(own), cores))
+    if own.isdecimal():
+        cores = max(1, min(int(own), cores))
+        # a task for each rank; torchrun's ranks share one, and so do those of a shell of salloc
+        if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cores
     return max(1, cores // here)
 
 

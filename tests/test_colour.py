@@ -301,6 +301,9 @@ def test_files_say_what_they_are_and_the_dossier_what_was_measured(
     assert [file["sha256"] for file in found["files"]] == [file.digest for file in said]
     assert len(found["parity"]) >= 20
     assert sum(row["changed"] - row["near_ties"] for row in found["parity"]) == 0
+    first = found["gates"][0]
+    assert (first["gate"], first["variant"], first["passed"]) == ("parity", "fp32", True)
+    assert "at 22 shapes, at most 0.0001 is expected" in first["says"]
     assert found["training"]["splits"]["val"] == {"patients": 2, "slices": 4}
     assert {row["threads"] for row in found["latency"]} == {1, 2}
     assert all(row["peak_rss_mib"] > 30 for row in found["latency"])

@@ -79,13 +79,15 @@ def test_ranks_that_do_not_fit_together_are_refused(
 
 
 def test_ranks_share_the_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID"):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK", "TORCHELASTIC_RUN_ID", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "cores_allowed", lambda: 8.5)
     assert [machine.threads_each(ranks) for ranks in (1, 3, 16)] == [8, 2, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of 16 on other machines, too
     assert machine.threads_each(16) == 4
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")  # each task has its own
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert machine.threads_each(16) == 3  # what starts ranks in a shell of salloc
+    monkeypatch.setenv("RANK", "0")  # each task has its own
     assert machine.threads_each(16) == 6
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # ranks share one task
-    assert machine.threads_each(16) == 4
+    assert machine.threads_each(16) == 3

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from launch.ondevice import show
 from launch.phantom import Phantom, draw, to_mr, write_series
 from medpsp.deploy import predict
 from medpsp.deploy.answers import Format
@@ -40,6 +41,7 @@ from medpsp.dicom.sandbox import Sandbox
 from medpsp.dicom.scan import Scan
 from medpsp.errors import ArchiveError, ConfigError, DicomError, ModelFileError
 from medpsp.intensity import CT_WINDOW, ValueCounts, overlay, percentile_window, to_unit
+from medpsp.machine import whole_cores
 from medpsp.tiles import Tiling
 from medpsp.types import ReadPolicy, Series, SliceRef, Window
 
@@ -350,6 +352,26 @@ def test_images_without_geometry_get_masks_and_no_volume(model: Path, tmp_path: 
     assert [(r.file_id, r.frame, r.status, r.code) for r in rows] == [
         ("1", 1, "quarantined", "DEC_ERROR")
     ]
+
+
+def test_more_threads_than_cores_are_not_started(model: Path):
+    options = Predictor(model, 10**10).model.session.get_session_options()
+    assert options.intra_op_num_threads == whole_cores()
+
+
+def test_of_images_that_stand_alone_the_folder_is_told(
+    model: Path, tmp_path: Path, scanned: Any, capsys: pytest.CaptureFixture[str]
+):
+    hu = np.array([[-200, 41, 161]], dtype=np.int16)
+    scanned([series_of((3, 1, 3), "CT")], [hu, hu, hu])
+    for formats in (PLAIN, ("nifti",)):
+        out = tmp_path / formats[-1]
+        predictor = Predictor(model, formats=formats)
+        show(predictor, *predictor.folder(tmp_path / "in", out))
+        first, *others = capsys.readouterr().out.splitlines()
+        told = [first.split("  CT, 3 slices, ")[0], *(o.strip() for o in others if str(out) in o)]
+        whole = [str(out / "series-000.png")] if "png" in formats else []
+        assert told == [*whole, f"{out / 'series-000'}  3 slices"]
 
 
 def test_without_geometry_there_is_no_mesh_and_it_is_said(
@@ -802,6 +824,9 @@ def test_a_file_a_zip_and_a_nifti(tmp_path: Path, phantom: Phantom) -> None:
     (tmp_path / "broken.nii.gz").write_bytes(b"no")
     with pytest.raises(ArchiveError, match=r"broken\.nii\.gz: NIFTI_UNREADABLE"):
         predictor.source(tmp_path / "broken.nii.gz", tmp_path / "e")
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "all.zip").read_bytes()[:500])
+    with pytest.raises(ArchiveError, match=r"nothing to segment among 1 file \(ARCHIVE_DAMAGED\)"):
+        predictor.source(tmp_path / "cut.zip", tmp_path / "f")
     with pytest.raises(ArchiveError, match="no such folder"):
         predictor.source(tmp_path / "nothing", tmp_path / "f")
     nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), None), tmp_path / "spaced.nii")

@@ -258,7 +258,10 @@ UNABLE = "Unable to allocate 7.45 GiB for an array with shape (1000000000,)"
         (OSError("libcudart.so.13: cannot open shared object file: No such file"), "pip install"),
         (OSError(errno.ENFILE, "x"), "too many open files on this machine"),
         (OSError(errno.EDQUOT, "x", "/tmp/a/b"), "disk quota reached: /tmp/a/b, "),
-        (OSError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied; mend"),
+        (
+            OSError(errno.EACCES, "Permission denied", "/x/y"),
+            "/x/y: Permission denied; mend its rights, or take another folder",
+        ),
         (
             ShardError("slot 3 cannot be read (Too many open files); check"),
             "too many open files: a",
@@ -276,6 +279,12 @@ def test_the_words_of_others(error: Exception, words: str | None):
     assert words is None or words in (line or "")
     assert line is None or "\n" not in line
     assert lost_peer(error) == (words is not None and words[:8] in ("lost the", "did not "))
+
+
+def test_an_option_that_a_command_does_not_have_is_not_proposed():
+    error = OSError(errno.EACCES, "Permission denied", "/x/y")
+    told = "/x/y: Permission denied; mend its rights, or take another folder"
+    assert diagnosis(error) == told
 
 
 def test_a_cause_that_hides_behind_an_error_of_ours():

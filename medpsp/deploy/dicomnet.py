@@ -5,6 +5,7 @@ pynetdicom speaks the protocol (PS3.7, PS3.8); it is imported when it is needed.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import socket
@@ -191,3 +192,11 @@ def take_images(entity: ApplicationEntity) -> None:
     entity.supported_contexts = VerificationPresentationContexts
     for uid in (*images, *_RETIRED):
         entity.add_supported_context(uid, [*NATIVE, *CODECS])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine alone; False for names."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

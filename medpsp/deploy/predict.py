@@ -18,7 +18,7 @@ from medpsp.deploy.folders import alone
 from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.stream import Frame, Seen, Segmented, count_values, needs_counts, segment
 from medpsp.dicom import nifti
-from medpsp.dicom.codes import is_no_dicom, refusal
+from medpsp.dicom.codes import code_of, is_no_dicom, refusal
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, SandboxPool, or_error
 from medpsp.dicom.scan import scan_folder
@@ -150,7 +150,7 @@ class Predictor:
         """What there was in place of something to segment."""
         files, codes = many(len(rows), "file"), sorted({row.code for row in rows})
         what = f"nothing to segment among {files} ({', '.join(codes)})"
-        if all(map(is_no_dicom, codes)):
+        if all(is_no_dicom(code) and code_of(code).status == "skipped" for code in codes):
             what = f"nothing DICOM in it, {files}: {ends_of(row.file_id for row in rows)}"
         return f"{what}; the model takes {', '.join(self.model.modalities)}"
 

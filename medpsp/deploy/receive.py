@@ -7,7 +7,6 @@ What waits for either is on disk, so that a process that is killed loses nothing
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import queue
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from medpsp.deploy.dicomnet import Peer, entity_of, take_images
+from medpsp.deploy.dicomnet import Peer, entity_of, is_loopback, take_images
 from medpsp.deploy.jobs import SPOOL, owned, run_job
 from medpsp.deploy.predict import Predictor
 from medpsp.deploy.sender import PAUSES, Sender, unsent
@@ -119,7 +118,7 @@ class Receiver:
             stack.callback(self._drop_all)
             stack.callback(self._ae.shutdown)
             self._stack = stack.pop_all()
-        if not _is_loopback(self.address[0]):
+        if not is_loopback(self.address[0]):
             log.warning(
                 "receive: %s can be reached from the network; there is no encryption and no "
                 "authentication",
@@ -176,7 +175,7 @@ class Receiver:
         where = self.listen
         handlers: list[tuple[object, Callable[[Event], object]]] = [
             (evt.EVT_C_STORE, self._store),
-            (evt.EVT_RELEASED, self._released),
+            (evt.EVT_ACSE_RECV, self._leaving),  # RELEASED comes after the answer
             (evt.EVT_ABORTED, lambda event: self._aborted(event.assoc)),
         ]
         try:
@@ -212,9 +211,12 @@ class Receiver:
         spool.stored += 1
         return 0x0000
 
-    def _released(self, event: Event) -> None:
+    def _leaving(self, event: Event) -> None:
+        """Once the release is answered the sender forgets its images: they are kept before."""
+        from pynetdicom.pdu_primitives import A_RELEASE
+
         spool = self._open.get(event.assoc)
-        if spool is None:
+        if spool is None or not isinstance(getattr(event, "primitive", None), A_RELEASE):
             return
         if spool.stored < spool.came:  # a mask of half a series looks like one of a whole one
             self._drop(
@@ -289,10 +291,3 @@ class Receiver:
         told = many(spool.stored, "object")
         log.error("%s: %s, failed: %s; tried again later", spool.name, told, why)
         self._later.append((time.monotonic() + RETRY_S, spool))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

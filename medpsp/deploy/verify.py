@@ -110,6 +110,15 @@ def check_parity(
     return rows
 
 
+def parity_says(rows: Sequence[Parity], tolerance: float) -> str:
+    """What was found and expected, in words; of shapes that passed."""
+    worst = max(row.relative for row in rows)
+    return (
+        f"logits differ from those of the network by {worst:.1e} of the largest at {len(rows)} "
+        f"shapes, at most {tolerance:g} is expected, and no pixel of another class but near ties"
+    )
+
+
 def _turns(examples: Sequence[Example], shape: tuple[int, int, int]) -> list[Example]:
     return [examples[(sum(shape) + n) % len(examples)] for n in range(shape[0])]
 
