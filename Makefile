@@ -68,7 +68,7 @@ bench-accuracy: $(READY) $(PEERS)/smp
 	$(BIN)/python tests/bench/accuracy.py run $(BENCH)
 	$(BIN)/python tests/bench/accuracy.py table --test
 
-# 18 minutes, 40 with real scans: `real` runs where MEDPSP_DATA is set, the folder of them.
+# Half an hour, 50 minutes with real scans: `real` runs where MEDPSP_DATA is set, the folder of them.
 # SECTIONS="latency real" runs those alone, BENCH="--dir /scratch" keeps the networks.
 .PHONY: bench-export
 bench-export: $(READY) $(PEERS)/export
