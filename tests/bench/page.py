@@ -36,8 +36,8 @@ Ours and theirs do the same work by turns, on one machine. A ratio is the median
 single rounds, *spread* is the smallest and the largest of them, *ours* and *theirs* are medians.
 *Wanted* was set beforehand, or is that we are not behind; where other processes had the cores
 (DISTURBED) a figure is neither met nor missed. `make bench` runs all benches but GPU and
-accuracy (about an hour on two quiet cores, 40 minutes without MEDPSP_DATA) and writes this page from their results, which lie in
-`tests/bench/results`; only the reasons are written by hand.
+accuracy (about an hour on two quiet cores, 40 minutes without MEDPSP_DATA) and writes this page
+from their results, which lie in `tests/bench/results`; only the reasons are written by hand.
 """
 Chapter = tuple[str, str, str]
 CHAPTERS: dict[str, Chapter] = {
