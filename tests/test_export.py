@@ -340,6 +340,7 @@ def test_scores_by_hand(tmp_path: Path) -> None:
         True,
     )
     assert "Dice 0.8000, expected 0.95" in agree.says
+    assert "Dice of liver against the labels is 0.2000 higher" in drop.says
     _, drop = dice_gates("cpu", 0.5, found["fp32"], found["cpu"], classes)
     assert (drop.passed, "0.2000 lower" in drop.says) == (False, True)
 
@@ -361,8 +362,8 @@ def test_a_refusal_names_file_gate_finding_bound_and_what_to_do(tmp_path: Path) 
     assert refusal(config, refused) == (
         "export: refused model.int8.onnx (cpu_dice: no mask has any foreground, neither of fp32, "
         "expected Dice 0.99 between them; cpu_drop: Dice of liver against the labels is 0.2000 "
-        "lower than that of fp32, at most 0.005 is expected); written to runs/my liver/export: "
-        "model.onnx, model.int8.trt.onnx, model.fp16.onnx and their dossier; train longer, or let "
+        "lower than that of fp32, at most 0.005 lower is expected); written to runs/my "
+        "liver/export: model.onnx, model.int8.trt.onnx, model.fp16.onnx and their dossier; train longer, or let "
         f"it pass with a reason, which the dossier shows: {command}"
     )
     options = shlex.split(command)[3:]  # can be given once a reason is in it

@@ -193,13 +193,14 @@ def dice_gates(
     drops = np.array(fp32.against_labels) - np.array(found.against_labels)
     if np.isfinite(drops[1:]).any():
         worst = 1 + int(np.nanargmax(drops[1:]))
+        side = "lower" if drops[worst] > 0 else "higher"
         gates.append(
             Gate(
                 name=f"{variant}_drop",
                 variant=variant,
                 passed=bool(drops[worst] <= MOST_DROP),
-                says=f"Dice of {classes[worst]} against the labels is {drops[worst]:.4f} lower "
-                f"than that of fp32, at most {MOST_DROP:g} is expected",
+                says=f"Dice of {classes[worst]} against the labels is {abs(drops[worst]):.4f} "
+                f"{side} than that of fp32, at most {MOST_DROP:g} lower is expected",
             )
         )
     return gates
