@@ -363,8 +363,8 @@ def test_a_refusal_names_file_gate_finding_bound_and_what_to_do(tmp_path: Path) 
         "export: refused model.int8.onnx (cpu_dice: no mask has any foreground, neither of fp32, "
         "expected Dice 0.99 between them; cpu_drop: Dice of liver against the labels is 0.2000 "
         "lower than that of fp32, at most 0.005 lower is expected); written to runs/my "
-        "liver/export: model.onnx, model.int8.trt.onnx, model.fp16.onnx and their dossier; train longer, or let "
-        f"it pass with a reason, which the dossier shows: {command}"
+        "liver/export: model.onnx, model.int8.trt.onnx, model.fp16.onnx and their dossier; "
+        f"train longer, or let it pass with a reason, which the dossier shows: {command}"
     )
     options = shlex.split(command)[3:]  # can be given once a reason is in it
     given = {"out": "runs/my liver", "data": {k: str(v) for k, v in data.items()}}
