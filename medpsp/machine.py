@@ -18,16 +18,24 @@ def memory_allowed(root: Path = Path("/")) -> int | None:
 
 def cores_allowed(root: Path = Path("/")) -> float:
     """Cores' worth of time that affinity and control groups leave to this process."""
-    try:
-        allowed = float(len(os.sched_getaffinity(0)))
-    except AttributeError:  # not Linux
+    cores = affinity()
+    if cores is None:
         return float(os.cpu_count() or 1)
+    allowed = float(len(cores))
     pairs = [tuple(text.split()) for text in _group("cpu.max", root)]
     pairs += zip(_group("cpu.cfs_quota_us", root), _group("cpu.cfs_period_us", root), strict=False)
     for quota, period in pairs:
         if quota.isdecimal() and period.isdecimal():  # else max, or -1
             allowed = min(allowed, int(quota) / int(period))
     return allowed
+
+
+def affinity() -> list[int] | None:
+    """Numbers of the cores that this process may run on; None where the system does not tell."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return None
 
 
 def whole_cores() -> int:

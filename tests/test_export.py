@@ -144,9 +144,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Exported(model, fp32, int8)
 
 
-NAMES = ["background", "liver"]
-
-
 def parity(exported: Exported, path: Path | None = None, tolerance: float = TOLERANCE) -> list:
     graph = DeployGraph(exported.model, GIVEN, confidence=True)
     return check_parity(graph, path or exported.fp32, GIVEN, EXAMPLES, tolerance)

@@ -64,7 +64,8 @@ def test_a_command_that_does_not_train_leaves_how_the_run_was_trained(tmp_path: 
     file.write_text(
         f"{{out: {tmp_path / 'run'}, data: {{archive: a, classes: [background, organ]}}}}", "utf-8"
     )
-    words = ("train.ranks=2", "seed=5", "model.backbone=convnext_tiny", "loss.dice=0.4")
+    words = ("train.steps=1200", "train.ranks=2", "seed=5", "model.backbone=convnext_tiny")
+    words = (*words, "loss.dice=0.4")
     trained, run = open_run(str(file), words)
     more = "data.crosswalk=../names.jsonl"
     assert load_config(run.config) == trained

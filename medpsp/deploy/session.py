@@ -11,7 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from medpsp.deploy.inputs import GraphInput
-from medpsp.machine import whole_cores
+from medpsp.machine import affinity, whole_cores
 from medpsp.tiles import Tiling, tile_places, tiled
 from medpsp.types import FloatArray
 
@@ -59,10 +59,7 @@ def own_cores(threads: int) -> str:
     It may put two that wait for each other on one core for a tick of 4 ms: MobileNetV3 with 2
     threads on 2 cores took 16.8 to 22.8 ms from process to process, and 15.6 bound.
     """
-    try:
-        cores = sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return ""
+    cores = affinity() or []
     return ";".join(str(core + 1) for core in cores[1:]) if threads == len(cores) else ""
 
 
