@@ -22,7 +22,6 @@ from medpsp.deploy.gates import saturation_gate
 from medpsp.deploy.half import fp32_nodes, half
 from medpsp.deploy.quantize import (
     Quantizer,
-    fuse_silu,
     percentile_range,
     quantizable,
 )
@@ -36,6 +35,7 @@ from medpsp.deploy.restore import (
     restore,
     saturation,
 )
+from medpsp.deploy.rewrites import fuse_silu
 from medpsp.deploy.session import Feeds, open_session
 from medpsp.deploy.tensorrtgraph import asymmetric
 from medpsp.errors import ExportError
@@ -229,6 +229,48 @@ def test_silu_is_one_node_in_the_file_for_cpus(tmp_path: Path) -> None:
         found = agreement(logits_of(tmp_path / "net.onnx", feeds), logits_of(target, feeds))
         assert found.sqnr_db > 30
     onnx.checker.check_model(onnx.load(tmp_path / "cpu.onnx"))
+
+
+DECODER = """
+<ir_version: 8, opset_import: ["": 18]>
+net (float[N,1,H,W] image) => (float[N,2,H2,W2] logits)
+<float[4] twice = {1, 1, 2, 2}>
+{
+    fine = Resize <mode = "linear"> (image, , twice)
+    [deep] a = Conv <kernel_shape = [1,1]> (image, deep_w)
+    [skip] b = Conv <kernel_shape = [1,1]> (fine, skip_w)
+    [up] c = Resize <mode = "linear"> (a, , twice)
+    [sum] d = Add (c, b)
+    [smooth] e = Conv <kernel_shape = [1,1]> (d, smooth_w)
+    f = Relu (e)
+    [last] logits = Conv <kernel_shape = [1,1]> (f, last_w)
+}
+"""
+
+
+@pytest.mark.parametrize("kept", ["", "deep", "skip", "smooth"])
+def test_a_sum_is_int8_where_all_that_it_reads_and_gives_is(tmp_path: Path, kept: str) -> None:
+    """Not beside a layer that was given back to fp32; TensorRT fuses sums itself."""
+    proto = onnx.parser.parse_model(DECODER)
+    rng = np.random.default_rng(0)
+    shapes = {"deep": (4, 1), "skip": (4, 1), "smooth": (4, 4), "last": (2, 4)}
+    for name, shape in shapes.items():
+        value = rng.normal(0, 1, (*shape, 1, 1)).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(value, f"{name}_w"))
+    source = tmp_path / "net.onnx"
+    onnx.save(proto, source)
+    feeds = [{"image": rng.normal(0, 2, (1, 1, 9, 7)).astype(np.float32)} for _ in range(3)]
+    for kind in ("cpu", "trt"):
+        target, ran = tmp_path / f"{kind}.onnx", tmp_path / "ran.onnx"
+        Quantizer(source, feeds, kind).write(target, METADATA, [kept])
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(ran)
+        ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+        adds = Counter(n.op_type for n in onnx.load(ran).graph.node if "Add" in n.op_type)
+        assert adds == ({"QLinearAdd": 1} if kind == "cpu" and not kept else {"Add": 1})
+        for optimise in (True, False):
+            found = agreement(logits_of(source, feeds), logits_of(target, feeds, optimise))
+            assert found.sqnr_db > 30
 
 
 def test_trt_has_zero_points_of_zero_and_pairs_on_what_is_read_alone(

@@ -1,0 +1,95 @@
+"""Changes of a graph after which ONNX Runtime takes fewer or faster kernels for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+from onnx import helper, numpy_helper
+
+ORT_DOMAIN = "com.microsoft"
+
+
+def turn_gelu(proto: onnx.ModelProto) -> None:
+    """Make (x * (1 + erf(x / s))) * 0.5 of x * (0.5 * (1 + erf(x / s))), which has the same bits.
+
+    Not where the product overflows, from half of the largest float on.
+
+    ONNX Runtime 1.32 computes the first as one node, the second as six: 12 % of ConvNeXt-Tiny's
+    time in fp32, 17 % in int8. The older exporter writes the first.
+    """
+    nodes = proto.graph.node
+    scalars = (t for t in proto.graph.initializer if not t.dims)
+    halves = {t.name for t in scalars if numpy_helper.to_array(t) == 0.5}
+    made = {name: node for node in nodes for name in node.output}
+    readers = Counter(name for node in nodes for name in node.input)
+    readers.update(output.name for output in proto.graph.output)
+
+    def kind(name: str) -> str:
+        return made[name].op_type if name in made else ""
+
+    for last in nodes:
+        pair = list(last.input) if last.op_type == "Mul" else []
+        for x, inner in zip(pair, pair[::-1], strict=True):
+            first = made.get(inner)
+            if kind(inner) != "Mul" or readers[inner] > 1 or not first:
+                continue
+            sums = [name for name in first.input if kind(name) == "Add"]
+            half = [name for name in first.input if name in halves]
+            erfs = [name for name in (made[sums[0]].input if sums else ()) if kind(name) == "Erf"]
+            scaled = made.get(made[erfs[0]].input[0]) if erfs else None
+            if half and scaled is not None and x in scaled.input:
+                first.input[:], last.input[:] = [x, sums[0]], [inner, half[0]]
+                break
+
+
+def fuse_silu(proto: onnx.ModelProto) -> None:
+    """Write x * sigmoid(x) as one node, `QuickGelu` of ONNX Runtime.
+
+    It makes the same of an fp32 file, but not of int8: where x comes from DequantizeLinear each of
+    its two readers gets a copy, and the pattern is gone. In EfficientNet-B0 that is 10 of 58 ms and
+    a quarter of the memory, and the values are the same.
+    """
+    nodes = proto.graph.node
+    readers = Counter(name for node in nodes for name in node.input)
+    readers.update(output.name for output in proto.graph.output)
+    gates = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and readers[n.output[0]] == 1}
+    for node in list(nodes):
+        gate = next((gates[name] for name in node.input if name in gates), None)
+        if node.op_type == "Mul" and gate and gate.input[0] in node.input:
+            node.CopyFrom(
+                helper.make_node(
+                    "QuickGelu", gate.input, node.output, node.name, domain=ORT_DOMAIN, alpha=1.0
+                )
+            )
+            nodes.remove(gate)
+    if ORT_DOMAIN not in {opset.domain for opset in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(ORT_DOMAIN, 1))
+
+
+def quantize_sums(proto: onnx.ModelProto) -> None:
+    """Round an int8 map that was scaled up and is added to another once more, at its own scale.
+
+    All that the sum reads and gives is int8 then, and ONNX Runtime adds in int8; in the decoders of
+    MobileNetV3 the sums in fp32 took a tenth of the time. It costs 0.3 dB. Resize itself stays in
+    fp32: with uint8 ONNX Runtime takes four times as long for it.
+    """
+    nodes, none = list(proto.graph.node), onnx.NodeProto()
+    made = {name: node for node in nodes for name in node.output}
+    reads = Counter(name for node in nodes for name in node.input)
+    reader = {name: node for node in nodes for name in node.input if reads[name] == 1}
+    for place, node in reversed(list(enumerate(nodes))):
+        if node.op_type != "Resize":
+            continue
+        name, source = node.output[0], made.get(node.input[0], none)
+        total = reader.get(name, none)
+        ends = [reader.get(total.output[0], none).op_type] if total.op_type == "Add" else []
+        ends += [made.get(other, none).op_type for other in total.input if other != name]
+        if [source.op_type, *ends] != ["DequantizeLinear", "QuantizeLinear", "DequantizeLinear"]:
+            continue
+        scaled, rounded = f"{name}_scaled", f"{name}_rounded"
+        node.output[0] = scaled
+        pair = ("QuantizeLinear", scaled, rounded), ("DequantizeLinear", rounded, name)
+        for back, (kind, given, gives) in enumerate(pair, start=1):
+            new = helper.make_node(kind, [given, *source.input[1:]], [gives], f"{name}_{kind}")
+            proto.graph.node.insert(place + back, new)
