@@ -31,8 +31,8 @@ MODEL = {
     "classes": "classes",
     "codes": "coded terms",
     "modalities": "modalities",
-    "spacing_mm": "spacing, mm",
-    "tile": "tile",
+    "spacing_mm": "spacing of rows, columns, slices, mm",
+    "tile": "tile, rows and columns in pixels",
     "colours": "colours",
     "context": "neighbouring slices",
     "backbone": "backbone",
@@ -44,6 +44,12 @@ MODEL = {
     "tool": "made by",
 }
 """Keys of the metadata that are shown, in this order, and their names."""
+LACKING = {
+    "Scores": tag(
+        "p", "not measured: run ", tag("code", "medpsp evaluate"), ", then export again",
+        css="quiet",
+    )
+}  # fmt: skip
 
 
 def write_dossier(folder: Path, facts: Facts) -> None:
@@ -84,7 +90,7 @@ def dossier_page(facts: Facts) -> str:
     lead = "What the model files are, what was measured of them, and on what."
     header = tag("header", tag("h1", "Dossier"), tag("p", lead, css="lead"), tag("nav", *links))
     sections = (
-        section(f"part-{n}", title, *(content or (NOT_MEASURED,)))
+        section(f"part-{n}", title, *(content or (LACKING.get(title, NOT_MEASURED),)))
         for n, (title, content) in numbered
     )
     return page("Dossier", (header, gates_section(facts), *sections))

@@ -34,7 +34,7 @@ from launch.new.labelfacts import Labels, no_labels
 from launch.new.labelmasks import _marks, _numbers
 from launch.new.machine import Machine
 from launch.new.maskpattern import patterns_of
-from launch.new.proposal import propose, write_proposal
+from launch.new.proposal import propose, stays, write_proposal
 from launch.new.proposedata import data_lines
 from launch.new.regions import Seen, classes_of_names
 from launch.new.shares import shares_of
@@ -146,7 +146,7 @@ def proposed(
     create_key(out.with_suffix(".key"), "key of the tests 58")
     found = propose(look(archive / "dicom", out, archive / "masks"))
     write_proposal(out, found.text)
-    return out, found.text, found.said
+    return out, found.text, (*found.said, *found.then)
 
 
 def test_a_phantom_with_nifti_masks(proposed: tuple[Path, str, tuple[str, ...]], archive: Path):
@@ -202,7 +202,7 @@ def test_each_value_has_its_reason_and_no_default_is_repeated(
 def test_the_same_bytes_twice(proposed: tuple[Path, str, tuple[str, ...]], archive: Path):
     out, text, said = proposed
     again = propose(look(archive / "dicom", out, archive / "masks"))
-    assert (again.text, again.said) == (text, said)
+    assert (again.text, (*again.said, *again.then)) == (text, said)
     before = out.stat().st_mtime_ns
     write_proposal(out, again.text)
     assert out.stat().st_mtime_ns == before
@@ -306,7 +306,7 @@ def test_without_labels_it_says_how_to_give_them(plain: Path, tmp_path: Path):
     said = text_of(found.text)
     assert "OPEN: Labels: none found." in said
     assert "Give the folder of DICOM SEG, RTSTRUCT or NIfTI masks with --labels" in said
-    assert found.said[-2:] == (
+    assert found.then == (
         f"medpsp key new {tmp_path / 'a.key'}",
         f"medpsp shards {tmp_path / 'a.yaml'}",
     )
@@ -736,8 +736,11 @@ def test_a_file_is_the_same_but_for_the_time_of_a_step(tmp_path: Path):
     out = tmp_path / "a.yaml"
     write_proposal(out, propose(evidence(pace=Pace(0.82, "measured"))).text)
     before = out.read_text()
-    assert not write_proposal(out, propose(evidence(pace=Pace(0.2, "measured"))).text)
+    for text in (propose(evidence(pace=Pace(0.2, "measured"))).text, propose(evidence()).text):
+        assert stays(out, text)
+        write_proposal(out, text)
     assert out.read_text() == before
+    assert not stays(tmp_path / "b.yaml", text)
     other = Machine(cores=2, memory_gib=32.0)
     with pytest.raises(ConfigError, match="exists and says something else"):
         write_proposal(out, propose(evidence(pace=Pace(0.82, "measured"), machine=other)).text)

@@ -34,7 +34,7 @@ def new(
     from launch.new.choices import Places
     from launch.new.evidence import gather
     from launch.new.pace import pace_of
-    from launch.new.proposal import propose, require_place, write_proposal
+    from launch.new.proposal import propose, require_place, stays, write_proposal
     from launch.rundir import keep_private
     from medpsp.identity import KEY_VARIABLE
 
@@ -48,11 +48,13 @@ def new(
         key = out.with_suffix(".key")
     places = Places(archive=archive, file=out, key=key, index=index)
     seen = gather(archive, labels, places, most)
-    found = untimed = propose(seen)
-    if seen.labels.kind:  # there is something to train
-        found = propose(replace(seen, pace=pace_of(found.text, seen.machine)))
-    said = found.said
-    if not write_proposal(out, found.text):
+    found = propose(seen)
+    if stays(out, found.text):
         kept = f"{out}  was there and says the same: it stays as it is, its train.steps too"
-        said = (*untimed.said[:-3], kept, *untimed.said[-2:])
-    typer.echo("\n".join(said))
+        said = (*found.said[:-1], kept)
+    else:
+        if seen.labels.kind:  # there is something to train
+            found = propose(replace(seen, pace=pace_of(found.text, seen.machine)))
+        write_proposal(out, found.text)
+        said = found.said
+    typer.echo("\n".join((*said, *found.then)))

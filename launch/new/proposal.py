@@ -33,11 +33,13 @@ class Proposal:
 
     Attributes:
         text: Of the file.
-        said: Lines for people; the last two say what to run next.
+        said: Lines for people, of what was found and how many values were written.
+        then: What to run next.
     """
 
     text: str
     said: tuple[str, ...]
+    then: tuple[str, ...]
 
 
 def propose(found: Evidence) -> Proposal:
@@ -61,7 +63,7 @@ def propose(found: Evidence) -> Proposal:
         said += [f"train.steps {c.value}: {c.why}" for c in choices if c.key == "train.steps"]
     said += [f"OPEN: {one.text}" for one in opened]
     said.append(f"{found.places.file}  {many(len(written), 'value')}, each with its reason")
-    return Proposal(text=text, said=(*said, *_next(found)))
+    return Proposal(text=text, said=tuple(said), then=_next(found))
 
 
 def require_place(path: Path) -> None:
@@ -80,23 +82,31 @@ def require_place(path: Path) -> None:
         raise ConfigError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 
-def write_proposal(path: Path, text: str) -> bool:
-    """Write the file, once it has been loaded as any other.
-
-    Returns:
-        Whether it was written: one that says the same, but for `train.steps`, stays as it is.
+def stays(path: Path, text: str) -> bool:
+    """Whether a file is there that says the same, but for `train.steps`.
 
     Raises:
-        ConfigError: A file of other content is there; or as `require_place`.
+        ConfigError: One of other content is there.
+    """
+    if not path.exists():
+        return False
+    there = path.read_text(encoding="utf-8", errors="replace")
+    if _but_steps(there) != _but_steps(text):
+        raise ConfigError(
+            f"--out {path}: exists and says something else; take another name, or delete it"
+        )
+    return True
+
+
+def write_proposal(path: Path, text: str) -> None:
+    """Write the file, once it has been loaded as any other; not one that `stays`.
+
+    Raises:
+        ConfigError: As `require_place` and `stays`.
     """
     require_place(path)
-    if path.exists():
-        there = path.read_text(encoding="utf-8", errors="replace")
-        if _but_steps(there) != _but_steps(text):
-            raise ConfigError(
-                f"--out {path}: exists and says something else; take another name, or delete it"
-            )
-        return False
+    if stays(path, text):
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -104,7 +114,6 @@ def write_proposal(path: Path, text: str) -> bool:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return True
 
 
 def _but_steps(text: str) -> str:
