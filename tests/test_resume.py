@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch._dynamo
 
 from medpsp.config import Config, TrainConfig
 from medpsp.errors import CheckpointError, Interrupted
@@ -233,6 +234,26 @@ def test_who_is_asked_to_end_before_a_late_score_leaves_at_once(
     run.stop._heard(signal.SIGTERM, None)
     with pytest.raises(Interrupted, match="after step 2"):
         fit(run, network(config))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_compilers_that_the_signal_killed_are_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """A signal to all processes of a job ends those of torch.compile, too (gcc, Triton's)."""
+    stopped_at(make_config({"name": "full", "steps": 4}), tmp_path, 2)
+    config = make_config({"name": "full", "steps": 4}, compile=True)
+    run, tries = make_run(config, tmp_path), []
+
+    def killed(*_: object) -> None:
+        tries.append(run.stop._heard(signal.SIGTERM, None) if asked else None)
+        raise torch._dynamo.exc.TorchDynamoException("a compiler was killed")
+
+    monkeypatch.setattr("medpsp.train.loop.train_step", killed)
+    error = Interrupted if asked else RuntimeError
+    with pytest.raises(error, match="SIGTERM after step 2, which" if asked else "was killed"):
+        fit(run, network(config))
+    assert len(tries) == 1
 
 
 def test_stages_in_epochs_keep_the_steps_that_are_begun() -> None:

@@ -156,7 +156,14 @@ def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> N
             raise TrainError(f"stage {stage.name}: the batches ended before step {end}")
         waited = time.perf_counter() - began
         run.at(step, "step", first=step == state.step)
-        loss, norm = train_step(run, engine, progress, batch, step)
+        try:
+            loss, norm = train_step(run, engine, progress, batch, step)
+        except RuntimeError as error:
+            # the signal that asks us to end kills the compilers that torch has started, if it goes
+            # to all processes of a job
+            if train.compile and run.stop.code:
+                raise interrupted(run.stop.code, progress.state.step) from error
+            raise
         step += 1
         progress.clock.add(len(batch.label), waited, time.perf_counter() - began)
         if step % train.log_every == 0 or step == end:
