@@ -230,13 +230,16 @@ def test_int8_takes_convolutions_and_leaves_depthwise_and_pooling(exported: Expo
     made_by, nodes = producers(proto), proto.graph.node
     constants = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     assert sum(node.op_type == "QuantizeLinear" for node in nodes) > 10
-    convolutions = [node for node in nodes if node.op_type == "Conv"]
-    depthwise = [node for node in convolutions if groups_of(node) > 1]
-    dense = [node for node in convolutions if groups_of(node) == 1]
+    convolutions = [node for node in nodes if node.op_type in ("Conv", "FusedConv")]
+    whole = [node for node in convolutions if node.input[1] in constants]
     mobile = "mobilenetv3" in str(type(exported.model.backbone)).lower()
+    depthwise = [node for node in convolutions if groups_of(node) > 1]
     assert len(depthwise) == (12 if mobile else 0)  # of the 15 blocks of MobileNetV3 Large
-    assert all(node.input[1] in constants for node in depthwise)
-    for node in dense:
+    assert [node for node in depthwise if node in whole] == whole
+    assert len(whole) == (10 if mobile else 0)  # two lie between ReLUs of int8 layers
+    for node in convolutions:
+        if node in whole:
+            continue
         weight = made_by[node.input[1]]
         assert weight.op_type == "DequantizeLinear", node.name
         assert made_by[node.input[0]].op_type == "DequantizeLinear", node.name

@@ -125,17 +125,47 @@ def interface(proto: onnx.ModelProto) -> list[tuple[str, int]]:
     return [(value.name, value.type.tensor_type.elem_type) for value in both]
 
 
-def test_depthwise_layers_and_the_pool_are_left_out(net: Path) -> None:
-    assert quantizable(onnx.load(net)) == ("stem", "point", "fuse", "classify")
+def test_the_pool_is_left_out_and_depthwise_layers_but_between_relus(
+    net: Path, tmp_path: Path
+) -> None:
+    dense = ("stem", "point", "fuse", "classify")
+    proto = onnx.load(net)
+    assert quantizable(proto, "trt") == dense
+    assert quantizable(proto, "cpu") == ("stem", "depth", *dense[1:])
+    shown = onnx.ValueInfoProto(name="depth_on")
+    for change in ("stem_on", "depth_on", "another reader"):
+        other = onnx.load(net)
+        nodes = {node.output[0]: node for node in other.graph.node}
+        if change == "another reader":
+            nodes["sum"].input[1] = shown.name
+        else:
+            nodes[change].op_type = "HardSwish"
+        assert quantizable(other, "cpu") == dense
 
 
-def test_cpu_takes_dense_convolutions_in_seven_bits(net: Path, tmp_path: Path) -> None:
+def test_layers_that_stay_in_fp32_keep_their_weights(net: Path, tmp_path: Path) -> None:
+    """ONNX Runtime rounds those of a Conv that reads int8 itself, with a scale for all channels."""
+    target, wide = tmp_path / "int8.onnx", np.geomspace(0.01, 1, 8)[:, None, None, None]
+    make_net(tmp_path / "wide.onnx", fuse_w=np.random.default_rng(1).normal(0, wide, (8, 8, 1, 1)))
+    for kept in ("depth", "point", "fuse"):
+        quantizer = Quantizer(tmp_path / "wide.onnx", slices(4), "cpu")
+        quantizer.write(target, METADATA, [kept])
+        real, emulated = saturation(quantizer.source, target, slices(4, 1))
+        assert abs(real - emulated) < 0.5
+        nodes = {node.name: node for node in onnx.load(target).graph.node}
+        assert nodes[kept].input[1] == f"{kept}_w"
+        fused = [name for name, node in nodes.items() if node.op_type == "FusedConv"]
+        assert fused == ([kept] if kept != "fuse" else [])
+    assert nodes["fuse"].op_type == "Conv"  # what it reads is in fp32
+
+
+def test_cpu_takes_convolutions_in_seven_bits(net: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "int8.onnx"
     Quantizer(net, slices(4), "cpu").write(target, METADATA)
     proto = onnx.load(target)
     made, values = producers(proto), constants(proto)
     nodes = {node.name: node for node in proto.graph.node}
-    for name in ("stem", "point", "fuse", "classify"):
+    for name in ("stem", "depth", "point", "fuse", "classify"):
         read, weight, bias = (made[given] for given in nodes[name].input)
         assert {n.op_type for n in (read, weight, bias)} == {"DequantizeLinear"}
         assert values[read.input[2]].dtype == np.uint8
@@ -144,12 +174,11 @@ def test_cpu_takes_dense_convolutions_in_seven_bits(net: Path, tmp_path: Path) -
         assert np.abs(stored.astype(int)).max() == 64  # 2 * 255 * 64 < 2 ** 15: none saturates
         assert values[weight.input[1]].shape == (len(stored),)  # a scale for each channel
         assert values[bias.input[0]].dtype == np.int32
-    assert nodes["depth"].input[1] == "depth_w"
     assert made[nodes["pool"].input[1]].op_type == "Unsqueeze"
     assert made[nodes["stem"].input[0]].op_type == "DequantizeLinear"
     assert {made[name].op_type for name in ("ratio", "shifted", "unit")} == {"Div", "Sub", "Clip"}
-    # what only reads one of them is the lower end of its range: the other follows `depth`
-    assert Counter(n.op_type for n in proto.graph.node)["Relu"] == 1
+    # what only reads one of them is the lower end of its range
+    assert Counter(n.op_type for n in proto.graph.node)["Relu"] == 0
     assert interface(proto) == interface(onnx.load(net))
     assert [(m.key, json.loads(m.value)) for m in proto.metadata_props] == [("medpsp", METADATA)]
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
