@@ -109,7 +109,7 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
     if logged < due and (told is None or told.began < due):
         state = "waiting" if works else "not run"
     elif told is None or alone:  # a command of its own, which does not say how it ended
-        state, at = "running" if last else "ended", last_said(run, name)
+        state, at = ("running", last_said(run, name)) if last else ("ended", _logged(run, name))
     elif told.state == "running":
         state, at = "running", _last(run.logs / "jobs" / f"{name}.log")
         if not works:
@@ -137,7 +137,11 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
 def last_said(run: RunDir, name: str) -> str:
     """Step of the ranks in training, else the last line of a job's log without its time and level;
     empty where there is none."""
-    return (name == "train" and heartbeat(run)) or _last(run.logs / f"{name}.log").split(" ", 2)[-1]
+    return (name == "train" and heartbeat(run)) or _logged(run, name)
+
+
+def _logged(run: RunDir, name: str) -> str:
+    return _last(run.logs / f"{name}.log").split(" ", 2)[-1]
 
 
 def _last(log: Path) -> str:

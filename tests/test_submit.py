@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -168,6 +169,9 @@ def test_status_and_logs_of_a_run_on_this_machine(made: Config, tmp_path: Path):
     (run.logs / "train.log").write_text("2026-11-27 09:00:00,000 the last line\n")
     old = time.time() - 3600
     os.utime(run.logs / "train.log", (old, old))
+    (run.logs / "ranks").mkdir()
+    note = {"time": time.time(), "step": 3, "phase": "step"}  # of before the end
+    (run.logs / "ranks" / "heartbeat-0.json").write_text(json.dumps(note))
     (row,) = [row for row in status_of(run) if row.name == "train"]  # a command of its own
     assert (row.state, row.at) == ("ended", "the last line")
 
