@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medpsp.errors import ConfigError, LaunchError
+from launch.guards import at_work_of, refuse_beside_jobs, refuse_other_training, require_idle
+from medpsp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.chain import Submitted
     from launch.localstate import Row
     from launch.plan import JobSpec
     from launch.profile import Profile
@@ -61,7 +61,12 @@ def run(
         plan = starting_at(plan_jobs(planned), start or "shards")
         typer.echo(describe(plan, RunDir(planned.out).config))
         return
-    resolved, folder = open_run(config, changes, refuse=refuse_beside_jobs, trains=trains(start))
+
+    def refuse(planned: Config) -> None:
+        refuse_beside_jobs(planned)
+        refuse_other_training(start, planned)
+
+    resolved, folder = open_run(config, changes, refuse=refuse, trains=trains(start))
     from launch.local import submit_plan
     from launch.status import places
 
@@ -91,7 +96,8 @@ def _run_on(
         typer.echo(describe_scripts(plan, profile, RunDir(planned.out)))
         return
     require_idle(RunDir(planned.out))
-    resolved, folder = open_run(config, changes, trains=trains(start))
+    guard = partial(refuse_other_training, start)
+    resolved, folder = open_run(config, changes, refuse=guard, trains=trains(start))
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
     if wait and plan:
@@ -132,56 +138,6 @@ def runs_of(folder: RunDir) -> list[RunDir]:
     found = [run for run in below if run.chain.exists() or run.planned.exists()]
     own = folder.chain.exists() or folder.planned.exists() or not found
     return [*([folder] if own else []), *found]
-
-
-def require_idle(folder: RunDir) -> None:
-    """Two chains must not write into one run.
-
-    Raises:
-        ConfigError: A job that was submitted before has not ended.
-        LaunchError: No SLURM answers.
-    """
-    if not folder.chain.exists():
-        return
-    if left := _at_work([folder]):
-        names = ", ".join(job.name for job in left)
-        cancel = f"medpsp cancel {quote(str(folder.root))}"
-        raise ConfigError(f"{folder.root}: {names} still waits or runs; `{cancel}` first")
-
-
-def refuse_beside_jobs(config: Config) -> None:
-    """For `open_run`: a command on this machine must not write where jobs of a cluster do.
-
-    Raises:
-        ConfigError: As `require_idle`.
-    """
-    from launch.chain import chain_of
-    from launch.rundir import REASONS, RunDir
-
-    folder = RunDir(config.out)
-    if REASONS in os.environ or os.environ.get("RANK", "0") != "0":  # who started it has looked
-        return
-    try:
-        own = {os.environ.get(f"SLURM_{name}JOB_ID", "") for name in ("", "ARRAY_")}
-        chain = chain_of(folder)
-        if not (chain and own & {job.id for job in chain.jobs}):
-            require_idle(folder)
-    except LaunchError as error:
-        log.warning("jobs that were submitted before may be at work in %s: %s", config.out, error)
-
-
-def _at_work(runs: list[RunDir]) -> list[Submitted]:
-    """Jobs of runs that wait or run."""
-    from launch.chain import read_chain
-    from launch.slurmstate import job_states, require_cluster
-
-    jobs: dict[str, Submitted] = {}
-    for run in runs:
-        chain = read_chain(run)
-        require_cluster(chain.slurm, run.root)
-        jobs |= {job.id: job for job in chain.jobs}
-    states = job_states(jobs)
-    return [job for job in jobs.values() if not states[job.id].ended]
 
 
 def wanted(
@@ -248,14 +204,18 @@ def status(
         typer.echo(line)
 
 
-def logs(out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")]) -> None:
+def logs(
+    out: RunArg, job: Annotated[str, typer.Argument(help="As `status` names it.")] = ""
+) -> None:
     """Print the logs of a job."""
     from launch.rundir import RunDir
-    from launch.status import log_files
+    from launch.status import log_texts
 
-    for path in log_files(RunDir(out), job):
-        typer.echo(f"== {path}")
-        typer.echo(path.read_text(encoding="utf-8", errors="replace").rstrip())
+    found = list(log_texts(RunDir(out), job))
+    for path, text in found:
+        typer.echo(f"== {path}\n{text}")
+    if not found:
+        typer.echo(f"{job}: nothing yet")
 
 
 def cancel(out: RunArg) -> None:
@@ -264,7 +224,7 @@ def cancel(out: RunArg) -> None:
     from launch.slurmstate import cancel_jobs
 
     runs = [run for run in runs_of(RunDir(out)) if run.chain.exists()]
-    left = _at_work(runs or [RunDir(out)])
+    left = at_work_of(runs or [RunDir(out)])
     cancel_jobs(job.id for job in left)
     typer.echo(f"cancelled: {', '.join(job.name for job in left) or 'nothing was left'}")
 

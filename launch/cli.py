@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch import chaincli, ondevice, sweepcli
-from launch.chaincli import ConfigArg, Overrides, refuse_beside_jobs
+from launch.chaincli import ConfigArg, Overrides
 from launch.clihelp import InOrder, Settable, begin
 from launch.cluster import sleep_at_barriers
 from launch.configcli import config_app, key_app
 from launch.doctor.command import doctor
+from launch.guards import refuse_beside_jobs
 from launch.new.command import new
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError

@@ -25,7 +25,8 @@ def _doubt(result: dict[str, Any]) -> None:
             inside = "" if dice["low"] is None else f", 95 % from {shown(dice['low'])}"
             log.warning(
                 "evaluate: %s is %s than a mask that ignores the image: pooled Dice %s%s, that "
-                "mask %s; look at the pictures, train longer, or label more patients",
+                "mask %s; look at the pictures; label more patients, or train longer where "
+                "validation was still rising",
                 name,
                 doubt,
                 shown(dice["value"]),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.exportmeta import model_metadata
+from launch.exportmeta import doubts, model_metadata, scores_in
 from launch.exportplace import beside, take_the_place
 from launch.feeds import GraphSlice, graph_input, graph_slices, one_tile_each
 from launch.rundir import SAID, RunDir
@@ -73,6 +73,7 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gat
     given, train = graph_input(config, rows), stage_rows(rows, 1.0)
     metadata, found = model_metadata(config, rows, step, given), Found()
     metadata["weights"] = weights_digest(model)
+    metadata["doubts"] = doubts(config, scores_in(run), metadata["weights"])
     log.info("export: fp32, opset %d, image %s", config.export.opset, given.dtype)
     graph = DeployGraph(model, given, config.export.confidence)
     export_onnx(graph, run.fp32, config.export.opset, {**metadata, "variant": "fp32"})

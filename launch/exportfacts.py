@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from launch.exportmeta import of_these_files, scores_in
 from launch.exportpictures import draw_largest
 from launch.rundir import SAID, RunDir
 from medpsp.config import Config
@@ -136,9 +136,7 @@ def dossier_facts(
         steps=_steps(config, found),
         environment=environment_facts(),
     )
-    scores: Any = (
-        json.loads(run.evaluation.read_text("utf-8")) if run.evaluation.is_file() else None
-    )
+    scores = scores_in(run)
     if of_these_files(scores, config, metadata["weights"]):
         facts["evaluation"] = scores
     elif scores is not None:
@@ -148,21 +146,6 @@ def dossier_facts(
             "Evaluate again."
         )
     return facts
-
-
-def of_these_files(scores: Any, config: Config, weights: str) -> bool:
-    """Whether an ``evaluation.json`` says what the files do on a device."""
-    if not isinstance(scores, dict):
-        return False
-    settings = scores.get("settings") or {}
-    size = settings.get("size") or list(config.train.size)
-    tiling = config.tiling
-    return (
-        scores.get("weights") == weights
-        and (list(size), settings.get("overlap")) == (list(tiling.size), tiling.overlap)
-        and not settings.get("flips")
-        and scores.get("postprocess") is None
-    )
 
 
 def said_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,8 +14,10 @@ from medpsp import __version__
 from medpsp.config import Config
 from medpsp.deploy.inputs import GraphInput
 from medpsp.types import ReadPolicy
+from medpsp.words import many
 
 if TYPE_CHECKING:
+    from launch.rundir import RunDir
     from shards.index import SliceRow
 
 
@@ -69,3 +72,44 @@ def _device_policy(policy: ReadPolicy) -> dict[str, str]:
     tree = asdict(replace(policy, burned_in="blank" if policy.burned_in == "blank" else "keep"))
     del tree["modalities"]
     return tree
+
+
+def scores_in(run: RunDir) -> Any:
+    """What its ``evaluation.json`` says; None where there is none."""
+    return json.loads(run.evaluation.read_text("utf-8")) if run.evaluation.is_file() else None
+
+
+def of_these_files(scores: Any, config: Config, weights: str) -> bool:
+    """Whether an ``evaluation.json`` says what the files do on a device."""
+    if not isinstance(scores, dict):
+        return False
+    settings = scores.get("settings") or {}
+    size = settings.get("size") or list(config.train.size)
+    tiling = config.tiling
+    return (
+        scores.get("weights") == weights
+        and (list(size), settings.get("overlap")) == (list(tiling.size), tiling.overlap)
+        and not settings.get("flips")
+        and scores.get("postprocess") is None
+    )
+
+
+def doubts(config: Config, scores: Any, weights: str) -> dict[str, str]:
+    """Classes that held-out patients show to be no better found than by a mask without a look.
+
+    Args:
+        config: Of the run.
+        scores: Of `scores_in`; none are doubted by those of other files.
+        weights: Digest of those that are exported.
+    """
+    if not of_these_files(scores, config, weights):
+        return {}
+    from launch.scores import doubt_of  # scipy comes with it
+
+    return {
+        name: f"{doubt} than a mask that ignores the image: pooled Dice of "
+        f"{many(scores['patients'], 'held-out patient')} {of['dice_pooled']['value']:.3f}, that "
+        f"mask {of['dice_constant_mask']['value']:.3f}"
+        for name, of in scores["classes"].items()
+        if "dice_constant_mask" in of and (doubt := doubt_of(of))
+    }

@@ -17,7 +17,7 @@ from typing import Any
 from launch.chain import chain_of, planned_here, told_by
 from launch.plan import CHAIN
 from launch.rundir import RANKS_LOCK, RunDir
-from medpsp.errors import LaunchError
+from medpsp.errors import ConfigError, LaunchError
 from medpsp.progress import duration
 from medpsp.words import many
 
@@ -86,8 +86,12 @@ def rows_here(run: RunDir) -> list[Row]:
     """Rows in the order of the chain.
 
     Raises:
+        ConfigError: No such folder.
         LaunchError: No command was begun there.
     """
+    if not run.root.is_dir():
+        what = "a file" if run.root.exists() else "no such folder"
+        raise ConfigError(f"run {run.root}: {what}; give that of a run, `out` of its configuration")
     planned, works = planned_here(run), at_work(run)
     names = [name for name in KNOWN if name in planned or _log(run, name)]
     if not names:

@@ -153,6 +153,7 @@ def require_success(rows: list[Row]) -> None:
 def places(run: RunDir) -> Iterator[str]:
     """A line for each thing of a run that is there to be looked at, or given to a device."""
     for what, path in (
+        ("report", run.root / "shards" / "report.html"),
         ("page", run.page),
         ("evaluation", run.evaluation.with_suffix(".html")),
         ("onnx fp32", run.fp32),
@@ -183,5 +184,21 @@ def log_files(run: RunDir, name: str) -> list[Path]:
         parts = [job.id, *(f"{job.id}_{n}" for n in range(job.parts))] if job else []
         theirs = [path for part in parts for path in sorted(folder.glob(f"{part}/*_log.out"))]
     if name not in known:
-        raise LaunchError(f"logs {name}: no such job; there are {', '.join(known)}")
+        what = f"logs {name}: no such job;" if name else "logs: which job?"
+        raise LaunchError(f"{what} there are {', '.join(known)}")
     return [*sorted(run.logs.glob(f"{name}*.log")), *theirs]
+
+
+def log_texts(run: RunDir, name: str) -> Iterator[tuple[Path, str]]:
+    """Each of `log_files` that says something new, without what those before it said.
+
+    Raises:
+        LaunchError: As `log_files`.
+    """
+    seen: set[str] = set()
+    for path in log_files(run, name):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        fresh = [line for line in lines if line not in seen]
+        seen.update(line.split(" ", 2)[-1] for line in lines)  # without its time
+        if fresh:
+            yield path, "\n".join(fresh)

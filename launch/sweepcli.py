@@ -14,12 +14,11 @@ from launch.chaincli import (
     ConfigArg,
     Overrides,
     follow_runs,
-    refuse_beside_jobs,
-    require_idle,
     runs_of,
     wanted,
     with_index,
 )
+from launch.guards import refuse_beside_jobs, require_idle
 from medpsp.errors import ConfigError, LaunchError, MedpspError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from launch import evaluate
 from launch.evalpage import ranked
 from launch.evalpictures import Pictures
 from launch.evaluate import evaluate_job, score_stack
-from launch.exportfacts import of_these_files
+from launch.exportmeta import doubts, of_these_files
 from launch.rundir import RunDir
 from launch.scores import Case, doubt_of, summarise
 from launch.stacks import grid_of, stacks_of
@@ -443,6 +443,14 @@ def test_scores_belong_to_files_of_the_same_weights_and_settings(trained: Config
     for change in ({"flips": True}, {"overlap": 0.1}, {"size": [9, 9]}):
         other = {**scores, "settings": {**scores["settings"], **change}}
         assert not of_these_files(other, config, digest)
+    first, of = next(iter(scores["classes"].items()))
+    of["dice_pooled"] |= {"value": 0.25, "low": 0.1}
+    of["dice_constant_mask"] |= {"value": 0.5}
+    said = "no better than a mask that ignores the image: pooled Dice of 2 held-out patients 0.250"
+    assert doubts(config, scores, digest)[first] == f"{said}, that mask 0.500"
+    assert doubts(config, scores, "others") == doubts(config, None, digest) == {}
+    of["dice_pooled"] |= {"value": 0.9, "low": 0.8}
+    assert first not in doubts(config, scores, digest)
     model.state_dict()["classify.bias"][0] += 1e-3  # the same memory
     assert not of_these_files(scores, config, weights_digest(model))
 

@@ -300,7 +300,13 @@ def test_a_refused_command_leaves_the_run_as_it_was(prepare: Prepare):
     events = sorted((command.out / "tensorboard").iterdir())
     other = Command(command.config, command.out, (*command.words, "model.psp_channels=24")).run()
     assert other.code == 1
-    assert "model.psp_channels: made with 16, now 24; set it back, or try it beside" in other.line
+    said = "model.psp_channels: made with 16, now 24; set it back, or try it beside"
+    assert said in other.line
+    chain = [sys.executable, "-m", "launch.cli", "run", str(command.config), *command.words]
+    done = subprocess.run(
+        [*chain, "model.psp_channels=24"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, said in done.stderr) == (1, True)
     assert (command.out / "config.yaml").read_bytes() == before
     assert sorted((command.out / "tensorboard").iterdir()) == events
 

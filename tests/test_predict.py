@@ -33,6 +33,7 @@ from medpsp.deploy.export import export_onnx
 from medpsp.deploy.folders import alone
 from medpsp.deploy.graph import DeployGraph
 from medpsp.deploy.inputs import GraphInput, as_planes, window_rows
+from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.predict import Predictor
 from medpsp.deploy.session import class_masks, open_session
 from medpsp.dicom.codes import refusal, told_rows
@@ -86,6 +87,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "lines.onnx"
     export_onnx(DeployGraph(Lines(), GraphInput()), path, 18, METADATA)
     return path
+
+
+def test_a_file_tells_what_held_out_patients_said_against_it(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ModelFile(model).doubts == {}
+    assert caplog.messages == []
+    name = METADATA["classes"][1]
+    doubted = {**METADATA, "doubts": {name: "no better than a mask that ignores the image"}}
+    path = with_metadata(model, tmp_path / "m.onnx", medpsp=json.dumps(doubted))
+    ModelFile(path)
+    told = f"model {path}: {name} was found no better than a mask that ignores the image"
+    assert caplog.messages == [told]
+    wrong = {**METADATA, "doubts": {"nothing": "of it"}}
+    with pytest.raises(ModelFileError, match="its metadata is damaged"):
+        ModelFile(with_metadata(model, tmp_path / "n.onnx", medpsp=json.dumps(wrong)))
 
 
 def with_metadata(model: Path, path: Path, **properties: str) -> Path:

@@ -25,7 +25,7 @@ from launch.chain import (
     unfinished,
     write_chain,
 )
-from launch.chaincli import refuse_beside_jobs, require_idle
+from launch.guards import refuse_beside_jobs, require_idle
 from launch.plan import JobSpec, plan_cluster, starting_at
 from launch.preflight import faults
 from launch.profile import Profile, load_profile, shipped_profiles
@@ -83,6 +83,7 @@ def test_what_is_done_with_this_configuration_is_left_out(tmp_path: Path):
             )
             tell(run, label_of(job.name, part + 1, job.parts), told)
     assert unfinished(plan, chosen, run) == ()
+    assert unfinished(plan, config(export={"allow": {"cpu_drop": "a few steps"}}), run) == ()
     # another rate: the network is trained anew, after a look at the nodes, on the same shards
     other = config(train={"ranks": 4, "weight_decay": 0.1})
     again = unfinished(plan_cluster(other, Profile(parts=2)), other, run)

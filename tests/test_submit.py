@@ -162,7 +162,14 @@ def test_status_and_logs_of_a_run_on_this_machine(made: Config, tmp_path: Path):
     assert f"logs         {out}/logs " in done.stdout
     assert log_files(run, "check") == [run.logs / "check.log", run.logs / "jobs/check.log"]
     done = CliRunner().invoke(app, ["logs", str(out), "check"])
-    assert done.stdout.count("check: every digest, slice and split is as the manifest says") == 2
+    assert done.stdout.count("check: every digest, slice and split is as the manifest says") == 1
+    done = CliRunner().invoke(app, ["logs", str(out), "export"])
+    assert (done.exit_code, done.stdout) == (0, "export: nothing yet\n")
+    with pytest.raises(LaunchError, match="logs: which job\\? there are check, evaluate, export"):
+        log_files(run, "")
+    for path, what in ((run.config, "a file"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(ConfigError, match=f"{path.name}: {what}; give that of a run"):
+            status_of(RunDir(path))
     for name in ("train", "*", "/etc"):
         with pytest.raises(LaunchError, match="no such job; there are check, evaluate, export"):
             log_files(run, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from medpsp.tiles import Tiling
 from medpsp.types import FloatArray, ReadPolicy, Window
 from medpsp.words import ODD
 
+log = logging.getLogger("medpsp")
 MOST = 8192
 """Rows or columns of a tile."""
 PROBE = 32
@@ -62,6 +64,7 @@ class ModelFile:
         classes: Names; the first is the background.
         codes: Coded terms of classes: name to category and type, three texts each.
         modalities: It was trained on.
+        doubts: What held-out patients say against a class; logged as a warning, too.
         window: Fixed for all series, if any.
         axes: Which way columns, rows and slices of the training series run; None without geometry.
         header_window: Each slice by the window of its header.
@@ -97,6 +100,8 @@ class ModelFile:
             ) from None
         if fault := self._misfit():
             raise ModelFileError(f"model {path}: metadata and graph do not fit: {fault}")
+        for name, doubt in self.doubts.items():
+            log.warning("model %s: %s was found %s", path, name, doubt)
 
     def _parse(self, meta: Mapping[str, Any]) -> None:
         self.classes, self.modalities = _names(meta, "classes"), _names(meta, "modalities")
@@ -110,6 +115,9 @@ class ModelFile:
         self.codes: dict[str, dict[str, list[str]]] = dict(meta.get("codes", {}))
         if not all(_is_term(term) for terms in self.codes.values() for term in terms.values()):
             raise ValueError("codes")
+        self.doubts: dict[str, str] = dict(meta.get("doubts", {}))
+        if set(self.doubts) - set(self.classes) or any(map(ODD.search, self.doubts.values())):
+            raise ValueError("doubts")
         window = meta["window"]
         self.window = Window(**window) if window else None
         self.header_window = bool(meta.get("header_window", False))

@@ -1,0 +1,84 @@
+"""What keeps a command out of a run folder that others write in, or that was trained otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from medpsp.errors import ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from launch.chain import Submitted
+    from launch.rundir import RunDir
+    from medpsp.config import Config
+
+log = logging.getLogger("medpsp")
+
+
+def refuse_other_training(start: str, config: Config) -> None:
+    """For `open_run`: a chain that would go on in another way than its run was trained.
+
+    Args:
+        start: Job that it begins at; empty for all.
+        config: Of the chain.
+
+    Raises:
+        CheckpointError: As `launch.train.refuse_other_run`.
+    """
+    from launch.home import trains
+    from launch.train import refuse_other_run
+
+    if trains(start) and (config.shards / "manifest.json").is_file():
+        refuse_other_run(config)
+
+
+def refuse_beside_jobs(config: Config) -> None:
+    """For `open_run`: a command on this machine must not write where jobs of a cluster do.
+
+    Raises:
+        ConfigError: As `require_idle`.
+    """
+    from launch.chain import chain_of
+    from launch.rundir import REASONS, RunDir
+
+    folder = RunDir(config.out)
+    if REASONS in os.environ or os.environ.get("RANK", "0") != "0":  # who started it has looked
+        return
+    try:
+        own = {os.environ.get(f"SLURM_{name}JOB_ID", "") for name in ("", "ARRAY_")}
+        chain = chain_of(folder)
+        if not (chain and own & {job.id for job in chain.jobs}):
+            require_idle(folder)
+    except LaunchError as error:
+        log.warning("jobs that were submitted before may be at work in %s: %s", config.out, error)
+
+
+def require_idle(folder: RunDir) -> None:
+    """Two chains must not write into one run.
+
+    Raises:
+        ConfigError: A job that was submitted before has not ended.
+        LaunchError: No SLURM answers.
+    """
+    if not folder.chain.exists():
+        return
+    if left := at_work_of([folder]):
+        names = ", ".join(job.name for job in left)
+        cancel = f"medpsp cancel {quote(str(folder.root))}"
+        raise ConfigError(f"{folder.root}: {names} still waits or runs; `{cancel}` first")
+
+
+def at_work_of(runs: list[RunDir]) -> list[Submitted]:
+    """Jobs of runs that wait or run."""
+    from launch.chain import read_chain
+    from launch.slurmstate import job_states, require_cluster
+
+    jobs: dict[str, Submitted] = {}
+    for run in runs:
+        chain = read_chain(run)
+        require_cluster(chain.slurm, run.root)
+        jobs |= {job.id: job for job in chain.jobs}
+    states = job_states(jobs)
+    return [job for job in jobs.values() if not states[job.id].ended]
