@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -64,7 +63,8 @@ def run(
 
     def refuse(planned: Config) -> None:
         refuse_beside_jobs(planned)
-        refuse_other_training(start, planned)
+        jobs = wanted(plan_jobs(planned), planned, RunDir(planned.out), start)
+        refuse_other_training([job.name for job in jobs], planned)
 
     resolved, folder = open_run(config, changes, refuse=refuse, trains=trains(start))
     from launch.local import submit_plan
@@ -96,8 +96,7 @@ def _run_on(
         typer.echo(describe_scripts(plan, profile, RunDir(planned.out)))
         return
     require_idle(RunDir(planned.out))
-    guard = partial(refuse_other_training, start)
-    resolved, folder = open_run(config, changes, refuse=guard, trains=trains(start))
+    resolved, folder = open_run(config, changes, trains=trains(start))
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
     if wait and plan:

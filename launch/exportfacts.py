@@ -274,9 +274,10 @@ def _steps(config: Config, found: Found) -> list[str]:
         ranges = (
             "all values" if config.export.percentile == 100 else f"{config.export.percentile} %"
         )
+        but = ", but between ReLUs of others" if name == "cpu" else ""
         steps.append(
             f"{said_of(name)}: static, per channel, convolutions and matrix products with constant "
-            f"weights; depthwise ones stay fp32. Ranges hold {ranges} of "
+            f"weights; depthwise ones stay fp32{but}. Ranges hold {ranges} of "
             f"{config.export.calibration_slices} tiles of training patients at most.{more}"
         )
     return steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -17,20 +18,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("medpsp")
 
 
-def refuse_other_training(start: str, config: Config) -> None:
+def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     """For `open_run`: a chain that would go on in another way than its run was trained.
 
     Args:
-        start: Job that it begins at; empty for all.
+        jobs: Of the chain. With one of shards among them training looks itself: on other shards.
         config: Of the chain.
 
     Raises:
         CheckpointError: As `launch.train.refuse_other_run`.
     """
-    from launch.home import trains
-    from launch.train import refuse_other_run
+    from launch.chain import SHARD_JOBS
 
-    if trains(start) and (config.shards / "manifest.json").is_file():
+    if "train" in jobs and not set(jobs) & set(SHARD_JOBS) - {"preflight"}:
+        from launch.train import refuse_other_run
+
         refuse_other_run(config)
 
 

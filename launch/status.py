@@ -199,6 +199,7 @@ def log_texts(run: RunDir, name: str) -> Iterator[tuple[Path, str]]:
     for path in log_files(run, name):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         fresh = [line for line in lines if line not in seen]
-        seen.update(line.split(" ", 2)[-1] for line in lines)  # without its time
+        if path.parent == run.logs:  # ours; tasks of one job may well say the same
+            seen.update(line.split(" ", 2)[-1] for line in lines)  # without its time
         if fresh:
             yield path, "\n".join(fresh)

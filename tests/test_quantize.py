@@ -35,7 +35,7 @@ from medpsp.deploy.restore import (
     restore,
     saturation,
 )
-from medpsp.deploy.rewrites import fuse_silu
+from medpsp.deploy.rewrites import fuse_silu, keep_float
 from medpsp.deploy.session import Feeds, open_session
 from medpsp.deploy.tensorrtgraph import asymmetric
 from medpsp.errors import ExportError
@@ -126,7 +126,7 @@ def interface(proto: onnx.ModelProto) -> list[tuple[str, int]]:
 
 
 def test_the_pool_is_left_out_and_depthwise_layers_but_between_relus(
-    net: Path, tmp_path: Path
+    net: Path,
 ) -> None:
     dense = ("stem", "point", "fuse", "classify")
     proto = onnx.load(net)
@@ -143,20 +143,74 @@ def test_the_pool_is_left_out_and_depthwise_layers_but_between_relus(
         assert quantizable(other, "cpu") == dense
 
 
-def test_layers_that_stay_in_fp32_keep_their_weights(net: Path, tmp_path: Path) -> None:
+FORK = """
+<ir_version: 8, opset_import: ["": 18]>
+net (float[N,1,H,W] image) => (float[N,8,H,W] logits)
+{
+    [stem] a = Conv <kernel_shape = [1,1]> (image, stem_w)
+    b = Relu (a)
+    [left] c = Conv <kernel_shape = [1,1]> (b, left_w)
+    [right] d = Conv <kernel_shape = [1,1]> (b, right_w)
+    e = Relu (d)
+    [last] f = Conv <kernel_shape = [1,1]> (e, last_w)
+    logits = Add (c, f)
+}
+"""
+
+
+def test_layers_that_stay_in_fp32_keep_their_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ONNX Runtime rounds those of a Conv that reads int8 itself, with a scale for all channels."""
-    target, wide = tmp_path / "int8.onnx", np.geomspace(0.01, 1, 8)[:, None, None, None]
-    make_net(tmp_path / "wide.onnx", fuse_w=np.random.default_rng(1).normal(0, wide, (8, 8, 1, 1)))
-    for kept in ("depth", "point", "fuse"):
-        quantizer = Quantizer(tmp_path / "wide.onnx", slices(4), "cpu")
-        quantizer.write(target, METADATA, [kept])
-        real, emulated = saturation(quantizer.source, target, slices(4, 1))
-        assert abs(real - emulated) < 0.5
-        nodes = {node.name: node for node in onnx.load(target).graph.node}
-        assert nodes[kept].input[1] == f"{kept}_w"
-        fused = [name for name, node in nodes.items() if node.op_type == "FusedConv"]
-        assert fused == ([kept] if kept != "fuse" else [])
-    assert nodes["fuse"].op_type == "Conv"  # what it reads is in fp32
+    proto, rng = onnx.parser.parse_model(FORK), np.random.default_rng(0)
+    weights = {name: rng.normal(0, 0.3, (8, 8)) for name in ("left", "right", "last")}
+    weights["stem"] = rng.normal(0, 1, (8, 1))
+    weights["stem"][0], weights["right"][0, 0] = 1e-4, 50  # a large weight, of next to nothing
+    for name, value in weights.items():
+        weight = value[..., None, None].astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(weight, f"{name}_w"))
+    source, target = tmp_path / "net.onnx", tmp_path / "int8.onnx"
+    onnx.save(proto, source)
+    feeds = [{"image": rng.normal(0, 2, (1, 1, 9, 7)).astype(np.float32)} for _ in range(3)]
+    quantizer = Quantizer(source, feeds, "cpu")
+    quantizer.write(target, METADATA, ["right"])
+    nodes = {node.name: node for node in onnx.load(target).graph.node}
+    assert [name for name, n in nodes.items() if n.op_type == "FusedConv"] == ["right"]
+    assert nodes["right"].input[1] == "right_w"
+    real, emulated = saturation(source, target, feeds)
+    assert abs(real - emulated) < 0.5
+    monkeypatch.setattr("medpsp.deploy.quantize.keep_float", lambda proto: None)
+    quantizer.write(target, METADATA, ["right"])
+    assert saturation(source, target, feeds)[0] < emulated - 6
+
+
+def test_a_depthwise_layer_is_int8_with_those_around_it_alone(net: Path) -> None:
+    quantizer = Quantizer(net, slices(4), "cpu")
+    for taken in (["depth"], ["stem", "depth"], ["depth", "point"], ["stem", "depth", "point"]):
+        nodes = {node.name: node for node in quantizer.graph(taken).graph.node}
+        assert (nodes["depth"].input[1] == "depth_w") == (len(taken) < 3)
+
+
+def test_int8_is_seen_through_what_only_moves_it() -> None:
+    """ONNX Runtime moves DequantizeLinear behind MaxPool, and then rounds what reads that."""
+    for passed, kind in (("MaxPool <kernel_shape = [1,1]>", "FusedConv"), ("Sigmoid", "Conv")):
+        proto = onnx.parser.parse_model(
+            f"""
+            <ir_version: 8, opset_import: ["": 18]>
+            net (uint8[1,2,4,4] x) => (float[1,2,4,4] y)
+            <float scale = {{0.1}}, float[2,2,1,1] w = {{1, 2, 3, 4}}>
+            {{
+                a = DequantizeLinear (x, scale)
+                b = {passed} (a)
+                c = Conv (b, w)
+                y = Relu (c)
+            }}
+            """
+        )
+        keep_float(proto)
+        nodes = proto.graph.node
+        assert [n.op_type for n in nodes][2:] == ([kind] if kind == "FusedConv" else [kind, "Relu"])
+        assert nodes[-1].output[0] == "y"
 
 
 def test_cpu_takes_convolutions_in_seven_bits(net: Path, tmp_path: Path) -> None:
@@ -295,8 +349,13 @@ def test_a_sum_is_int8_where_all_that_it_reads_and_gives_is(tmp_path: Path, kept
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(ran)
         ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
-        adds = Counter(n.op_type for n in onnx.load(ran).graph.node if "Add" in n.op_type)
+        nodes = onnx.load(ran).graph.node
+        adds = Counter(n.op_type for n in nodes if "Add" in n.op_type)
         assert adds == ({"QLinearAdd": 1} if kind == "cpu" and not kept else {"Add": 1})
+        if "QLinearAdd" in adds:
+            (up,) = (n for n in nodes if n.name == "up")
+            (reader,) = (n for n in nodes if up.output[0] in n.input)
+            assert reader.op_type == "QuantizeLinear"  # it is made in fp32
         for optimise in (True, False):
             found = agreement(logits_of(source, feeds), logits_of(target, feeds, optimise))
             assert found.sqnr_db > 30

@@ -236,9 +236,9 @@ def test_who_is_asked_to_end_before_a_late_score_leaves_at_once(
         fit(run, network(config))
 
 
-@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("asked", ["a compiler", "nothing", "else"])
 def test_compilers_that_the_signal_killed_are_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     """A signal to all processes of a job ends those of torch.compile, too (gcc, Triton's)."""
     stopped_at(make_config({"name": "full", "steps": 4}), tmp_path, 2)
@@ -246,12 +246,15 @@ def test_compilers_that_the_signal_killed_are_no_failure(
     run, tries = make_run(config, tmp_path), []
 
     def killed(*_: object) -> None:
-        tries.append(run.stop._heard(signal.SIGTERM, None) if asked else None)
+        tries.append(run.stop._heard(signal.SIGTERM, None) if asked != "nothing" else None)
+        if asked == "else":
+            raise RuntimeError("out of memory, not what was killed")
         raise torch._dynamo.exc.TorchDynamoException("a compiler was killed")
 
     monkeypatch.setattr("medpsp.train.loop.train_step", killed)
-    error = Interrupted if asked else RuntimeError
-    with pytest.raises(error, match="SIGTERM after step 2, which" if asked else "was killed"):
+    compiler = asked == "a compiler"
+    error = Interrupted if compiler else RuntimeError
+    with pytest.raises(error, match="SIGTERM after step 2, which" if compiler else "was killed"):
         fit(run, network(config))
     assert len(tries) == 1
 

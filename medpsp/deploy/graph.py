@@ -50,7 +50,7 @@ class DeployGraph(nn.Module):
         x = (image.to(torch.float32)[:, :, None] - low) / width.abs()
         if self.sigmoid:
             x = torch.where(kind > 0, 0.5 + 0.5 * torch.tanh(2 * x), x)
-        if image.is_floating_point():
+        if image.is_floating_point() or window is not None:  # either may hold NaN
             x = torch.where(x > 0, x, torch.zeros_like(x))  # NaN is not above 0
         x = x.clamp(0, 1)
         x = torch.where(width < 0, 1 - x, x) if window is not None else x

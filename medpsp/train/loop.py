@@ -159,9 +159,7 @@ def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> N
         try:
             loss, norm = train_step(run, engine, progress, batch, step)
         except RuntimeError as error:
-            # the signal that asks us to end kills the compilers that torch has started, if it goes
-            # to all processes of a job
-            if train.compile and run.stop.code:
+            if train.compile and run.stop.killed_compilers(error):
                 raise interrupted(run.stop.code, progress.state.step) from error
             raise
         step += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import FrameType
 
@@ -57,6 +58,14 @@ class StopRequest:
             return OUT_OF_TIME
         return self._signal
 
+    def killed_compilers(self, error: RuntimeError) -> bool:
+        """Whether an error is that of compilers which torch had started, and which the signal that
+        asks this rank to end ended, too: it goes to all processes of a job."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        broken = isinstance(error, (TorchDynamoException, BrokenProcessPool))
+        return broken and self.code not in (0, OUT_OF_TIME)
+
 
 def asking(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Those of some signals that ask to end: all but SIGHUP where nohup lets it be ignored."""
@@ -67,6 +76,10 @@ def asking(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
 def interrupted(code: int, step: int) -> Interrupted:
     """The error that ends a run which was asked to stop and has saved."""
     why = "the end of its time" if code == OUT_OF_TIME else signal.Signals(code).name
+    if step == 0:
+        return Interrupted(
+            f"train: stopped by {why} in its first step; the same command begins again"
+        )
     return Interrupted(
         f"train: stopped by {why} after step {step}, which is saved; the same command goes on there"
     )
