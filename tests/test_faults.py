@@ -302,9 +302,12 @@ def test_a_refused_command_leaves_the_run_as_it_was(prepare: Prepare):
     assert other.code == 1
     said = "model.psp_channels: made with 16, now 24; set it back, or try it beside"
     assert said in other.line
-    chain = [sys.executable, "-m", "launch.cli", "run", str(command.config), *command.words]
+    words = [str(command.config), *command.words, "model.psp_channels=24", "--from", "train"]
     done = subprocess.run(
-        [*chain, "model.psp_channels=24"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "launch.cli", "run", *words],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, said in done.stderr) == (1, True)
     assert (command.out / "config.yaml").read_bytes() == before
