@@ -302,7 +302,8 @@ def test_a_refused_command_leaves_the_run_as_it_was(prepare: Prepare):
     assert other.code == 1
     said = "model.psp_channels: made with 16, now 24; set it back, or try it beside"
     assert said in other.line
-    words = [str(command.config), *command.words, "model.psp_channels=24", "--from", "train"]
+    place = f"out={command.out}"
+    words = [str(command.config), place, *command.words, "model.psp_channels=24", "--from", "train"]
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "run", *words],
         capture_output=True,
