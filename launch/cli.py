@@ -18,7 +18,7 @@ from launch.clihelp import InOrder, Settable, begin
 from launch.cluster import sleep_at_barriers
 from launch.configcli import config_app, key_app
 from launch.doctor.command import doctor
-from launch.guards import refuse_beside_jobs
+from launch.guards import refuse_beside_jobs, refuse_other_training
 from launch.new.command import new
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
@@ -105,12 +105,10 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
         from launch.jobs import JOBS, PAGED, run_by_hand, setup_logging
         from launch.ranks import log_job
         from launch.rundir import open_run
-        from launch.train import refuse_other_run
 
         def refuse(config: Config) -> None:
             refuse_beside_jobs(config)
-            if name == "train":
-                refuse_other_run(config)
+            refuse_other_training([name], config)
 
         setup_logging()
         changes = tuple(overrides or ())

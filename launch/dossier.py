@@ -44,12 +44,6 @@ MODEL = {
     "tool": "made by",
 }
 """Keys of the metadata that are shown, in this order, and their names."""
-LACKING = {
-    "Scores": tag(
-        "p", "not measured: run ", tag("code", "medpsp evaluate"), ", then export again",
-        css="quiet",
-    )
-}  # fmt: skip
 
 
 def write_dossier(folder: Path, facts: Facts) -> None:
@@ -90,7 +84,7 @@ def dossier_page(facts: Facts) -> str:
     lead = "What the model files are, what was measured of them, and on what."
     header = tag("header", tag("h1", "Dossier"), tag("p", lead, css="lead"), tag("nav", *links))
     sections = (
-        section(f"part-{n}", title, *(content or (LACKING.get(title, NOT_MEASURED),)))
+        section(f"part-{n}", title, *(content or (NOT_MEASURED,)))
         for n, (title, content) in numbered
     )
     return page("Dossier", (header, gates_section(facts), *sections))
@@ -148,7 +142,8 @@ def _words(value: Any) -> str:
 def _scores(facts: Facts) -> list[Html]:
     given = facts.get("evaluation")
     if given is None:
-        return []
+        command = tag("code", "medpsp evaluate")
+        return [tag("p", "not measured: run ", command, ", then export again", css="quiet")]
     split = "test" if given["split"] == "test" else "validation"
     text = (
         given["patients"], f" held-out patients ({split}), ", given["slices"],

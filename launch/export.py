@@ -56,7 +56,7 @@ def export_job(config: Config) -> None:
         gone = take_the_place(run, target)
     if refused:
         raise ExportError(refusal(config, refused, gone))
-    log.info("dossier: %s", target.export / "dossier.html")
+    log.info("dossier: %s", target.export_report.with_suffix(".html"))
 
 
 def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gate]:

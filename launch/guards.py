@@ -19,18 +19,18 @@ log = logging.getLogger("medpsp")
 
 
 def refuse_other_training(jobs: Collection[str], config: Config) -> None:
-    """For `open_run`: a chain that would go on in another way than its run was trained.
+    """For `open_run`: jobs that would go on in another way than their run was trained.
 
     Args:
-        jobs: Of the chain. With one of shards among them training looks itself: on other shards.
-        config: Of the chain.
+        jobs: To be run here. With one of shards among them training looks itself: on other shards.
+        config: Of them.
 
     Raises:
         CheckpointError: As `launch.train.refuse_other_run`.
     """
     from launch.chain import SHARD_JOBS
 
-    if "train" in jobs and not set(jobs) & set(SHARD_JOBS) - {"preflight"}:
+    if "train" in jobs and set(jobs).isdisjoint(SHARD_JOBS):
         from launch.train import refuse_other_run
 
         refuse_other_run(config)

@@ -152,8 +152,10 @@ def require_success(rows: list[Row]) -> None:
 
 def places(run: RunDir) -> Iterator[str]:
     """A line for each thing of a run that is there to be looked at, or given to a device."""
+    from shards.index import REPORT
+
     for what, path in (
-        ("report", run.root / "shards" / "report.html"),
+        ("report", run.root / "shards" / REPORT),
         ("page", run.page),
         ("evaluation", run.evaluation.with_suffix(".html")),
         ("onnx fp32", run.fp32),

@@ -132,12 +132,11 @@ def test_the_pool_is_left_out_and_depthwise_layers_but_between_relus(
     proto = onnx.load(net)
     assert quantizable(proto, "trt") == dense
     assert quantizable(proto, "cpu") == ("stem", "depth", *dense[1:])
-    shown = onnx.ValueInfoProto(name="depth_on")
     for change in ("stem_on", "depth_on", "another reader"):
         other = onnx.load(net)
         nodes = {node.output[0]: node for node in other.graph.node}
         if change == "another reader":
-            nodes["sum"].input[1] = shown.name
+            nodes["sum"].input[1] = "depth_on"
         else:
             nodes[change].op_type = "HardSwish"
         assert quantizable(other, "cpu") == dense

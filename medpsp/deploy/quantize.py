@@ -86,7 +86,8 @@ class Quantizer:
         """
         copy = onnx.ModelProto()
         copy.CopyFrom(self._proto)
-        nodes = {name for name in nodes if self._around.get(name, frozenset()) <= set(nodes)}
+        given = set(nodes)
+        nodes = {name for name in given if self._around.get(name, frozenset()) <= given}
         if not nodes:  # an empty list would mean every node to onnxruntime
             return copy
         taken = self._taken(nodes)

@@ -25,8 +25,7 @@ def turn_gelu(proto: onnx.ModelProto) -> None:
     scalars = (t for t in proto.graph.initializer if not t.dims)
     halves = {t.name for t in scalars if numpy_helper.to_array(t) == 0.5}
     made = {name: node for node in nodes for name in node.output}
-    readers = Counter(name for node in nodes for name in node.input)
-    readers.update(output.name for output in proto.graph.output)
+    readers = _readers(proto)
 
     def kind(name: str) -> str:
         return made[name].op_type if name in made else ""
@@ -54,8 +53,7 @@ def fuse_silu(proto: onnx.ModelProto) -> None:
     a quarter of the memory, and the values are the same.
     """
     nodes = proto.graph.node
-    readers = Counter(name for node in nodes for name in node.input)
-    readers.update(output.name for output in proto.graph.output)
+    readers = _readers(proto)
     gates = {n.output[0]: n for n in nodes if n.op_type == "Sigmoid" and readers[n.output[0]] == 1}
     for node in list(nodes):
         gate = next((gates[name] for name in node.input if name in gates), None)
@@ -66,8 +64,7 @@ def fuse_silu(proto: onnx.ModelProto) -> None:
                 )
             )
             nodes.remove(gate)
-    if ORT_DOMAIN not in {opset.domain for opset in proto.opset_import}:
-        proto.opset_import.append(helper.make_opsetid(ORT_DOMAIN, 1))
+    _import_ort(proto)
 
 
 def keep_float(proto: onnx.ModelProto) -> None:
@@ -80,8 +77,7 @@ def keep_float(proto: onnx.ModelProto) -> None:
     """
     nodes = proto.graph.node
     made = {name: node for node in nodes for name in node.output}
-    reads = Counter(name for node in nodes for name in node.input)
-    reads.update(output.name for output in proto.graph.output)
+    readers = _readers(proto)
     relus = {node.input[0]: node for node in nodes if node.op_type == "Relu"}
     weights = {tensor.name for tensor in proto.graph.initializer}
 
@@ -95,12 +91,11 @@ def keep_float(proto: onnx.ModelProto) -> None:
             continue
         node.op_type, node.domain = "FusedConv", ORT_DOMAIN
         relu = relus.get(node.output[0])
-        if relu and reads[node.output[0]] == 1:
+        if relu and readers[node.output[0]] == 1:
             node.attribute.append(helper.make_attribute("activation", "Relu"))
             node.output[0] = relu.output[0]
             nodes.remove(relu)
-    if ORT_DOMAIN not in {opset.domain for opset in proto.opset_import}:
-        proto.opset_import.append(helper.make_opsetid(ORT_DOMAIN, 1))
+    _import_ort(proto)
 
 
 def quantize_sums(proto: onnx.ModelProto) -> None:
@@ -109,15 +104,14 @@ def quantize_sums(proto: onnx.ModelProto) -> None:
     One that is larger by the last bit, in fact: of a Resize between equal scales earlier versions
     make one of uint8.
 
-
     All that the sum reads and gives is int8 then, and ONNX Runtime adds in int8; in the decoders of
     MobileNetV3 the sums in fp32 took a tenth of the time. It costs 0.3 dB. Resize itself stays in
     fp32: with uint8 ONNX Runtime takes four times as long for it.
     """
     nodes, none = list(proto.graph.node), onnx.NodeProto()
     made = {name: node for node in nodes for name in node.output}
-    reads = Counter(name for node in nodes for name in node.input)
-    reader = {name: node for node in nodes for name in node.input if reads[name] == 1}
+    readers = _readers(proto)
+    reader = {name: node for node in nodes for name in node.input if readers[name] == 1}
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer if not t.dims}
     for place, node in reversed(list(enumerate(nodes))):
         if node.op_type != "Resize":
@@ -140,3 +134,15 @@ def quantize_sums(proto: onnx.ModelProto) -> None:
                 kind, [given, scale, *source.input[2:]], [gives], f"{name}_{kind}"
             )
             proto.graph.node.insert(place + back, new)
+
+
+def _readers(proto: onnx.ModelProto) -> Counter[str]:
+    """How many nodes read each tensor; who runs the graph reads its outputs."""
+    counts = Counter(name for node in proto.graph.node for name in node.input)
+    counts.update(output.name for output in proto.graph.output)
+    return counts
+
+
+def _import_ort(proto: onnx.ModelProto) -> None:
+    if ORT_DOMAIN not in {opset.domain for opset in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(ORT_DOMAIN, 1))
