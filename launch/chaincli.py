@@ -63,8 +63,7 @@ def run(
 
     def refuse(planned: Config) -> None:
         refuse_beside_jobs(planned)
-        jobs = wanted(plan_jobs(planned), planned, RunDir(planned.out), start)
-        refuse_other_training([job.name for job in jobs], planned)
+        _refuse_other(plan_jobs(planned), planned, start)
 
     resolved, folder = open_run(config, changes, refuse=refuse, trains=trains(start))
     from launch.local import submit_plan
@@ -96,11 +95,22 @@ def _run_on(
         typer.echo(describe_scripts(plan, profile, RunDir(planned.out)))
         return
     require_idle(RunDir(planned.out))
-    resolved, folder = open_run(config, changes, trains=trains(start))
+
+    def refuse(planned: Config) -> None:
+        _refuse_other(plan_cluster(planned, profile), planned, start)
+
+    resolved, folder = open_run(config, changes, refuse=refuse, trains=trains(start))
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
     if wait and plan:
         follow_runs([folder])
+
+
+def _refuse_other(plan: tuple[JobSpec, ...], planned: Config, start: str) -> None:
+    from launch.rundir import RunDir
+
+    jobs = wanted(plan, planned, RunDir(planned.out), start)
+    refuse_other_training([job.name for job in jobs], planned)
 
 
 def _submit(plan: tuple[JobSpec, ...], profile: Profile, cluster: str, folder: RunDir) -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,8 @@ def shards(
     ] = "1/1",
 ) -> None:
     """Turn the archive into Zarr shards."""
-    from launch.jobs import convert_job, plan_job, publish_job, setup_logging, shards_job
+    from launch.byhand import run_by_hand
+    from launch.jobs import convert_job, setup_logging
     from launch.rundir import open_run
 
     setup_logging()
@@ -77,7 +79,7 @@ def shards(
     if converts:
         convert_job(resolved, which, parts)
     else:
-        {None: shards_job, Step.plan: plan_job, Step.publish: publish_job}[step](resolved)
+        run_by_hand(step or "shards", resolved)
 
 
 @app.command(cls=Settable)
@@ -88,6 +90,7 @@ def check(
     quick: Annotated[bool, typer.Option("--quick", help="Leave the slices unread.")] = False,
 ) -> None:
     """Verify every byte of the shards."""
+    from launch.byhand import run_by_hand
     from launch.jobs import check_job, setup_logging
     from launch.rundir import open_run
 
@@ -96,13 +99,18 @@ def check(
         config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False
     )
     run.log_to("check")
-    check_job(resolved, repair=repair, quick=quick)
+    work = partial(check_job, resolved, repair=repair, quick=quick)
+    if quick:  # less than the job of the chain
+        work()
+    else:
+        run_by_hand("check", resolved, work)
 
 
 def _job(name: str) -> Callable[[str, list[str] | None], None]:
     def command(config: ConfigArg, overrides: Overrides = None) -> None:
+        from launch.byhand import run_by_hand
         from launch.home import trains
-        from launch.jobs import JOBS, PAGED, run_by_hand, setup_logging
+        from launch.jobs import setup_logging
         from launch.ranks import log_job
         from launch.rundir import open_run
 
@@ -114,10 +122,7 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
         changes = tuple(overrides or ())
         resolved, run = open_run(config, changes, refuse=refuse, trains=trains(name))
         log_job(run, name)
-        if name in PAGED and name != "train":  # which has ranks
-            run_by_hand(name, resolved)
-        else:
-            JOBS[name](resolved)
+        run_by_hand(name, resolved)
 
     return command
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.rundir import SAID
 from launch.runfacts import Lack, config_of, dossier_of, evaluation_of
@@ -25,6 +27,8 @@ COLUMNS = (
     "int8 Dice",
     "int8 MiB",
 )
+NAMES, FOLDS, WIDE = 2, 3, 1000
+"""Columns of names, lines that one may take in a table, and more columns than a table has."""
 Mean = Literal["dice", "hd95_mm", "nsd"]
 MEANS: tuple[Mean, ...] = ("dice", "hd95_mm", "nsd")
 """Over the classes."""
@@ -98,11 +102,25 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def show_comparison(rows: Sequence[tuple[str, ...]], console: Console) -> None:
+    """The table, or, where its figures leave too little for names, each run as lines of its own."""
+    table = comparison_table(rows)
+    names = sum(max(len(row[place]) for row in rows) for place in range(NAMES))
+    whole = console.measure(table, options=console.options.update(width=WIDE)).minimum
+    if FOLDS * (console.width - (whole - names)) >= names:
+        console.print(table)
+        return
+    for name, *values in rows:
+        console.print(Text(name, style="bold"))
+        for column, value in zip(COLUMNS[1:], values, strict=True):
+            console.print(Text(f"  {column:10} {value}"))
+
+
 def comparison_table(rows: Iterable[tuple[str, ...]]) -> Table:
-    """For the terminal; in a narrow one long names take several lines, and figures stay whole."""
+    """In a narrow terminal long names take several lines, and figures stay whole."""
     table = Table(pad_edge=False)
     for place, name in enumerate(COLUMNS):
-        if place < 2:
+        if place < NAMES:
             table.add_column(name, overflow="fold")
         else:
             table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)

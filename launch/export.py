@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from medpsp.deploy.folders import nothing_left
 from medpsp.deploy.inputs import GraphInput
 from medpsp.errors import ExportError
 from medpsp.exportconfig import REASON
+from medpsp.progress import Bar
 from medpsp.words import many
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gat
     from medpsp.deploy.export import export_onnx
     from medpsp.deploy.gates import refused_by
     from medpsp.deploy.graph import DeployGraph
-    from medpsp.deploy.verify import Example, check_parity
+    from medpsp.deploy.verify import SHAPES, Example, check_parity
     from shards.dataset import stage_rows
 
     given, train = graph_input(config, rows), stage_rows(rows, 1.0)
@@ -79,7 +80,9 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gat
     export_onnx(graph, run.fp32, config.export.opset, {**metadata, "variant": "fp32"})
     shown = graph_slices(config, rows, spread(train, EXAMPLES), given)
     examples = [Example(one.image, one.window) for one in shown]
-    found.parity = check_parity(graph, run.fp32, given, examples, config.export.parity_tolerance)
+    limit = config.export.parity_tolerance
+    with Bar("parity", len(SHAPES), "shapes") as bar:
+        found.parity = check_parity(graph, run.fp32, given, examples, limit, bar.advance)
     worst = max(row.max_abs_diff for row in found.parity)
     log.info("export: largest logit difference %.1e over %d shapes", worst, len(found.parity))
     _write_variants(config, run, rows, (given, metadata, found))
@@ -211,8 +214,16 @@ def _score(
     sessions = {n: open_session(p, 0, optimise=n != "trt") for n, p in files.items()}
     slices, cases = graph_slices(config, rows, chosen, given), [row.series for row in chosen]
     classes = len(config.data.classes)
-    found.scores |= scores(sessions, slices, given, classes, config.tiling, cases)
+    with Bar("compare", len(chosen), "slices") as bar:
+        counted = _counted(slices, bar)
+        found.scores |= scores(sessions, counted, given, classes, config.tiling, cases)
     found.chosen = chosen
+
+
+def _counted(slices: Iterable[GraphSlice], bar: Bar) -> Iterator[GraphSlice]:
+    for one in slices:
+        yield one
+        bar.advance()
 
 
 def feeds(one: GraphSlice) -> Feeds:

@@ -22,7 +22,7 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     """For `open_run`: jobs that would go on in another way than their run was trained.
 
     Args:
-        jobs: To be run here. With one of shards among them training looks itself: on other shards.
+        jobs: To be run. With one of shards among them training looks itself: on other shards.
         config: Of them.
 
     Raises:

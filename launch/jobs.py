@@ -72,41 +72,14 @@ def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) ->
         if reason and code != EXIT_AGAIN:
             marker.write_text(reason + "\n", encoding="utf-8")
         if leads and name in PAGED and code != EXIT_AGAIN:
-            from launch.runpage import write_run_page
-
-            log.info("page: %s", write_run_page(run.root))
+            write_page(run)
     return code, reason
 
 
-def run_by_hand(name: str, config: Config) -> None:
-    """A job by its own command: told, and on the page of the run, as one of the chain is.
-
-    One that fails is told where the run has a page, which would say something else.
-
-    Args:
-        name: Of a job that is one process.
-        config: Of an open run.
-    """
-    run = RunDir(config.out)
-    told, marker = Told.begun(os.environ, depends_on(config, name)), run.logs / f"{name}.failed"
-    try:
-        JOBS[name](config)
-    except (MedpspError, OSError, RuntimeError, MemoryError) as error:
-        reason = diagnosis(error) or one_line(error)
-        with suppress(OSError):  # the disk may be what is wrong
-            if run.page.is_file():
-                marker.write_text(reason + "\n", encoding="utf-8")
-                code = EXIT_CONFIG if isinstance(error, ConfigError) else 1
-                _end_by_hand(run, name, told.ended_with(code, reason))
-        raise
-    marker.unlink(missing_ok=True)
-    _end_by_hand(run, name, told.ended_with(0, ""))
-
-
-def _end_by_hand(run: RunDir, name: str, told: Told) -> None:
+def write_page(run: RunDir) -> None:
+    """The page of the run anew, and say where it is."""
     from launch.runpage import write_run_page
 
-    tell(run, name, told)
     log.info("page: %s", write_run_page(run.root))
 
 

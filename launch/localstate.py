@@ -11,7 +11,6 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launch.chain import chain_of, planned_here, told_by
@@ -115,7 +114,7 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
     elif told is None or alone:  # a command of its own, which does not say how it ended
         state, at = ("running", last_said(run, name)) if last else ("ended", _logged(run, name))
     elif told.state == "running":
-        state, at = "running", _last(run.logs / "jobs" / f"{name}.log")
+        state, at = "running", _logged(run, name) if logged >= told.began else ""
         if not works:
             state, note = "interrupted", "it was ended; the same command goes on"
     else:
@@ -145,14 +144,10 @@ def last_said(run: RunDir, name: str) -> str:
 
 
 def _logged(run: RunDir, name: str) -> str:
-    return _last(run.logs / f"{name}.log").split(" ", 2)[-1]
-
-
-def _last(log: Path) -> str:
-    """The last line, which has progress and the time that is left."""
+    """The last line of its log, which has progress and the time that is left."""
     with suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return lines[-1] if lines else ""
+        text = (run.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        return next(reversed(text.splitlines()), "").split(" ", 2)[-1]
     return ""
 
 

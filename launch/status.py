@@ -16,7 +16,7 @@ from launch.chain import Submitted, Told, label_of, read_chain, told_by
 from launch.localstate import Row, is_local, last_said, rows_here
 from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
-from medpsp.errors import LaunchError
+from medpsp.errors import ConfigError, LaunchError
 
 SILENT_S = 600.0
 """A controller that is started again takes less."""
@@ -173,7 +173,7 @@ def log_files(run: RunDir, name: str) -> list[Path]:
     """Logs of a job: ours, and what it printed, which SLURM or `medpsp run` kept.
 
     Raises:
-        LaunchError: No such job.
+        ConfigError: No such job.
     """
     folder = run.logs / "jobs"
     if is_local(run):
@@ -187,7 +187,7 @@ def log_files(run: RunDir, name: str) -> list[Path]:
         theirs = [path for part in parts for path in sorted(folder.glob(f"{part}/*_log.out"))]
     if name not in known:
         what = f"logs {name}: no such job;" if name else "logs: which job?"
-        raise LaunchError(f"{what} there are {', '.join(known)}")
+        raise ConfigError(f"{what} there are {', '.join(known)}")
     return [*sorted(run.logs.glob(f"{name}*.log")), *theirs]
 
 
@@ -195,7 +195,7 @@ def log_texts(run: RunDir, name: str) -> Iterator[tuple[Path, str]]:
     """Each of `log_files` that says something new, without what those before it said.
 
     Raises:
-        LaunchError: As `log_files`.
+        ConfigError: As `log_files`.
     """
     seen: set[str] = set()
     for path in log_files(run, name):

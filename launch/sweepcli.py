@@ -41,7 +41,7 @@ def sweep(
     """Train one configuration with several values, and compare. On the same shards."""
     from rich.console import Console
 
-    from launch.compare import compare, comparison_table
+    from launch.compare import compare, show_comparison
     from launch.jobs import setup_logging
     from launch.profile import load_profile
     from launch.rundir import RunDir, find_config, open_run
@@ -66,7 +66,7 @@ def sweep(
     else:
         failed = _sweep_here(base, folder, opened)
         write_table(folder.root)
-    Console().print(comparison_table(compare([run.root for _, run in opened])))
+    show_comparison(compare([run.root for _, run in opened]), Console())
     if failed:
         raise failed[0]
 
@@ -134,12 +134,12 @@ def compare(
     from rich.console import Console
 
     from launch.compare import compare as rows_of
-    from launch.compare import comparison_table
+    from launch.compare import show_comparison
     from launch.runfacts import require_begun
 
     for root in runs:
         require_begun(root)
-    Console().print(comparison_table(rows_of(runs)))
+    show_comparison(rows_of(runs), Console())
     if html:
         from launch.comparepage import write_comparison
 

@@ -230,4 +230,5 @@ def _run_of(
         examples=example_batch(root, clean, config, EXAMPLES) if clean else None,
         batches=batches,
         val_batches=lambda: whole_slices(root, val, world, config),
+        val_slices=len(val[world.rank :: world.size]),
     )

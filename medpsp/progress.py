@@ -61,16 +61,20 @@ class Bar:
         total: How many; 0 where unknown.
         unit: Name of one, plural, for example ``steps``.
         show: False on all ranks but 0.
+        inner: Within another bar: lines only, and none where it takes less than one.
     """
 
-    def __init__(self, label: str, total: int, unit: str, *, show: bool = True) -> None:
+    def __init__(
+        self, label: str, total: int, unit: str, *, show: bool = True, inner: bool = False
+    ) -> None:
         self.label, self.total, self.unit, self.show = label, total, unit, show
         self.done = self.start = 0
         self.began = self.last_line = time.monotonic()
         self.note = ""
         self._said = -1
+        self._inner = inner
         self._rich: Progress | None = None
-        if show and sys.stderr.isatty():
+        if show and not inner and sys.stderr.isatty():
             self._rich = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -96,7 +100,7 @@ class Bar:
         if self._rich:
             with suppress(OSError):  # the terminal may be closed
                 self._rich.stop()
-        if self.show and kind is None and self._said != self.done:
+        if self.show and kind is None and self._said != self.done and not self._inner:
             self._line()
 
     def resume_at(self, done: int) -> None:

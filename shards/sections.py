@@ -132,7 +132,7 @@ def splits_section(columns: Columns) -> Html:
         (split, *size, percent(size.labelled / size.slices if size.slices else float("nan")))
         for split, size in sizes.items()
     ]
-    head = ("split", "patients", "series", "slices", "labelled slices", "share")
+    head = ("split", "patients", "series", "slices", "labelled slices", "of its slices")
     text = "A patient is in one split only, by a keyed hash or by the split lists."
     return section(
         "splits",

@@ -304,13 +304,14 @@ def test_a_refused_command_leaves_the_run_as_it_was(prepare: Prepare):
     assert said in other.line
     place = f"out={command.out}"
     words = [str(command.config), place, *command.words, "model.psp_channels=24", "--from", "train"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "run", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, said in done.stderr) == (1, True)
+    for where in ((), ("--cluster", "generic")):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.cli", "run", *words, *where],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, said in done.stderr) == (1, True)
     assert (command.out / "config.yaml").read_bytes() == before
     assert sorted((command.out / "tensorboard").iterdir()) == events
 

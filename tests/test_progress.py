@@ -44,3 +44,16 @@ def test_a_line_says_hours(caplog: pytest.LogCaptureFixture):
     assert line.startswith("train 5/6000 steps, 0.2 steps/s, ETA 8 h 19 min, rise") or (
         line.startswith("train 5/6000 steps, 0.2 steps/s, ETA 8 h 20 min, rise")
     )
+
+
+def test_one_within_another_says_nothing_where_it_is_short(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", "medpsp"):
+        with Bar("validate", 9, "slices", inner=True) as bar:
+            bar.advance(9)
+        assert not caplog.messages
+        with Bar("validate", 9, "slices", inner=True) as bar:
+            bar.last_line = time.monotonic() - 6
+            bar.advance(8)
+            bar.advance()
+    (line,) = caplog.messages
+    assert line.startswith("validate 8/9 slices, ")

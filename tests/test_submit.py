@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from launch.chain import Told, tell, told_by
 from launch.cli import app
 from launch.cluster import kill_all
 from launch.jobs import run_command, shards_job
@@ -165,13 +166,13 @@ def test_status_and_logs_of_a_run_on_this_machine(made: Config, tmp_path: Path):
     assert done.stdout.count("check: every digest, slice and split is as the manifest says") == 1
     done = CliRunner().invoke(app, ["logs", str(out), "export"])
     assert (done.exit_code, done.stdout) == (0, "export: nothing yet\n")
-    with pytest.raises(LaunchError, match="logs: which job\\? there are check, evaluate, export"):
+    with pytest.raises(ConfigError, match="logs: which job\\? there are check, evaluate, export"):
         log_files(run, "")
     for path, what in ((run.config, "a file"), (tmp_path / "none", "no such folder")):
         with pytest.raises(ConfigError, match=f"{path.name}: {what}; give that of a run"):
             status_of(RunDir(path))
     for name in ("train", "*", "/etc"):
-        with pytest.raises(LaunchError, match="no such job; there are check, evaluate, export"):
+        with pytest.raises(ConfigError, match="no such job; there are check, evaluate, export"):
             log_files(run, name)
     (run.logs / "train.log").write_text("2026-11-27 09:00:00,000 the last line\n")
     old = time.time() - 3600
@@ -181,6 +182,30 @@ def test_status_and_logs_of_a_run_on_this_machine(made: Config, tmp_path: Path):
     (run.logs / "ranks" / "heartbeat-0.json").write_text(json.dumps(note))
     (row,) = [row for row in status_of(run) if row.name == "train"]  # a command of its own
     assert (row.state, row.at) == ("ended", "the last line")
+
+
+def test_a_command_of_its_own_says_how_it_ended(made: Config, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "shards").symlink_to(made.shards)
+    run = RunDir.create(made.model_copy(update={"out": out}))
+
+    def code(*words: str) -> int:
+        command = [sys.executable, "-m", "launch.cli", words[0], str(run.config), *words[1:]]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    assert code("check", "--quick") == 0
+    (row,) = status_of(run)
+    assert (row.name, row.state) == ("check", "ended")  # it is less than the job of the chain
+    assert code("check") == 0
+    assert [(row.name, row.state) for row in status_of(run)] == [("check", "done")]
+    assert code("evaluate") == 1
+    (row,) = [row for row in status_of(run) if row.name == "evaluate"]
+    assert (row.state, "run `medpsp train` first" in row.note) == ("failed", True)
+    assert not run.page.exists()  # nothing was trained that it could be of
+    tell(run, "check", replace(told_by(run, "check") or Told.begun({}, ""), state="running"))
+    (row,) = [row for row in status_of(run) if row.name == "check"]
+    assert (row.state, row.note) == ("interrupted", "it was ended; the same command goes on")
 
 
 def test_a_job_that_finds_the_configuration_wrong_is_a_configuration_error(

@@ -12,7 +12,13 @@ from typer.testing import CliRunner
 
 from launch.chain import Told, depends_on, tell, told_by
 from launch.cli import app
-from launch.compare import COLUMNS, compare, comparison_table, comparison_text
+from launch.compare import (
+    COLUMNS,
+    compare,
+    comparison_table,
+    comparison_text,
+    show_comparison,
+)
 from launch.plan import plan_jobs
 from launch.rundir import RunDir
 from launch.scale import bottleneck, calculated_table, efficiency, measured_table, rate
@@ -119,6 +125,18 @@ def test_a_narrow_terminal_cuts_no_figure(capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().out
     assert all(f" {figure}" in said for figure in figures)
     assert "…" not in said
+
+
+def test_where_a_table_has_no_room_each_run_has_lines_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+):
+    rows = [(n, "mobilenetv3_large_100", "0", "6", *["0.9"] * 5) for n in ("a" * 30, "b" * 24)]
+    for width, table in ((80, True), (60, False), (20, False)):
+        show_comparison(rows, Console(width=width))
+        said = capsys.readouterr().out
+        assert ("┃" in said) == table
+        assert max(map(len, said.splitlines())) <= width
+        assert table or "".join(said.split()).count("backbonemobilenetv3_large_100") == 2
 
 
 def test_the_best_run_comes_first(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,8 +15,11 @@ from numpy.typing import NDArray
 
 from medpsp.deploy.quantize import Quantizer, Source, fresh
 from medpsp.deploy.session import LOGITS, open_session, run_graph
+from medpsp.progress import Bar
 from medpsp.train.metrics import confusion, dice_per_class, mean_foreground
+from medpsp.words import many
 
+log = logging.getLogger("medpsp")
 Logits = NDArray[np.float32]
 PROBES = 3
 """Feeds that layers are ranked by."""
@@ -153,6 +157,10 @@ def restore(
     while True:
         quantizer.write(target, metadata, done)
         found.append(agreement(expected, logits_of(target, source, optimise)))
+        log.info(
+            "export: %s in fp32, masks agree by %.4f on %s, at least %.2f is wanted",
+            *(many(len(done), "layer"), found[-1].mean, many(len(expected), "tile"), least),
+        )
         content = found[-1].mean >= least and bound.confirm()
         if content or np.isnan(found[-1].mean) or len(done) == most:
             break
@@ -177,7 +185,9 @@ def by_noise(quantizer: Quantizer, source: Source) -> list[str]:
     expected, noise = list(logits_of(quantizer.source, few)), {}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "alone.onnx"
-        for name in quantizer.nodes:
-            path.write_bytes(quantizer.graph([name]).SerializeToString())
-            noise[name] = agreement(expected, logits_of(path, few, False)).sqnr_db
+        with Bar("rank by noise", len(quantizer.nodes), "layers") as bar:
+            for name in quantizer.nodes:
+                path.write_bytes(quantizer.graph([name]).SerializeToString())
+                noise[name] = agreement(expected, logits_of(path, few, False)).sqnr_db
+                bar.advance()
     return sorted(quantizer.nodes, key=noise.__getitem__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,12 @@ class Parity:
 
 
 def check_parity(
-    unit: nn.Module, path: Path, given: GraphInput, examples: Sequence[Example], tolerance: float
+    unit: nn.Module,
+    path: Path,
+    given: GraphInput,
+    examples: Sequence[Example],
+    tolerance: float,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Parity]:
     """Compare network and file at all of `SHAPES`.
 
@@ -76,6 +81,7 @@ def check_parity(
         examples: Real images, which are repeated, turned and cut to the shapes: noise would leave
             most networks with one class.
         tolerance: Largest relative difference.
+        advance: Called after each shape.
 
     Raises:
         ParityError: Logits or confidences differ by more, or a pixel changed its class.
@@ -92,6 +98,7 @@ def check_parity(
             expected = [out.numpy() for out in unit.eval()(*tensors)]
         found = session.run(None, feeds_of(image, window))
         rows.append(_compared(path, shape, expected, found))
+        advance()
     worst = max(rows, key=lambda row: np.nan_to_num(row.relative, nan=np.inf))
     if not worst.relative <= tolerance:  # written so that NaN fails
         raise ParityError(

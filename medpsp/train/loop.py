@@ -6,6 +6,7 @@ batches and knows neither disk nor cluster.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from medpsp.train.timing import Clock
 from medpsp.train.warptorch import apply_batch
 from medpsp.train.watch import Watch
 from medpsp.types import World
+from medpsp.words import many
+
+log = logging.getLogger("medpsp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Run:
     Attributes:
         batches: Stage index and first step within the stage to this rank's batches.
         val_batches: This rank's share of the validation slices, whole slices.
+        val_slices: How many these are; 0 where unknown.
         examples: A few validation slices to draw; None where all may show a name.
         weights: (K,) class weights.
         data_id: Of the shards; a checkpoint goes on only with the data it was made from.
@@ -62,6 +67,7 @@ class Run:
     val_batches: Callable[[], Iterable[Batch]]
     examples: Batch | None
     weights: Tensor
+    val_slices: int = 0
     data_id: str = ""
     content: str = ""
     judged: str = ""
@@ -186,6 +192,9 @@ def run_stage(run: Run, progress: Progress, agreement: Agreement, bar: Bar) -> N
 def enter_stage(model: PSPNet, stage: StageConfig, run: Run, moments: Moments) -> Engine:
     """Set which parts train, and wrap the network for the ranks."""
     parts = trained_parts(stage)
+    if run.leads:
+        said = "train: stage %s trains %s for %s; its readers start"
+        log.info(said, stage.name, stage.trains, many(stage.steps, "step"))
     for part in ("backbone", "head"):
         for parameter in model.part_parameters(part):
             parameter.requires_grad_(part in parts)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medpsp.modelconfig import ModelConfig
+from medpsp.progress import Bar
 from medpsp.tiles import Tiling
 from medpsp.train.batch import Batch
 from medpsp.train.boardcounts import Tally, sum_all
@@ -53,9 +54,11 @@ def validate(run: Run, model: nn.Module, step: int, *, show: bool = True) -> flo
 
 def _watched(run: Run, step: int) -> Iterator[Batch]:
     """The validation batches; each has the time of a first step before the watch ends the run."""
-    for batch in run.val_batches():
-        run.at(step, "evaluate", first=True)
-        yield batch
+    with Bar("validate", run.val_slices, "slices", show=run.leads, inner=True) as bar:
+        for batch in run.val_batches():
+            run.at(step, "evaluate", first=True)
+            yield batch
+            bar.advance(len(batch.label))
 
 
 def shown_channels(images: NDArray[np.float32], model: ModelConfig) -> NDArray[np.float32]:
