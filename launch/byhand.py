@@ -10,7 +10,7 @@ from functools import partial
 from launch.chain import Told, depends_on, tell
 from launch.diagnose import diagnosis
 from launch.jobs import JOBS, PAGED, one_line, write_page
-from launch.rundir import RunDir
+from launch.rundir import REASONS, RunDir
 from medpsp.config import Config
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
 
@@ -18,33 +18,42 @@ from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, Med
 def run_by_hand(name: str, config: Config, work: Callable[[], object] | None = None) -> None:
     """A job by its own command: told, and on the page of the run, as one of the chain is.
 
+    Of ranks that torchrun started the first one tells; for ranks of ours, whoever started them.
+
     Args:
-        name: Of the job. One rank of several is told by whoever started them.
+        name: Of the job.
         config: Of an open run.
         work: Does it; none: the one of that name.
     """
     do = work or partial(JOBS[name], config)
-    if "WORLD_SIZE" in os.environ:
+    if REASONS in os.environ or os.environ.get("RANK", "0") != "0":
         do()
         return
-    run = RunDir(config.out)
-    told, marker = Told.begun(os.environ, depends_on(config, name)), run.logs / f"{name}.failed"
-    marker.unlink(missing_ok=True)
-    tell(run, name, told)
+    run, told = RunDir(config.out), Told.begun(os.environ, depends_on(config, name))
+    _say(run, name, told)
     try:
         do()
     except Interrupted as stop:
-        tell(run, name, told.ended_with(EXIT_AGAIN, one_line(stop)))
+        _say(run, name, told.ended_with(EXIT_AGAIN, one_line(stop)))
         raise
-    except (MedpspError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # whatever it is, status must not say that it was interrupted
         reason = diagnosis(error) or one_line(error)
-        with suppress(OSError):  # the disk may be what is wrong
-            marker.write_text(reason + "\n", encoding="utf-8")
-            code = EXIT_CONFIG if isinstance(error, ConfigError) else 1
-            tell(run, name, told.ended_with(code, reason))
-            if run.page.is_file():  # it would say something else
-                write_page(run)
+        if not isinstance(error, MedpspError | OSError | RuntimeError | ImportError | MemoryError):
+            reason = f"{type(error).__name__}, a bug in medpsp"
+        code = EXIT_CONFIG if isinstance(error, ConfigError) else 1
+        _say(run, name, told.ended_with(code, reason))
         raise
-    tell(run, name, told.ended_with(0, ""))
-    if name in PAGED:
-        write_page(run)
+    _say(run, name, told.ended_with(0, ""))
+
+
+def _say(run: RunDir, name: str, told: Told) -> None:
+    marker = run.logs / f"{name}.failed"
+    with suppress(OSError):  # the disk may be what is wrong; the work counts
+        tell(run, name, told)
+        if told.state == "failed":
+            marker.write_text(told.reason + "\n", encoding="utf-8")
+        else:
+            marker.unlink(missing_ok=True)
+        finished = name in PAGED and told.state == "done"
+        if told.state in ("done", "failed") and (finished or run.page.is_file()):
+            write_page(run)  # one that is there would say something else

@@ -21,6 +21,9 @@ from medpsp.errors import EXIT_AGAIN, LaunchError
 
 SHARD_JOBS = ("preflight", "shards", "plan", "convert", "publish", "check")
 
+MAKERS = ("shards", "plan", "convert", "publish", "train")
+"""Jobs that later ones are made from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
@@ -111,14 +114,21 @@ def depends_on(config: Config, name: str) -> str:
 
 
 def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[JobSpec, ...]:
-    """The plan from the first job on that did not end well with this configuration."""
+    """The plan from the first job on that did not end well with this configuration.
+
+    One that began before what it is made from was made anew, by hand, did not either.
+    """
+    made = 0.0
     for place, job in enumerate(plan):
         if job.name == "preflight":
             continue
         labels = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
         told = [told_by(run, label) for label in labels]
         wanted = depends_on(config, job.name)
-        if not all(t and t.state == "done" and t.digest == wanted for t in told):
+        done = [t.began for t in told if t and t.state == "done" and t.digest == wanted]
+        if len(done) == job.parts and made <= min(done):
+            made = max(made, *done) if job.name in MAKERS else made
+        else:
             kept = plan[place:]
             needs_ranks = any(j.name == "train" for j in kept)
             return those(plan, {j.name for j in kept} | ({"preflight"} if needs_ranks else set()))

@@ -61,7 +61,7 @@ def shards(
 ) -> None:
     """Turn the archive into Zarr shards."""
     from launch.byhand import run_by_hand
-    from launch.jobs import convert_job, setup_logging
+    from launch.jobs import convert_job, plan_job, publish_job, setup_logging
     from launch.rundir import open_run
 
     setup_logging()
@@ -78,8 +78,10 @@ def shards(
     run.log_to(f"shards.{which}of{parts}" if converts else "shards")
     if converts:
         convert_job(resolved, which, parts)
+    elif step:  # for an array of one's own
+        {Step.plan: plan_job, Step.publish: publish_job}[step](resolved)
     else:
-        run_by_hand(step or "shards", resolved)
+        run_by_hand("shards", resolved)
 
 
 @app.command(cls=Settable)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -105,8 +106,8 @@ def _shown(value: float | None) -> str:
 def show_comparison(rows: Sequence[tuple[str, ...]], console: Console) -> None:
     """The table, or, where its figures leave too little for names, each run as lines of its own."""
     table = comparison_table(rows)
-    names = sum(max(len(row[place]) for row in rows) for place in range(NAMES))
-    whole = console.measure(table, options=console.options.update(width=WIDE)).minimum
+    names = sum(max((cell_len(row[n]) for row in rows), default=0) for n in range(NAMES))
+    whole = console.measure(table, options=console.options.update(width=WIDE)).maximum
     if FOLDS * (console.width - (whole - names)) >= names:
         console.print(table)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
+from importlib.util import find_spec
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,9 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     Raises:
         CheckpointError: As `launch.train.refuse_other_run`.
     """
-    from launch.chain import SHARD_JOBS
+    from launch.chain import MAKERS
 
-    if "train" in jobs and set(jobs).isdisjoint(SHARD_JOBS):
+    if set(jobs) & set(MAKERS) == {"train"} and find_spec("torch"):  # nodes have it in any case
         from launch.train import refuse_other_run
 
         refuse_other_run(config)

@@ -22,6 +22,7 @@ from launch.train import train_job
 from medpsp.config import Config
 from medpsp.configio import load_config
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError, ShardError
+from medpsp.progress import FILE_ONLY
 from medpsp.words import many
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ PAGED = ("train", "evaluate", "export")
 """Jobs after which the page of the run is written: the last one may fail."""
 SHOWN = 20
 """Problems of `check` on the terminal."""
-FILE_ONLY = "file_only"
-"""Attribute of a log record that is for the log file alone."""
 
 
 def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) -> tuple[int, str]:

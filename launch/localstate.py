@@ -95,7 +95,12 @@ def rows_here(run: RunDir) -> list[Row]:
     names = [name for name in KNOWN if name in planned or _log(run, name)]
     if not names:
         raise LaunchError(f"run {run.root}: nothing was begun there; `medpsp run CONFIG` does")
-    newest = max(names, key=lambda name: _log(run, name))
+
+    def heard(name: str) -> float:
+        told = told_by(run, name)
+        return max(_log(run, name), told.began if told else 0.0)
+
+    newest = max(names, key=heard)
     return [_row(run, name, planned, works and name == newest, works) for name in names]
 
 
@@ -115,7 +120,7 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
         state, at = ("running", last_said(run, name)) if last else ("ended", _logged(run, name))
     elif told.state == "running":
         state, at = "running", _logged(run, name) if logged >= told.began else ""
-        if not works:
+        if not last:
             state, note = "interrupted", "it was ended; the same command goes on"
     else:
         state = "stopped" if told.state == "again" else told.state

@@ -126,7 +126,7 @@ def cost_section(facts: RunFacts) -> Html:
 
 def _jobs(facts: RunFacts) -> Iterator[Html]:
     if not facts.jobs:
-        yield lacks(Lack("No job was timed: `medpsp run`, `evaluate` and `export` are."))
+        yield lacks(Lack("No job was timed."))
         return
     rows = [_job(facts, name, told) for name, told in facts.jobs.items()]
     text = (

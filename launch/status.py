@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from launch.chain import Submitted, Told, label_of, read_chain, told_by
+from launch.chain import Submitted, Told, chain_of, label_of, read_chain, told_by
 from launch.localstate import Row, is_local, last_said, rows_here
 from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
@@ -76,8 +76,10 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
 
 
 def _told(run: RunDir, job: Submitted) -> list[Told]:
-    names = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
-    return [told for name in names if (told := told_by(run, name)) and told.job == job.id]
+    names, chain = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)], chain_of(run)
+    found = [told for name in names if (told := told_by(run, name))]
+    # one that began after the chain was submitted was run by hand since
+    return [t for t in found if t.job == job.id or (chain and not t.job and t.began > chain.at)]
 
 
 def table(run: RunDir, rows: list[Row]) -> Group:
@@ -94,7 +96,7 @@ def table(run: RunDir, rows: list[Row]) -> Group:
             told.append(f"{row.name}: {word}")
             word = "see below"
         where = (row.id, row.state, row.nodes, again) if far else (row.state,)
-        shown.add_row(row.name, *where, row.at, *([word] if why else []))
+        shown.add_row(row.name, *map(Text, where), Text(row.at), *([Text(word)] if why else []))
     return Group(shown, *(Text(line) for line in told))
 
 

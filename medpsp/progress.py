@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, plain lines in a log."""
+"""Progress of long work: a bar with rate and ETA on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from rich.text import Text
 
 log = logging.getLogger("medpsp")
 LINE_EVERY_S = 5.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines."""
+FILE_ONLY = "file_only"
+"""Attribute of a log record that is for the log file alone."""
 
 
 def duration(seconds: float) -> str:
@@ -120,7 +122,7 @@ class Bar:
                 rate=f"{self.rate():.1f} {self.unit}/s",
                 note=self.note,
             )
-        elif time.monotonic() - self.last_line >= LINE_EVERY_S:
+        if time.monotonic() - self.last_line >= LINE_EVERY_S:
             self._line()
 
     def rate(self) -> float:
@@ -142,4 +144,5 @@ class Bar:
             self.unit,
             duration(round(left)),
             f", {self.note}" if self.note else "",
+            extra={FILE_ONLY: True} if self._rich else {},  # the terminal has the bar
         )

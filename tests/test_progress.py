@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from medpsp.progress import Bar, duration
+from medpsp.progress import FILE_ONLY, Bar, duration
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,13 @@ def test_one_within_another_says_nothing_where_it_is_short(caplog: pytest.LogCap
             bar.advance()
     (line,) = caplog.messages
     assert line.startswith("validate 8/9 slices, ")
+
+
+def test_a_bar_on_a_terminal_leaves_its_lines_to_the_log_file(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with caplog.at_level("INFO", "medpsp"), Bar("train", 9, "steps") as bar:
+        bar.last_line = time.monotonic() - 6
+        bar.advance(8)
+    assert [hasattr(record, FILE_ONLY) for record in caplog.records] == [True]

@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from launch.chain import Told, tell, told_by
+from launch.byhand import run_by_hand
+from launch.chain import Told, depends_on, tell, told_by, unfinished
 from launch.cli import app
 from launch.cluster import kill_all
+from launch.guards import refuse_other_training
 from launch.jobs import run_command, shards_job
 from launch.local import _lines, submit_plan
 from launch.localstate import rows_here
@@ -30,7 +32,7 @@ from launch.plan import JobSpec
 from launch.rundir import RunDir
 from launch.status import ended, log_files, require_success, status_of
 from medpsp.config import Config
-from medpsp.errors import EXIT_AGAIN, ConfigError, LaunchError, ShardError
+from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, LaunchError, ShardError
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 Make = Callable[..., Config]
@@ -206,6 +208,77 @@ def test_a_command_of_its_own_says_how_it_ended(made: Config, tmp_path: Path):
     tell(run, "check", replace(told_by(run, "check") or Told.begun({}, ""), state="running"))
     (row,) = [row for row in status_of(run) if row.name == "check"]
     assert (row.state, row.note) == ("interrupted", "it was ended; the same command goes on")
+
+
+def test_telling_neither_hides_nor_fails_the_work(made: Config, tmp_path: Path):
+    config = made.model_copy(update={"out": tmp_path / "out"})
+    run, did = RunDir.create(config), list[str]()
+    (run.root / "jobs").write_text("no folder")  # nothing can be told
+    run_by_hand("check", config, lambda: did.append("work"))
+    assert did == ["work"]
+
+    def ask() -> None:
+        raise Interrupted("train: saved")
+
+    with pytest.raises(Interrupted, match="train: saved"):
+        run_by_hand("train", config, ask)
+    (run.root / "jobs").unlink()
+
+    def wrong() -> None:
+        raise KeyError("a name that nobody may read")
+
+    with pytest.raises(KeyError):
+        run_by_hand("check", config, wrong)
+    told = told_by(run, "check")
+    assert told
+    assert (told.state, told.reason) == ("failed", "KeyError, a bug in medpsp")
+    assert (run.logs / "check.failed").read_text() == "KeyError, a bug in medpsp\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "1")
+        run_by_hand("check", config, lambda: did.append("rank 1"))
+    assert told_by(run, "check") == told  # the first rank tells
+    run_by_hand("check", config, lambda: None)
+    assert not (run.logs / "check.failed").exists()
+
+
+def test_what_was_made_from_something_older_is_made_again(made: Config, tmp_path: Path):
+    """Training that went on by hand after it was scored."""
+    config = made.model_copy(update={"out": tmp_path / "out"})
+    run, names = RunDir.create(config), ("shards", "check", "train", "evaluate", "export")
+
+    def tell_all(**began: float) -> list[str]:
+        for place, name in enumerate(names):
+            at = began.get(name, float(place))
+            told = Told(
+                state="done",
+                job="",
+                node="",
+                restarts=0,
+                began=at,
+                ended=at + 0.5,
+                digest=depends_on(config, name),
+            )
+            tell(run, name, told)
+        return [job.name for job in unfinished(chain(*names), config, run)]
+
+    assert tell_all() == []
+    assert tell_all(check=9) == []  # it makes nothing
+    assert tell_all(evaluate=9) == []
+    assert tell_all(train=9) == ["evaluate", "export"]
+    assert tell_all(train=9, evaluate=10) == ["export"]
+    assert tell_all(shards=9) == ["check", "train", "evaluate", "export"]
+
+
+def test_what_a_chain_may_go_on_from_is_looked_at_before(
+    made: Config, monkeypatch: pytest.MonkeyPatch
+):
+    asked = list[Config]()
+    monkeypatch.setattr("launch.train.refuse_other_run", asked.append)
+    refuse_other_training(["shards", "check", "train"], made)  # training looks: on other shards
+    refuse_other_training(["evaluate"], made)
+    assert not asked
+    refuse_other_training(["preflight", "train", "evaluate"], made)
+    assert asked == [made]
 
 
 def test_a_job_that_finds_the_configuration_wrong_is_a_configuration_error(

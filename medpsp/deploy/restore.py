@@ -157,10 +157,11 @@ def restore(
     while True:
         quantizer.write(target, metadata, done)
         found.append(agreement(expected, logits_of(target, source, optimise)))
-        log.info(
-            "export: %s in fp32, masks agree by %.4f on %s, at least %.2f is wanted",
-            *(many(len(done), "layer"), found[-1].mean, many(len(expected), "tile"), least),
-        )
+        if not np.isnan(found[-1].mean):
+            log.info(
+                "export: %s in fp32, masks agree by %.4f on %s, at least %.2f is wanted",
+                *(many(len(done), "layer"), found[-1].mean, many(len(expected), "tile"), least),
+            )
         content = found[-1].mean >= least and bound.confirm()
         if content or np.isnan(found[-1].mean) or len(done) == most:
             break

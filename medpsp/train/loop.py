@@ -37,7 +37,6 @@ from medpsp.train.timing import Clock
 from medpsp.train.warptorch import apply_batch
 from medpsp.train.watch import Watch
 from medpsp.types import World
-from medpsp.words import many
 
 log = logging.getLogger("medpsp")
 
@@ -193,8 +192,7 @@ def enter_stage(model: PSPNet, stage: StageConfig, run: Run, moments: Moments) -
     """Set which parts train, and wrap the network for the ranks."""
     parts = trained_parts(stage)
     if run.leads:
-        said = "train: stage %s trains %s for %s; its readers start"
-        log.info(said, stage.name, stage.trains, many(stage.steps, "step"))
+        log.info("train: stage %s, trains %s; its readers start", stage.name, stage.trains)
     for part in ("backbone", "head"):
         for parameter in model.part_parameters(part):
             parameter.requires_grad_(part in parts)
