@@ -27,6 +27,7 @@ Overrides = Annotated[
 ]
 RunArg = Annotated[Path, typer.Argument(help="Folder of the run (`out`).")]
 POLL_S = 5.0
+ALL_DONE = "{}: every job is done; --from JOB runs one again"
 log = logging.getLogger("medpsp")
 
 
@@ -69,7 +70,10 @@ def run(
     from launch.local import submit_plan
     from launch.status import places
 
-    submit_plan(wanted(plan_jobs(resolved), resolved, folder, start), folder)
+    if plan := wanted(plan_jobs(resolved), resolved, folder, start):
+        submit_plan(plan, folder)
+    else:
+        typer.echo(ALL_DONE.format(folder.root))
     for line in places(folder):
         typer.echo(line)
 
@@ -115,7 +119,7 @@ def _refuse_other(plan: tuple[JobSpec, ...], planned: Config, start: str) -> Non
 
 def _submit(plan: tuple[JobSpec, ...], profile: Profile, cluster: str, folder: RunDir) -> None:
     if not plan:
-        typer.echo(f"{folder.root}: every job is done; --from JOB runs one again")
+        typer.echo(ALL_DONE.format(folder.root))
         return
     from launch.submit import submit_cluster
 

@@ -257,9 +257,10 @@ def main() -> None:
         raise
     except SystemExit as end:
         if end.code in (129, 130, 143):  # SIGHUP, Ctrl-C, as typer leaves, and SIGTERM
-            from launch.terminal import show
+            from launch.terminal import leave, show
 
             show("medpsp: interrupted; run the same command again to go on\n")
+            leave(end.code)
         raise
 
 

@@ -61,6 +61,17 @@ def best_first(roots: Sequence[Path]) -> list[Path]:
     return sorted(roots, key=dice, reverse=True)
 
 
+def scored_alike(roots: Sequence[Path]) -> bool:
+    """Whether all that were scored were scored on the same classes and held-out patients."""
+    found = set[tuple[tuple[str, ...], ...]]()
+    for root in roots:
+        config, run = config_of(root)
+        scores = evaluation_of(run)
+        if not isinstance(scores, Lack):
+            found.add((config.data.classes, tuple(scores.get("held_out", ()))))
+    return len(found) < 2
+
+
 def _row(root: Path) -> tuple[str, ...]:
     config, run = config_of(root)
     scores = evaluation_of(run)
@@ -119,7 +130,7 @@ def show_comparison(rows: Sequence[tuple[str, ...]], console: Console) -> None:
 
 def comparison_table(rows: Iterable[tuple[str, ...]]) -> Table:
     """In a narrow terminal long names take several lines, and figures stay whole."""
-    table = Table(pad_edge=False)
+    table = Table()
     for place, name in enumerate(COLUMNS):
         if place < NAMES:
             table.add_column(name, overflow="fold")

@@ -17,12 +17,12 @@ from launch.dossiertables import (
     latency_table,
     parity_tables,
 )
-from launch.evalfigures import METRICS, estimate, swatch
+from launch.evalfigures import METRICS, estimate, look_section, swatch
 from launch.exportpictures import BOTH, FP32, GAP, OTHER, SIDE
 from medpsp.deploy.dossier import Facts, OverlayFact, plain
 from medpsp.deploy.sbom import bill_of_materials
 from medpsp.intensity import CT_WINDOW, PERCENTILES, class_colour
-from shards.page import Html, page, pairs, picture, table, tag
+from shards.page import Html, join, page, pairs, picture, table, tag
 from shards.sections import section
 
 MODEL = {
@@ -87,7 +87,9 @@ def dossier_page(facts: Facts) -> str:
         section(f"part-{n}", title, *(content or (NOT_MEASURED,)))
         for n, (title, content) in numbered
     )
-    return page("Dossier", (header, gates_section(facts), *sections))
+    doubts = facts.get("model", {}).get("doubts", {})  # what `predict` warns of
+    first = [join([tag("strong", name), " is ", doubt, "."]) for name, doubt in doubts.items()]
+    return page("Dossier", (header, look_section(first), gates_section(facts), *sections))
 
 
 def _model(facts: Facts) -> list[Html]:

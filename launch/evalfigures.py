@@ -12,6 +12,7 @@ from medpsp.intensity import class_colour
 from medpsp.train.pictures import Rgb
 from medpsp.words import many
 from shards.page import Html, join, percent, table, tag
+from shards.sections import section
 
 SIDE = 300
 """CSS pixels of the reliability diagram, and below it of the bars of its counts."""
@@ -45,6 +46,13 @@ def lifted_cases(page: str) -> Html:
     begin = f'<section id="{CASES}">'
     inside = page.partition(begin)[2].partition("</section>")[0]
     return Html(f"{begin}{inside}</section>")
+
+
+def look_section(lines: Sequence[object]) -> Html:
+    """What a reader should know first; empty where there is nothing."""
+    if not lines:
+        return Html()
+    return section("doubts", "Worth a look", tag("ul", *(tag("li", x) for x in lines)), css="look")
 
 
 def doubts_of(result: Mapping[str, Any]) -> Iterator[object]:

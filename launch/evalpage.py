@@ -15,6 +15,7 @@ from launch.evalfigures import (
     confusion_table,
     doubts_of,
     estimate,
+    look_section,
     reliability,
     scores_table,
     swatch,
@@ -157,9 +158,7 @@ def _doubts(result: dict[str, Any], cases: Sequence[Case]) -> Html:
             if used
             else "No cleaning made the validation patients better: none was used."
         )
-    if not lines:
-        return Html()
-    return section("doubts", "Worth a look", tag("ul", *(tag("li", x) for x in lines)), css="look")
+    return look_section(lines)
 
 
 def _stratum(groups: dict[str, Any], by: str) -> Html:

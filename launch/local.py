@@ -23,7 +23,7 @@ from launch.jobs import run_command, setup_logging
 from launch.plan import JobSpec
 from launch.ranks import follow_parent
 from launch.rundir import RunDir
-from launch.terminal import show
+from launch.terminal import leave, show
 from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, LaunchError
 from medpsp.train.stop import asking
 
@@ -180,4 +180,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    try:
+        ended = main(sys.argv[1], Path(sys.argv[2]))
+    except SystemExit as end:  # of `_leave`
+        leave(int(end.code or 0))
+    sys.exit(ended)

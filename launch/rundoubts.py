@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.evalfigures import doubts_of
+from launch.evalfigures import doubts_of, look_section
 from launch.runfacts import Lack, RunFacts
 from launch.trained import NO_BETTER, early
 from shards.index import SHARDS, file_sha256
 from shards.layout import changed_settings
 from shards.page import Html, coded, join, tag
-from shards.sections import section
 
 
 def doubts_section(facts: RunFacts) -> Html:
@@ -27,9 +26,7 @@ def doubts_section(facts: RunFacts) -> Html:
     ]
     if not isinstance(facts.evaluation, Lack):
         lines += doubts_of(facts.evaluation)
-    if not lines:
-        return Html()
-    return section("doubts", "Worth a look", tag("ul", *(tag("li", x) for x in lines)), css="look")
+    return look_section(lines)
 
 
 def _failures(facts: RunFacts) -> Iterator[Html]:

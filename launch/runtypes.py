@@ -55,6 +55,7 @@ class Evaluation(TypedDict):
     slices: int
     step: int
     weights: NotRequired[str]
+    held_out: NotRequired[list[str]]
     classes: dict[str, ClassScores]
     calibration: Calibration
     settings: Settings

@@ -84,9 +84,9 @@ def _told(run: RunDir, job: Submitted) -> list[Told]:
 
 def table(run: RunDir, rows: list[Row]) -> Group:
     """For the terminal: a row a job, and below them in full what jobs say of their failure."""
-    shown = Table(title=Text(str(run.root)), title_justify="left", pad_edge=False)
+    shown = Table(title=Text(str(run.root)), title_justify="left")
     far, why = any(row.id for row in rows), any(row.note for row in rows)
-    for name in ("job", "id", "state", "nodes", "again", "at", *([""] if why else [])):
+    for name in ("job", "id", "state", "nodes", "again", "at", *(["why"] if why else [])):
         if far or name not in ("id", "nodes", "again"):
             shown.add_column(name, overflow="fold")
     told = []

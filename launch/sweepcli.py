@@ -134,12 +134,14 @@ def compare(
     from rich.console import Console
 
     from launch.compare import compare as rows_of
-    from launch.compare import show_comparison
+    from launch.compare import scored_alike, show_comparison
     from launch.runfacts import require_begun
 
     for root in runs:
         require_begun(root)
     show_comparison(rows_of(runs), Console())
+    if not scored_alike(runs):
+        typer.echo("scored on other classes or patients: Dice does not say which of them is better")
     if html:
         from launch.comparepage import write_comparison
 

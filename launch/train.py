@@ -54,9 +54,11 @@ def train_job(config: Config) -> None:
             f"data.split: no {' and no '.join(lacking)} patient has labels, so nothing can be "
             "learnt or scored; label some, raise data.split.val, or use another key"
         )
-    if config.train.ranks > 1 and "WORLD_SIZE" not in os.environ:
-        start_ranks(config)
-        return
+    if "WORLD_SIZE" not in os.environ:
+        log.info("train: %s to start", many(config.train.ranks, "rank"))
+        if config.train.ranks > 1:
+            start_ranks(config)
+            return
     from medpsp.train.stop import StopRequest
 
     with StopRequest(end_time()).listening() as stop:

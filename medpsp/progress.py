@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +19,7 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 log = logging.getLogger("medpsp")
@@ -55,6 +57,16 @@ class _Times(ProgressColumn):
         return Text(text)
 
 
+class _Noted(Progress):
+    """The note below the bar: beside it both would be cut in 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if note := task.fields.get("note"):
+                yield Text(f"  {note}", no_wrap=True, overflow="ellipsis")
+
+
 class Bar:
     """Counts to ``total`` and shows where it is.
 
@@ -77,13 +89,13 @@ class Bar:
         self._inner = inner
         self._rich: Progress | None = None
         if show and not inner and sys.stderr.isatty():
-            self._rich = Progress(
+            self._rich = _Noted(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=12),
                 TaskProgressColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]} {task.fields[note]}"),
-                _Times(),
+                TextColumn("{task.fields[rate]}"),
+                _Times(table_column=Column(no_wrap=True)),
                 console=Console(stderr=True),  # stdout is for results
             )
             self._task = self._rich.add_task(label, total=total or None, rate="", note="")
@@ -108,6 +120,8 @@ class Bar:
     def resume_at(self, done: int) -> None:
         """Set the count without counting it towards the rate."""
         self.done = self.start = done
+        if self._rich:
+            self._rich.reset(self._task, completed=done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count ``count`` more; ``note`` is shown behind the rate until the next one."""
@@ -135,14 +149,14 @@ class Bar:
         left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
         of = f"/{self.total}" if self.total else ""
         log.info(
-            "%s %d%s %s, %.1f %s/s, ETA %s%s",
+            "%s %d%s %s, %.1f %s/s%s%s",
             self.label,
             self.done,
             of,
             self.unit,
             rate,
             self.unit,
-            duration(round(left)),
+            f", ETA {duration(round(left))}" if self.total else "",
             f", {self.note}" if self.note else "",
             extra={FILE_ONLY: True} if self._rich else {},  # the terminal has the bar
         )

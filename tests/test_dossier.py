@@ -220,6 +220,16 @@ def test_work_of_others_is_counted_and_ones_own_is_not(tmp_path: Path) -> None:
     assert (busy_seconds(stat), others.cores()) == (None, None)
 
 
+def test_what_is_doubted_stands_first() -> None:
+    facts = known()
+    assert "Worth a look" not in dossier_page(facts)
+    facts["model"]["doubts"] = {"<organ>": "no better than a mask that ignores the image: 0.1"}
+    said = "<strong>&lt;organ&gt;</strong> is no better than a mask that ignores the image: 0.1."
+    shown = dossier_page(facts)
+    assert said in shown
+    assert shown.index("Worth a look") < shown.index('id="allowances"')
+
+
 def test_the_constant_mask_stands_beside_the_scores() -> None:
     facts = known()
     for of in facts["evaluation"]["classes"].values():

@@ -320,6 +320,7 @@ def test_training_that_goes_on_is_said(run: RunDir, trained: Config) -> None:
     assert "20 of an unknown number of steps" in words_of(write_run_page(run.root).read_text())
 
 
+@pytest.mark.usefixtures("own_handlers")
 def test_a_job_by_hand_leaves_the_page_as_the_chain_does(run: RunDir, trained: Config) -> None:
     RunDir.create(trained.model_copy(update={"out": run.root}))
     marker = run.logs / "evaluate.failed"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import time
 
 import pytest
+from rich.console import Console
 
 from medpsp.progress import FILE_ONLY, Bar, duration
 
@@ -67,3 +70,19 @@ def test_a_bar_on_a_terminal_leaves_its_lines_to_the_log_file(
         bar.last_line = time.monotonic() - 6
         bar.advance(8)
     assert [hasattr(record, FILE_ONLY) for record in caplog.records] == [True]
+
+
+def test_a_bar_with_its_note_fits_80_columns(monkeypatch: pytest.MonkeyPatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    wide = Console(file=shown, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr("medpsp.progress.Console", lambda **_: wide)
+    with Bar("rank by noise", 6000, "layers") as bar:
+        bar.resume_at(2000)
+        bar.began -= 4000
+        bar.advance(note="fall loss 0.196, validation Dice 0.035")
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in shown.getvalue().split("\n")]
+    (line,) = [line for line in lines if "2001/6000" in line]
+    assert "2000/6000" in shown.getvalue()
+    assert line.endswith("s") or "ETA" in line
+    assert "  fall loss 0.196, validation Dice 0.035" in [item.rstrip() for item in lines]

@@ -17,6 +17,7 @@ from launch.compare import (
     compare,
     comparison_table,
     comparison_text,
+    scored_alike,
     show_comparison,
 )
 from launch.plan import plan_jobs
@@ -147,6 +148,11 @@ def test_the_best_run_comes_first(tmp_path: Path):
     assert comparison_text(rows).splitlines()[0] == f"| {' | '.join(COLUMNS)} |"
     with pytest.raises(ConfigError, match="so it is no run of medpsp"):
         compare([tmp_path])
+    assert scored_alike(roots)
+    found = RunDir(roots[0]).evaluation
+    found.write_text(json.dumps({**json.loads(found.read_text()), "held_out": ["another"]}))
+    assert not scored_alike(roots)
+    assert scored_alike(roots[:2])  # the second is not scored
     (tmp_path / "base/sweep").mkdir(parents=True)
     for root in roots:
         root.rename(tmp_path / "base/sweep" / root.name)

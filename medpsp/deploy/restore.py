@@ -159,11 +159,14 @@ def restore(
         found.append(agreement(expected, logits_of(target, source, optimise)))
         if not np.isnan(found[-1].mean):
             log.info(
-                "export: %s in fp32, masks agree by %.4f on %s, at least %.2f is wanted",
+                "export: with %s in fp32 masks agree by %.4f on %s, %.2f is enough",
                 *(many(len(done), "layer"), found[-1].mean, many(len(expected), "tile"), least),
             )
         content = found[-1].mean >= least and bound.confirm()
-        if content or np.isnan(found[-1].mean) or len(done) == most:
+        if content or np.isnan(found[-1].mean):
+            break
+        if len(done) == most:
+            log.info("export: no more is given back: all validation slices decide")
             break
         order = order or by_noise(quantizer, source)
         done.append(order[len(done)])

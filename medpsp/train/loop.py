@@ -115,6 +115,7 @@ def fit(run: Run, model: PSPNet) -> TrainState:
     with Bar("train", total, "steps", show=run.leads) as bar:
         bar.resume_at(progress.state.step)
         while progress.state.step < total:
+            bar.note = ""  # of the stage before
             run_stage(run, progress, agreement, bar)
     agreement.close()
     return progress.state
