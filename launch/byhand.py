@@ -48,7 +48,7 @@ def run_by_hand(name: str, config: Config, work: Callable[[], object] | None = N
 
 def _say(run: RunDir, name: str, told: Told) -> None:
     marker = run.logs / f"{name}.failed"
-    with suppress(OSError):  # the disk may be what is wrong; the work counts
+    with suppress(OSError, MedpspError):  # the disk or another file may be wrong; the work counts
         tell(run, name, told)
         if told.state == "failed":
             marker.write_text(told.reason + "\n", encoding="utf-8")

@@ -21,8 +21,9 @@ from medpsp.errors import EXIT_AGAIN, LaunchError
 
 SHARD_JOBS = ("preflight", "shards", "plan", "convert", "publish", "check")
 
+SHARD_MAKERS = ("shards", "publish")
 MAKERS = ("shards", "plan", "convert", "publish", "train")
-"""Jobs that later ones are made from."""
+"""Jobs that later ones are made from; the last of those that make shards are above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,6 @@ def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[
 
     One that began before what it is made from was made anew, by hand, did not either.
     """
-    made = 0.0
     for place, job in enumerate(plan):
         if job.name == "preflight":
             continue
@@ -126,13 +126,19 @@ def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[
         told = [told_by(run, label) for label in labels]
         wanted = depends_on(config, job.name)
         done = [t.began for t in told if t and t.state == "done" and t.digest == wanted]
-        if len(done) == job.parts and made <= min(done):
-            made = max(made, *done) if job.name in MAKERS else made
-        else:
+        if len(done) < job.parts or min(done) < _made(job.name, config, run):
             kept = plan[place:]
             needs_ranks = any(j.name == "train" for j in kept)
             return those(plan, {j.name for j in kept} | ({"preflight"} if needs_ranks else set()))
     return ()
+
+
+def _made(name: str, config: Config, run: RunDir) -> float:
+    """When what a job is made from was begun; 0 where nothing is known."""
+    home = RunDir(config.shards.resolve().parent)  # of a member of a sweep that of all
+    shards = [] if name in MAKERS[:-1] else [told_by(home, maker) for maker in SHARD_MAKERS]
+    trained = [told_by(run, "train")] if name in ("evaluate", "export") else []
+    return max((t.began for t in (*shards, *trained) if t and t.state == "done"), default=0.0)
 
 
 def label_of(name: str, part: int, parts: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -101,7 +102,8 @@ def _run_on(
     require_idle(RunDir(planned.out))
 
     def refuse(planned: Config) -> None:
-        _refuse_other(plan_cluster(planned, profile), planned, start)
+        if find_spec("torch"):  # a login node may lack it; training looks itself
+            _refuse_other(plan_cluster(planned, profile), planned, start)
 
     resolved, folder = open_run(config, changes, refuse=refuse, trains=trains(start))
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)

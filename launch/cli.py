@@ -252,16 +252,18 @@ def main() -> None:
     sleep_at_barriers()
     try:
         app()
+        return
     except (MedpspError, OSError, ImportError, MemoryError, RuntimeError) as error:
         _fail(error)
         raise
     except SystemExit as end:
-        if end.code in (129, 130, 143):  # SIGHUP, Ctrl-C, as typer leaves, and SIGTERM
-            from launch.terminal import leave, show
+        code = end.code
+        if code not in (129, 130, 143):  # SIGHUP, Ctrl-C, as typer leaves, and SIGTERM
+            raise
+    from launch.terminal import leave, show
 
-            show("medpsp: interrupted; run the same command again to go on\n")
-            leave(end.code)
-        raise
+    show("medpsp: interrupted; run the same command again to go on\n")
+    leave(int(code))
 
 
 def _fail(error: Exception) -> None:

@@ -62,13 +62,13 @@ def best_first(roots: Sequence[Path]) -> list[Path]:
 
 
 def scored_alike(roots: Sequence[Path]) -> bool:
-    """Whether all that were scored were scored on the same classes and held-out patients."""
+    """Whether those that say what they were scored on have the same classes and patients."""
     found = set[tuple[tuple[str, ...], ...]]()
     for root in roots:
         config, run = config_of(root)
         scores = evaluation_of(run)
-        if not isinstance(scores, Lack):
-            found.add((config.data.classes, tuple(scores.get("held_out", ()))))
+        if not isinstance(scores, Lack) and "held_out" in scores:
+            found.add((config.data.classes, tuple(scores["held_out"])))
     return len(found) < 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
-from importlib.util import find_spec
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     """
     from launch.chain import MAKERS
 
-    if set(jobs) & set(MAKERS) == {"train"} and find_spec("torch"):  # nodes have it in any case
+    if set(jobs) & set(MAKERS) == {"train"}:
         from launch.train import refuse_other_run
 
         refuse_other_run(config)

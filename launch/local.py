@@ -181,7 +181,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     try:
-        ended = main(sys.argv[1], Path(sys.argv[2]))
-    except SystemExit as end:  # of `_leave`
-        leave(int(end.code or 0))
-    sys.exit(ended)
+        sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    except SystemExit as end:
+        code = int(end.code or 0)
+    if code - 128 not in ASKING:
+        sys.exit(code)
+    leave(code)  # of `_leave`

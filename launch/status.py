@@ -49,8 +49,8 @@ def ended(rows: list[Row]) -> bool:
 
 
 def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
-    told = _told(run, job)
     word = state.state
+    told = _told(run, job, since=word == GONE)
     failed = next((t for t in told if t.state == "failed"), None)
     if word == GONE and failed:
         word = "failed"
@@ -75,11 +75,17 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
     )
 
 
-def _told(run: RunDir, job: Submitted) -> list[Told]:
+def _told(run: RunDir, job: Submitted, since: bool) -> list[Told]:
+    """What its tasks said; with ``since`` also a command by hand after the chain was submitted."""
     names, chain = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)], chain_of(run)
     found = [told for name in names if (told := told_by(run, name))]
-    # one that began after the chain was submitted was run by hand since
-    return [t for t in found if t.job == job.id or (chain and not t.job and t.began > chain.at)]
+    theirs = {other.id for other in chain.jobs} if chain else set[str]()
+    return [
+        told
+        for told in found
+        if told.job == job.id
+        or (since and chain and told.job not in theirs and told.began > chain.at)
+    ]
 
 
 def table(run: RunDir, rows: list[Row]) -> Group:

@@ -124,7 +124,7 @@ class Bar:
             self._rich.reset(self._task, completed=done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count ``count`` more; ``note`` is shown behind the rate until the next one."""
+        """Count ``count`` more; ``note`` is shown with it until the next one."""
         self.done += count
         self.note = note or self.note
         if not self.show:

@@ -267,6 +267,31 @@ def test_what_was_made_from_something_older_is_made_again(made: Config, tmp_path
     assert tell_all(train=9) == ["evaluate", "export"]
     assert tell_all(train=9, evaluate=10) == ["export"]
     assert tell_all(shards=9) == ["check", "train", "evaluate", "export"]
+    assert tell_all(train=9) == ["evaluate", "export"]
+    part = chain("evaluate", "export")  # of a chain that began later
+    assert unfinished(part, config, run) == part
+    member = config.model_copy(update={"out": tmp_path / "member"})
+    below = RunDir.create(member)
+    (below.root / "shards").symlink_to(run.root / "shards")  # as of a sweep
+    told = Told.begun({}, depends_on(member, "train")).ended_with(0, "")
+    tell(below, "train", told)
+    assert unfinished(chain("train"), member, below) == ()
+    later = Told.begun({}, depends_on(config, "shards")).ended_with(0, "")
+    tell(run, "shards", later)
+    assert unfinished(chain("train"), member, below) == chain("train")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_interrupted_process_does_what_python_does_at_an_end(closed: bool):
+    code = (
+        "import atexit, concurrent.futures as f; from launch.terminal import leave; "
+        "pool = f.ThreadPoolExecutor(1); done = pool.submit(print, 'work'); "
+        f"atexit.register(print, 'last'){'; import sys; sys.stdout.close()' if closed else ''}; "
+        "leave(130)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 130
+    assert closed or done.stdout.split() == [b"work", b"last"]
 
 
 def test_what_a_chain_may_go_on_from_is_looked_at_before(

@@ -148,11 +148,18 @@ def test_the_best_run_comes_first(tmp_path: Path):
     assert comparison_text(rows).splitlines()[0] == f"| {' | '.join(COLUMNS)} |"
     with pytest.raises(ConfigError, match="so it is no run of medpsp"):
         compare([tmp_path])
+    for root in (roots[0], roots[2]):
+        found = RunDir(root).evaluation
+        found.write_text(json.dumps({**json.loads(found.read_text()), "held_out": ["one"]}))
     assert scored_alike(roots)
     found = RunDir(roots[0]).evaluation
     found.write_text(json.dumps({**json.loads(found.read_text()), "held_out": ["another"]}))
     assert not scored_alike(roots)
     assert scored_alike(roots[:2])  # the second is not scored
+    known = json.loads(found.read_text())
+    known.pop("held_out")  # by an earlier version
+    found.write_text(json.dumps(known))
+    assert scored_alike(roots)
     (tmp_path / "base/sweep").mkdir(parents=True)
     for root in roots:
         root.rename(tmp_path / "base/sweep" / root.name)

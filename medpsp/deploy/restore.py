@@ -159,14 +159,14 @@ def restore(
         found.append(agreement(expected, logits_of(target, source, optimise)))
         if not np.isnan(found[-1].mean):
             log.info(
-                "export: with %s in fp32 masks agree by %.4f on %s, %.2f is enough",
+                "export: with %s in fp32 masks agree by %.4f on %s, %.2f is asked for",
                 *(many(len(done), "layer"), found[-1].mean, many(len(expected), "tile"), least),
             )
         content = found[-1].mean >= least and bound.confirm()
         if content or np.isnan(found[-1].mean):
             break
         if len(done) == most:
-            log.info("export: no more is given back: all validation slices decide")
+            log.info("export: as many as may be are in fp32; the gates decide")
             break
         order = order or by_noise(quantizer, source)
         done.append(order[len(done)])
