@@ -8,11 +8,10 @@ from contextlib import suppress
 from functools import partial
 
 from launch.chain import Told, depends_on, tell
-from launch.diagnose import diagnosis
-from launch.jobs import JOBS, PAGED, one_line, write_page
+from launch.jobs import JOBS, PAGED, end_of, write_page
 from launch.rundir import REASONS, RunDir
 from medpsp.config import Config
-from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
+from medpsp.errors import MedpspError
 
 
 def run_by_hand(name: str, config: Config, work: Callable[[], object] | None = None) -> None:
@@ -33,14 +32,8 @@ def run_by_hand(name: str, config: Config, work: Callable[[], object] | None = N
     _say(run, name, told)
     try:
         do()
-    except Interrupted as stop:
-        _say(run, name, told.ended_with(EXIT_AGAIN, one_line(stop)))
-        raise
-    except Exception as error:  # whatever it is, status must not say that it was interrupted
-        reason = diagnosis(error) or one_line(error)
-        if not isinstance(error, MedpspError | OSError | RuntimeError | ImportError | MemoryError):
-            reason = f"{type(error).__name__}, a bug in medpsp"
-        code = EXIT_CONFIG if isinstance(error, ConfigError) else 1
+    except Exception as error:  # a bug, too: status must not say that it was interrupted
+        code, reason = end_of(error) or (1, f"{type(error).__name__}, a bug in medpsp")
         _say(run, name, told.ended_with(code, reason))
         raise
     _say(run, name, told.ended_with(0, ""))

@@ -19,11 +19,10 @@ from launch.rundir import RunDir
 from medpsp.config import Config
 from medpsp.errors import EXIT_AGAIN, LaunchError
 
-SHARD_JOBS = ("preflight", "shards", "plan", "convert", "publish", "check")
-
-SHARD_MAKERS = ("shards", "publish")
-MAKERS = ("shards", "plan", "convert", "publish", "train")
-"""Jobs that later ones are made from; the last of those that make shards are above."""
+SHARD_MAKERS = ("shards", "plan", "convert", "publish")
+SHARD_JOBS = ("preflight", *SHARD_MAKERS, "check")
+MAKERS = (*SHARD_MAKERS, "train")
+"""Jobs that later ones are made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,8 @@ def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[
 def _made(name: str, config: Config, run: RunDir) -> float:
     """When what a job is made from was begun; 0 where nothing is known."""
     home = RunDir(config.shards.resolve().parent)  # of a member of a sweep that of all
-    shards = [] if name in MAKERS[:-1] else [told_by(home, maker) for maker in SHARD_MAKERS]
+    last = () if name in SHARD_MAKERS else ("shards", "publish")  # here, and on a cluster
+    shards = [told_by(home, maker) for maker in last]
     trained = [told_by(run, "train")] if name in ("evaluate", "export") else []
     return max((t.began for t in (*shards, *trained) if t and t.state == "done"), default=0.0)
 

@@ -22,7 +22,7 @@ from launch.doctor.command import doctor
 from launch.guards import refuse_beside_jobs, refuse_other_training
 from launch.new.command import new
 from launch.tensorrt import tensorrt
-from medpsp.errors import EXIT_AGAIN, EXIT_CONFIG, ConfigError, Interrupted, MedpspError
+from medpsp.errors import EXIT_AGAIN, ConfigError, MedpspError
 from medpsp.words import many
 
 if TYPE_CHECKING:
@@ -268,21 +268,19 @@ def main() -> None:
 
 def _fail(error: Exception) -> None:
     """End with the line of an error, where it has one."""
-    from launch.diagnose import diagnosis, lost_peer
-    from launch.jobs import one_line
+    from launch.diagnose import lost_peer
+    from launch.jobs import end_of
     from launch.ranks import say_last
 
-    line = diagnosis(error)
-    if line is None and not isinstance(error, (MedpspError, OSError)):
+    if not (end := end_of(error)):
         return
-    codes = {ConfigError: EXIT_CONFIG, Interrupted: EXIT_AGAIN}
-    code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
-    say_last(line or one_line(error), echo=lost_peer(error), code=code)
+    code, line = end
+    say_last(line, echo=lost_peer(error), code=code)
     if code != EXIT_AGAIN:
         with suppress(OSError):  # where no file can be opened, none of ours is imported either
             from launch.traces import remove_traces
 
-            remove_traces(line or one_line(error))
+            remove_traces(line)
     sys.exit(code)
 
 

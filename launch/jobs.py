@@ -102,13 +102,22 @@ def _run(name: str, config: Config, part: tuple[int, int]) -> tuple[int, str, bo
         log.warning("%s", one_line(stop))
         return EXIT_AGAIN, one_line(stop), False
     except (MedpspError, OSError, RuntimeError, MemoryError, ImportError) as error:
-        known = diagnosis(error)
-        if known is None and not isinstance(error, MedpspError | OSError):
+        end = end_of(error)
+        if end is None:
             raise
-        reason = known or one_line(error)
-        log.error("%s", reason)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else 1, reason, lost_peer(error)
+        log.error("%s", end[1])
+        return *end, lost_peer(error)
     return 0, "", False
+
+
+def end_of(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and the one line of an error that a user can cause; None of a bug."""
+    line = diagnosis(error)
+    if line is None and not isinstance(error, MedpspError | OSError):
+        return None
+    codes = {ConfigError: EXIT_CONFIG, Interrupted: EXIT_AGAIN}
+    code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+    return code, line or one_line(error)
 
 
 def setup_logging() -> None:

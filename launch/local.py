@@ -181,9 +181,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1], Path(sys.argv[2])))
-    except SystemExit as end:
+        code = main(sys.argv[1], Path(sys.argv[2]))
+    except SystemExit as end:  # of `_leave`
         code = int(end.code or 0)
-    if code - 128 not in ASKING:
-        sys.exit(code)
-    leave(code)  # of `_leave`
+    if code - 128 in ASKING:
+        leave(code)
+    sys.exit(code)

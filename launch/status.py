@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from launch.chain import Submitted, Told, chain_of, label_of, read_chain, told_by
+from launch.chain import Chain, Submitted, Told, label_of, read_chain, told_by
 from launch.localstate import Row, is_local, last_said, rows_here
 from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
@@ -40,7 +40,7 @@ def status_of(run: RunDir) -> list[Row]:
     chain = read_chain(run)
     require_cluster(chain.slurm, run.root)
     states = job_states(job.id for job in chain.jobs)
-    return [_row(run, job, states[job.id]) for job in chain.jobs]
+    return [_row(run, chain, job, states[job.id]) for job in chain.jobs]
 
 
 def ended(rows: list[Row]) -> bool:
@@ -48,9 +48,9 @@ def ended(rows: list[Row]) -> bool:
     return all(row.ended for row in rows)
 
 
-def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
+def _row(run: RunDir, chain: Chain, job: Submitted, state: JobState) -> Row:
     word = state.state
-    told = _told(run, job, since=word == GONE)
+    told = _told(run, chain, job, since=word == GONE)
     failed = next((t for t in told if t.state == "failed"), None)
     if word == GONE and failed:
         word = "failed"
@@ -75,16 +75,15 @@ def _row(run: RunDir, job: Submitted, state: JobState) -> Row:
     )
 
 
-def _told(run: RunDir, job: Submitted, since: bool) -> list[Told]:
+def _told(run: RunDir, chain: Chain, job: Submitted, since: bool) -> list[Told]:
     """What its tasks said; with ``since`` also a command by hand after the chain was submitted."""
-    names, chain = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)], chain_of(run)
+    names = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
     found = [told for name in names if (told := told_by(run, name))]
-    theirs = {other.id for other in chain.jobs} if chain else set[str]()
+    theirs = {other.id for other in chain.jobs}
     return [
         told
         for told in found
-        if told.job == job.id
-        or (since and chain and told.job not in theirs and told.began > chain.at)
+        if told.job == job.id or (since and told.job not in theirs and told.began > chain.at)
     ]
 
 
