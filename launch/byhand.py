@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from launch.chain import Told, depends_on, tell
-from launch.jobs import JOBS, PAGED, end_of, write_page
+from launch.chain import Told, depends_on, made_from, tell
+from launch.jobs import JOBS, PAGED, bug_of, end_of, log, write_page
 from launch.rundir import REASONS, RunDir
 from medpsp.config import Config
 from medpsp.errors import MedpspError
@@ -28,20 +28,20 @@ def run_by_hand(name: str, config: Config, work: Callable[[], object] | None = N
     if REASONS in os.environ or os.environ.get("RANK", "0") != "0":
         do()
         return
-    run, told = RunDir(config.out), Told.begun(os.environ, depends_on(config, name))
+    run = RunDir(config.out)
+    told = Told.begun(os.environ, depends_on(config, name), made_from(config, name))
     _say(run, name, told)
     try:
         do()
     except Exception as error:  # a bug, too: status must not say that it was interrupted
-        code, reason = end_of(error) or (1, f"{type(error).__name__}, a bug in medpsp")
-        _say(run, name, told.ended_with(code, reason))
+        _say(run, name, told.ended_with(*(end_of(error) or bug_of(error))))
         raise
     _say(run, name, told.ended_with(0, ""))
 
 
 def _say(run: RunDir, name: str, told: Told) -> None:
     marker = run.logs / f"{name}.failed"
-    with suppress(OSError, MedpspError):  # the disk or another file may be wrong; the work counts
+    with suppress(OSError):  # the disk may be what is wrong; the work counts
         tell(run, name, told)
         if told.state == "failed":
             marker.write_text(told.reason + "\n", encoding="utf-8")
@@ -49,4 +49,7 @@ def _say(run: RunDir, name: str, told: Told) -> None:
             marker.unlink(missing_ok=True)
         finished = name in PAGED and told.state == "done"
         if told.state in ("done", "failed") and (finished or run.page.is_file()):
-            write_page(run)  # one that is there would say something else
+            try:
+                write_page(run)  # one that is there would say something else
+            except MedpspError as error:
+                log.warning("page: not written, %s", error)

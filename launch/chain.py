@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from launch.meeting import write_json
@@ -23,6 +24,11 @@ SHARD_MAKERS = ("shards", "plan", "convert", "publish")
 SHARD_JOBS = ("preflight", *SHARD_MAKERS, "check")
 MAKERS = (*SHARD_MAKERS, "train")
 """Jobs that later ones are made from."""
+HOW = {
+    "data": {"workers", "index", "memory_mib", "ray_address", "crosswalk"},
+    "train": {"loader_workers", "resume", "first_step_seconds", "step_seconds"},
+}
+"""Settings of how a job works, which leave what it makes as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class Told:
         code: Exit code.
         reason: The one line.
         digest: Of the configuration that it depends on.
+        files: Digest of the files that it is made from; empty where it is not known.
+        pid: Process that told it, on its node.
     """
 
     state: str
@@ -79,13 +87,17 @@ class Told:
     code: int = 0
     reason: str = ""
     digest: str = ""
+    files: str = ""
+    pid: int = 0
 
     @classmethod
-    def begun(cls, env: Mapping[str, str], digest: str) -> Told:
+    def begun(cls, env: Mapping[str, str], digest: str, files: str = "") -> Told:
         """A job that begins now."""
         return cls(
             state="running",
             digest=digest,
+            files=files,
+            pid=os.getpid(),
             job=env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID", ""),
             node=env.get("SLURMD_NODENAME") or os.uname().nodename,
             restarts=int(env.get("SLURM_RESTART_COUNT") or 0),
@@ -98,7 +110,7 @@ class Told:
 
 
 def depends_on(config: Config, name: str) -> str:
-    """Digest of what a job and those before it are made from."""
+    """Digest of the settings that a job and those before it are made from."""
     sections = {"data": True}
     later = {"train": ("model", "loss", "train", "seed"), "evaluate": ("evaluate",)}
     for job in ("train", "evaluate", "export"):
@@ -107,38 +119,58 @@ def depends_on(config: Config, name: str) -> str:
         sections |= dict.fromkeys(later.get(job, (job,)), True)
         if name == job:
             break
-    tree = config.model_dump(mode="json", include=set(sections))
+    tree = config.model_dump(mode="json", include=set(sections), exclude=HOW)
     if "export" in tree:
         tree["export"]["allow"] = {}  # what let it pass, it was not made from
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[JobSpec, ...]:
-    """The plan from the first job on that did not end well with this configuration.
+def made_from(config: Config, name: str) -> str:
+    """Digest of the files that a job is made from: the shards, and what was trained on them.
 
-    One that began before what it is made from was made anew, by hand, did not either.
+    Empty where it needs none, or one is not there: weights may go once they are exported.
     """
-    for place, job in enumerate(plan):
-        if job.name == "preflight":
-            continue
-        labels = [label_of(job.name, n + 1, job.parts) for n in range(job.parts)]
-        told = [told_by(run, label) for label in labels]
-        wanted = depends_on(config, job.name)
-        done = [t.began for t in told if t and t.state == "done" and t.digest == wanted]
-        if len(done) < job.parts or min(done) < _made(job.name, config, run):
-            kept = plan[place:]
-            needs_ranks = any(j.name == "train" for j in kept)
-            return those(plan, {j.name for j in kept} | ({"preflight"} if needs_ranks else set()))
-    return ()
+    if name in ("preflight", *SHARD_MAKERS):
+        return ""
+    files = [config.shards / "manifest.json"]  # has the digests of all others, and no time
+    if name in ("evaluate", "export"):
+        folder = RunDir(config.out).checkpoints
+        best = folder / "best"
+        steps = sorted(folder.glob("step-*"))  # without a validation there is no best
+        files.append((best if best.is_dir() or not steps else steps[-1]) / "state.pt")
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError:
+        return ""
+    return digest.hexdigest()
 
 
-def _made(name: str, config: Config, run: RunDir) -> float:
-    """When what a job is made from was begun; 0 where nothing is known."""
-    home = RunDir(config.shards.resolve().parent)  # of a member of a sweep that of all
-    last = () if name in SHARD_MAKERS else ("shards", "publish")  # here, and on a cluster
-    shards = [told_by(home, maker) for maker in last]
-    trained = [told_by(run, "train")] if name in ("evaluate", "export") else []
-    return max((t.began for t in (*shards, *trained) if t and t.state == "done"), default=0.0)
+def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[JobSpec, ...]:
+    """The plan from the first job on that did not end well with this configuration, or was made
+    from other files than are there now; a check makes nothing, so it alone takes none with it."""
+    undone = [
+        job.name for job in plan if job.name != "preflight" and not _is_done(job, config, run)
+    ]
+    names = [job.name for job in plan]
+    first = next((names.index(name) for name in undone if name != "check"), len(plan))
+    kept = {*names[first:], *undone}
+    if "train" in kept:
+        kept.add("preflight")
+    return those(plan, kept)
+
+
+def _is_done(job: JobSpec, config: Config, run: RunDir) -> bool:
+    wanted, files = depends_on(config, job.name), made_from(config, job.name)
+    for part in range(job.parts):
+        told = told_by(run, label_of(job.name, part + 1, job.parts))
+        if told is None or told.state != "done" or told.digest != wanted:
+            return False
+        if told.files and files and told.files != files:
+            return False
+    return True
 
 
 def label_of(name: str, part: int, parts: int) -> str:
@@ -200,8 +232,18 @@ def planned_here(run: RunDir) -> list[str]:
 
 
 def tell(run: RunDir, name: str, told: Told) -> None:
-    """Say what a job is at."""
-    write_json(run.jobs / f"{name}.json", asdict(told))
+    """Say what a job is at.
+
+    Raises:
+        OSError: It cannot be written; then what it said before, which is not so any more, is gone.
+    """
+    place = run.jobs / f"{name}.json"
+    try:
+        write_json(place, asdict(told))
+    except OSError:
+        with suppress(OSError):
+            place.unlink(missing_ok=True)
+        raise
 
 
 def told_by(run: RunDir, name: str) -> Told | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def shards(
     """Turn the archive into Zarr shards."""
     from launch.byhand import run_by_hand
     from launch.jobs import convert_job, plan_job, publish_job, setup_logging
+    from launch.ranks import log_job
     from launch.rundir import open_run
 
     setup_logging()
@@ -71,11 +73,16 @@ def shards(
         raise ConfigError(
             f"--part {part}: expected K/N with 1 <= K <= N, and only with --step convert"
         )
+
+    def refuse(config: Config) -> None:
+        refuse_beside_jobs(config)
+        refuse_other_training(["shards"], config)
+
     converts = step is Step.convert
     resolved, run = open_run(
-        config, tuple(overrides or ()), shared=converts, refuse=refuse_beside_jobs, trains=False
+        config, tuple(overrides or ()), shared=converts, refuse=refuse, trains=False
     )
-    run.log_to(f"shards.{which}of{parts}" if converts else "shards")
+    log_job(run, f"shards.{which}of{parts}" if converts else "shards")
     if converts:
         convert_job(resolved, which, parts)
     elif step:  # for an array of one's own
@@ -94,13 +101,14 @@ def check(
     """Verify every byte of the shards."""
     from launch.byhand import run_by_hand
     from launch.jobs import check_job, setup_logging
+    from launch.ranks import log_job
     from launch.rundir import open_run
 
     setup_logging()
     resolved, run = open_run(
         config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False
     )
-    run.log_to("check")
+    log_job(run, "check")
     work = partial(check_job, resolved, repair=repair, quick=quick)
     if quick:  # less than the job of the chain
         work()
@@ -250,6 +258,8 @@ app.add_typer(config_app, name="config")
 def main() -> None:
     """Entry point: one clear line and a code for every error a user can cause."""
     sleep_at_barriers()
+    if sys.stderr is None:  # started with it closed
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")
     try:
         app()
         return

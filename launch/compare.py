@@ -137,7 +137,7 @@ def comparison_table(rows: Iterable[tuple[str, ...]]) -> Table:
         else:
             table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

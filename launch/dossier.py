@@ -97,7 +97,11 @@ def _model(facts: Facts) -> list[Html]:
     if given is None:
         return []
     shown = {key: name for key, name in MODEL.items() if key in given or key == "intended_use"}
-    rows = [(name, _words(given.get(key)) or "not stated") for key, name in shown.items()]
+    without = {"codes": "SCT 85756007, Tissue, for each class"}  # as `segobject` writes them
+    rows = [
+        (name, _words(given.get(key)) or without.get(key, "not stated"))
+        for key, name in shown.items()
+    ]
     if "modalities" in given:
         rows.insert(list(shown).index("modalities") + 1, ("windows", windows_of(given)))
     return [pairs(rows)]

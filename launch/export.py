@@ -68,7 +68,7 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gat
     from medpsp.deploy.export import export_onnx
     from medpsp.deploy.gates import refused_by
     from medpsp.deploy.graph import DeployGraph
-    from medpsp.deploy.verify import SHAPES, Example, check_parity
+    from medpsp.deploy.verify import SHAPES, Example, check_parity, parity_says
     from shards.dataset import stage_rows
 
     given, train = graph_input(config, rows), stage_rows(rows, 1.0)
@@ -83,8 +83,7 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gat
     limit = config.export.parity_tolerance
     with Bar("parity", len(SHAPES), "shapes") as bar:
         found.parity = check_parity(graph, run.fp32, given, examples, limit, bar.advance)
-    worst = max(row.max_abs_diff for row in found.parity)
-    log.info("export: largest logit difference %.1e over %d shapes", worst, len(found.parity))
+    log.info("export: %s", parity_says(found.parity, limit))
     _write_variants(config, run, rows, (given, metadata, found))
     _compare(config, run, rows, given, found)
     write_dossier(run.export, dossier_facts(config, run, metadata, rows, found))
@@ -92,6 +91,8 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gat
         if not gate.passed and (reason := config.export.allow.get(gate.name)):  # type: ignore[call-overload]
             log.warning("export: %s: %s; allowed: %s", gate.name, gate.says, reason)
     refused = refused_by(found.gates, config.export.allow)
+    if all(gate.passed for gate in found.gates):
+        log.info("export: every gate was met, %d and parity", len(found.gates))
     for name in {gate.variant for gate in refused}:
         run.variant(name).unlink()
     return refused

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Collection
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from medpsp.errors import ConfigError, LaunchError
+from medpsp.errors import CheckpointError, ConfigError, LaunchError, ShardError
 
 if TYPE_CHECKING:
     from launch.chain import Submitted
@@ -26,14 +27,44 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
         config: Of them.
 
     Raises:
-        CheckpointError: As `launch.train.refuse_other_run`.
+        CheckpointError: As `launch.train.refuse_other_run`; or the shards that the run was trained
+            on would be made with other settings.
     """
     from launch.chain import MAKERS
 
-    if set(jobs) & set(MAKERS) == {"train"}:
+    makers = set(jobs) & set(MAKERS)
+    if makers == {"train"}:
         from launch.train import refuse_other_run
 
         refuse_other_run(config)
+    elif makers:
+        _refuse_other_shards(config)
+
+
+def _refuse_other_shards(config: Config) -> None:
+    from launch.rundir import RunDir
+    from shards.index import SHARDS, read_manifest
+    from shards.layout import changed_settings, data_settings
+
+    newest = max(RunDir(config.out).checkpoints.glob("step-*/meta.json"), default=None)
+    try:
+        trained_on = json.loads(newest.read_text(encoding="utf-8"))["content"] if newest else ""
+        made = read_manifest(config.shards) if trained_on else None
+    except (OSError, ValueError, KeyError, TypeError, ShardError):
+        return  # nothing that could be lost
+    if made is None or made.tables.get(SHARDS) != trained_on:
+        return
+    now = data_settings(config.data)
+    changes = [
+        f"{name}: made with {made.settings.get(key)}, now {now[key]}"
+        for name in changed_settings(config.data, made.settings)
+        if (key := name.removeprefix("data."))
+    ]
+    if changes:
+        raise CheckpointError(
+            f"shards {config.shards}: the run was trained on them; {'; '.join(changes)}; set it "
+            "back, or give another folder for other shards, out=FOLDER"
+        )
 
 
 def refuse_beside_jobs(config: Config) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.chain import Told, depends_on, has_failed, label_of, tell
+from launch.chain import Told, depends_on, has_failed, label_of, made_from, tell
 from launch.cluster import sleep_at_barriers
 from launch.diagnose import diagnosis, lost_peer
 from launch.evaluate import evaluate_job
@@ -56,13 +56,20 @@ def run_command(name: str, config_path: Path, part: tuple[int, int] = (1, 1)) ->
     label = label_of(name, *part)
     log_job(run, label)
     marker = run.logs / f"{label}.failed"
-    told = Told.begun(os.environ, depends_on(config, name))
+    told = Told.begun(os.environ, depends_on(config, name), made_from(config, name))
     config = _on_this_node(config)
     leads = os.environ.get("RANK", "0") == "0"
     if leads and not has_failed(run, label, told):
         marker.unlink(missing_ok=True)
         tell(run, label, told)
-    code, reason, echo = _run(name, config, part)
+    try:
+        code, reason, echo = _run(name, config, part)
+    except Exception as error:  # a bug: status must not say that it was interrupted
+        with suppress(OSError):
+            code, reason = bug_of(error)
+            tell(run, label, told.ended_with(code, reason))
+            marker.write_text(reason + "\n", encoding="utf-8")
+        raise
     with suppress(OSError):  # the disk may be what is wrong
         if (echo or code == EXIT_AGAIN) and has_failed(run, label, told):
             return code, reason  # another rank knows why
@@ -118,6 +125,11 @@ def end_of(error: BaseException) -> tuple[int, str] | None:
     codes = {ConfigError: EXIT_CONFIG, Interrupted: EXIT_AGAIN}
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
     return code, line or one_line(error)
+
+
+def bug_of(error: BaseException) -> tuple[int, str]:
+    """The same of any other: its message may name a patient, and is not said."""
+    return 1, f"{type(error).__name__}, a bug in medpsp"
 
 
 def setup_logging() -> None:

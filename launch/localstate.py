@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.chain import chain_of, planned_here, told_by
+from launch.chain import Told, chain_of, planned_here, told_by
 from launch.plan import CHAIN
 from launch.rundir import RANKS_LOCK, RunDir
 from medpsp.errors import ConfigError, LaunchError
@@ -120,7 +120,7 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
         state, at = ("running", last_said(run, name)) if last else ("ended", _logged(run, name))
     elif told.state == "running":
         state, at = "running", _logged(run, name) if logged >= told.began else ""
-        if not last:
+        if not last or not _lives(told):
             state, note = "interrupted", "it was ended; the same command goes on"
     else:
         state = "stopped" if told.state == "again" else told.state
@@ -140,6 +140,18 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
         ended=not works or state not in ("waiting", "running"),
         well=state in ("done", "ended"),
     )
+
+
+def _lives(told: Told) -> bool:
+    """Whether the process that told it does, as far as this machine can know."""
+    if not told.pid or told.node != os.uname().nodename:
+        return True
+    with suppress(PermissionError):  # another user's
+        try:
+            os.kill(told.pid, 0)
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def last_said(run: RunDir, name: str) -> str:

@@ -24,9 +24,13 @@ def write_json(path: Path, tree: object, mode: int = 0o666) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(tree, file, indent=1)
-    partial.replace(path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(tree, file, indent=1)
+        partial.replace(path)
+    except OSError:  # the disk is full
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def wait_for_json(path: Path, seconds: float, why: str) -> Any:

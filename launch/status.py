@@ -112,8 +112,8 @@ def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], objec
     """Show until nothing will run any more; asks SLURM every ``seconds``.
 
     Raises:
-        LaunchError: Nothing was submitted, or to another cluster; or for ten minutes SLURM does
-            not answer, or has nothing but jobs that it cannot start.
+        LaunchError: Nothing was begun, or on another cluster; or for ten minutes SLURM does not
+            answer, or has nothing but jobs that it cannot start.
     """
     for run in (run for run in runs if not is_local(run)):
         require_cluster(read_chain(run).slurm, run.root)
@@ -122,7 +122,7 @@ def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], objec
         try:
             found = [(run, status_of(run)) for run in runs]
         except LaunchError:
-            if time.monotonic() - heard > SILENT_S:
+            if all(map(is_local, runs)) or time.monotonic() - heard > SILENT_S:
                 raise
             time.sleep(seconds)
             continue

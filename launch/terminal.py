@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 from contextlib import suppress
@@ -30,6 +31,7 @@ def leave(code: int) -> NoReturn:
     With Ray at work that crashed at times: a Ctrl-C ended with 139 in place of 130. Outside of any
     ``except``, or frames of the work, with the pools that they hold, are still there.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only cut this short
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()  # Ray's processes end here, temporary folders go
     for stream in (sys.stdout, sys.stderr):

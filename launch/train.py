@@ -179,7 +179,7 @@ def _warn_of_random_parts(config: Config) -> None:
 
 def _say(run: RunDir, line: str, code: int) -> None:
     say_last(line, code=code)
-    if "SLURM_JOB_ID" in os.environ:  # this process ends at once, and `status` asks why
+    if REASONS not in os.environ:  # this process ends at once, and `status` asks why
         told, known = Told.begun(os.environ, ""), told_by(run, "train")
         if known and (known.job, known.restarts) == (told.job, told.restarts):
             told = known  # it knows when it began

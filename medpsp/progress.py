@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -88,7 +87,8 @@ class Bar:
         self._said = -1
         self._inner = inner
         self._rich: Progress | None = None
-        if show and not inner and sys.stderr.isatty():
+        console = Console(stderr=True)  # stdout is for results
+        if show and not inner and console.is_terminal and not console.is_dumb_terminal:
             self._rich = _Noted(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=12),
@@ -96,7 +96,7 @@ class Bar:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 _Times(table_column=Column(no_wrap=True)),
-                console=Console(stderr=True),  # stdout is for results
+                console=console,
             )
             self._task = self._rich.add_task(label, total=total or None, rate="", note="")
 
@@ -146,16 +146,16 @@ class Bar:
     def _line(self) -> None:
         self.last_line, self._said = time.monotonic(), self.done
         rate = self.rate()
+        speed = f", {rate:.1f} {self.unit}/s" if self.done > self.start else ""  # 0.0 is no stall
         left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
         of = f"/{self.total}" if self.total else ""
         log.info(
-            "%s %d%s %s, %.1f %s/s%s%s",
+            "%s %d%s %s%s%s%s",
             self.label,
             self.done,
             of,
             self.unit,
-            rate,
-            self.unit,
+            speed,
             f", ETA {duration(round(left))}" if self.total else "",
             f", {self.note}" if self.note else "",
             extra={FILE_ONLY: True} if self._rich else {},  # the terminal has the bar

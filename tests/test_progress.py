@@ -65,6 +65,7 @@ def test_one_within_another_says_nothing_where_it_is_short(caplog: pytest.LogCap
 def test_a_bar_on_a_terminal_leaves_its_lines_to_the_log_file(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with caplog.at_level("INFO", "medpsp"), Bar("train", 9, "steps") as bar:
         bar.last_line = time.monotonic() - 6
@@ -74,6 +75,7 @@ def test_a_bar_on_a_terminal_leaves_its_lines_to_the_log_file(
 
 def test_a_bar_with_its_note_fits_80_columns(monkeypatch: pytest.MonkeyPatch):
     shown = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     wide = Console(file=shown, width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr("medpsp.progress.Console", lambda **_: wide)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.byhand import run_by_hand
-from launch.chain import Told, depends_on, tell, told_by, unfinished
+from launch.chain import Told, depends_on, made_from, tell, told_by, unfinished
 from launch.cli import app
 from launch.cluster import kill_all
 from launch.guards import refuse_other_training
@@ -30,9 +32,17 @@ from launch.localstate import rows_here
 from launch.phantom import Phantom, write_archive
 from launch.plan import JobSpec
 from launch.rundir import RunDir
-from launch.status import ended, log_files, require_success, status_of
+from launch.status import ended, follow, log_files, require_success, status_of
 from medpsp.config import Config
-from medpsp.errors import EXIT_AGAIN, ConfigError, Interrupted, LaunchError, ShardError
+from medpsp.errors import (
+    EXIT_AGAIN,
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    LaunchError,
+    ShardError,
+)
+from shards.index import SHARDS, read_manifest
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 Make = Callable[..., Config]
@@ -205,8 +215,16 @@ def test_a_command_of_its_own_says_how_it_ended(made: Config, tmp_path: Path):
     (row,) = [row for row in status_of(run) if row.name == "evaluate"]
     assert (row.state, "run `medpsp train` first" in row.note) == ("failed", True)
     assert not run.page.exists()  # nothing was trained that it could be of
-    tell(run, "check", replace(told_by(run, "check") or Told.begun({}, ""), state="running"))
+    told = replace(told_by(run, "check") or Told.begun({}, ""), state="running")
+    tell(run, "check", told)
     (row,) = [row for row in status_of(run) if row.name == "check"]
+    assert (row.state, row.note) == ("interrupted", "it was ended; the same command goes on")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    tell(run, "check", replace(told, pid=gone.pid))
+    with (run.root / ".lock").open("w") as held:  # of another command, which tells nothing
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (row,) = [row for row in status_of(run) if row.name == "check"]
     assert (row.state, row.note) == ("interrupted", "it was ended; the same command goes on")
 
 
@@ -241,44 +259,42 @@ def test_telling_neither_hides_nor_fails_the_work(made: Config, tmp_path: Path):
     assert not (run.logs / "check.failed").exists()
 
 
-def test_what_was_made_from_something_older_is_made_again(made: Config, tmp_path: Path):
-    """Training that went on by hand after it was scored."""
+def test_what_was_made_from_other_files_is_made_again(made: Config, tmp_path: Path):
+    """Shards or weights that commands by hand made since; what they left as it was counts not."""
     config = made.model_copy(update={"out": tmp_path / "out"})
     run, names = RunDir.create(config), ("shards", "check", "train", "evaluate", "export")
+    manifest, best = config.shards / "manifest.json", run.checkpoints / "best" / "state.pt"
+    for path in (manifest, best):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"first")
 
-    def tell_all(**began: float) -> list[str]:
-        for place, name in enumerate(names):
-            at = began.get(name, float(place))
-            told = Told(
-                state="done",
-                job="",
-                node="",
-                restarts=0,
-                began=at,
-                ended=at + 0.5,
-                digest=depends_on(config, name),
-            )
-            tell(run, name, told)
-        return [job.name for job in unfinished(chain(*names), config, run)]
+    def tell_of(*chosen: str, code: int = 0) -> None:
+        for name in chosen:
+            told = Told.begun({}, depends_on(config, name), made_from(config, name))
+            tell(run, name, told.ended_with(code, ""))
 
-    assert tell_all() == []
-    assert tell_all(check=9) == []  # it makes nothing
-    assert tell_all(evaluate=9) == []
-    assert tell_all(train=9) == ["evaluate", "export"]
-    assert tell_all(train=9, evaluate=10) == ["export"]
-    assert tell_all(shards=9) == ["check", "train", "evaluate", "export"]
-    assert tell_all(train=9) == ["evaluate", "export"]
-    part = chain("evaluate", "export")  # of a chain that began later
-    assert unfinished(part, config, run) == part
-    member = config.model_copy(update={"out": tmp_path / "member"})
-    below = RunDir.create(member)
-    (below.root / "shards").symlink_to(run.root / "shards")  # as of a sweep
-    told = Told.begun({}, depends_on(member, "train")).ended_with(0, "")
-    tell(below, "train", told)
-    assert unfinished(chain("train"), member, below) == ()
-    later = Told.begun({}, depends_on(config, "shards")).ended_with(0, "")
-    tell(run, "shards", later)
-    assert unfinished(chain("train"), member, below) == chain("train")
+    def left(of: Config = config) -> list[str]:
+        return [job.name for job in unfinished(chain(*names), of, run)]
+
+    tell_of(*names)
+    assert left() == []
+    tell_of(*names[:3])  # again, and the same came of it
+    assert left() == []
+    tell_of("check", code=1)
+    assert left() == ["check"]  # it makes nothing
+    tell_of("check")
+    best.write_bytes(b"second")
+    assert left() == ["evaluate", "export"]
+    tell_of("evaluate")
+    assert left() == ["export"]
+    tell_of("export")
+    manifest.write_bytes(b"second")
+    assert left() == ["check", "train", "evaluate", "export"]
+    tell_of(*names)
+    best.unlink()  # exported, and no longer needed
+    assert left() == []
+    data = config.data.model_copy(update={"workers": 7, "index": tmp_path / "index"})
+    assert left(config.model_copy(update={"data": data})) == []
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -304,6 +320,56 @@ def test_what_a_chain_may_go_on_from_is_looked_at_before(
     assert not asked
     refuse_other_training(["preflight", "train", "evaluate"], made)
     assert asked == [made]
+
+
+def test_shards_that_a_run_was_trained_on_are_not_made_otherwise(made: Config, tmp_path: Path):
+    config = made.model_copy(update={"out": tmp_path / "out"})
+    step = RunDir.create(config).checkpoints / "step-00000002"
+    config.shards.symlink_to(made.shards)
+    step.mkdir(parents=True)
+    other = config.data.model_copy(update={"unlabelled": "keep", "workers": 5})
+    changed, jobs = config.model_copy(update={"data": other}), ["shards", "check", "train"]
+    content = read_manifest(made.shards).tables[SHARDS]
+    (step / "meta.json").write_text(json.dumps({"content": content}))
+    before = config.data.unlabelled
+    wanted = rf"unlabelled: made with {before}, now keep; set it back, or give another folder"
+    with pytest.raises(CheckpointError, match=wanted):
+        refuse_other_training(jobs, changed)
+    refuse_other_training(jobs, config)
+    (step / "meta.json").write_text(json.dumps({"content": "of others, which are gone"}))
+    refuse_other_training(jobs, changed)
+
+
+def test_a_job_of_a_chain_with_a_bug_is_told_as_one(made: Config, tmp_path: Path):
+    config = made.model_copy(update={"out": tmp_path / "out"})
+    run = RunDir.create(config)
+    with pytest.raises(LaunchError, match=r"KeyError, a bug in medpsp"):
+        submit_plan(chain("nonsense"), run)
+    told = told_by(run, "nonsense")
+    assert told
+    assert (told.state, told.reason) == ("failed", "KeyError, a bug in medpsp")
+
+
+def test_what_cannot_be_told_is_not_what_was_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A full disk must not leave `running`, or `done`, of something else."""
+    run = RunDir(tmp_path)
+    tell(run, "check", Told.begun({}, ""))
+
+    def full(*words: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("json.dump", full)
+        with pytest.raises(OSError, match="No space"):
+            tell(run, "check", Told.begun({}, ""))
+    assert list(run.jobs.iterdir()) == []
+
+
+def test_a_folder_where_nothing_was_begun_is_not_watched(tmp_path: Path):
+    with pytest.raises(LaunchError, match="nothing was begun there"):
+        follow([RunDir(tmp_path)], 60, print)
 
 
 def test_a_job_that_finds_the_configuration_wrong_is_a_configuration_error(

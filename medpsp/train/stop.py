@@ -1,22 +1,24 @@
 """Why training should end early: a signal, or the time that the scheduler grants.
 
-A handler does nothing but set a number; the loop asks at its step boundaries, where all ranks
-agree, save and leave together. A second Ctrl-C ends the process at once. So does the end of the
-terminal ask, but not a process that shall outlive it (nohup).
+A handler does nothing but set a number and say so on a terminal; the loop asks at its step
+boundaries, where all ranks agree, save and leave together. A second Ctrl-C ends the process at
+once. So does the end of the terminal ask, but not a process that shall outlive it (nohup).
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from medpsp.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+HEARD = b"\r\ntrain: asked to end, saves first; a second Ctrl-C ends it at once\r\n"
 OUT_OF_TIME = 128
 """In place of the number of a signal."""
 
@@ -49,6 +51,9 @@ class StopRequest:
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._signal and os.isatty(2) and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # a validation may last: silence would be taken for deafness
+                os.write(2, HEARD)
         self._signal = number
 
     @property
