@@ -75,7 +75,7 @@ class Told:
         reason: The one line.
         digest: Of the configuration that it depends on.
         files: Digest of the files that it is made from; empty where it is not known.
-        pid: Process that told it, on its node.
+        process: That told it: its number, and the space on its node that the number is of.
     """
 
     state: str
@@ -88,7 +88,7 @@ class Told:
     reason: str = ""
     digest: str = ""
     files: str = ""
-    pid: int = 0
+    process: str = ""
 
     @classmethod
     def begun(cls, env: Mapping[str, str], digest: str, files: str = "") -> Told:
@@ -97,7 +97,7 @@ class Told:
             state="running",
             digest=digest,
             files=files,
-            pid=os.getpid(),
+            process=f"{os.getpid()} {processes_here()}",
             job=env.get("SLURM_ARRAY_JOB_ID") or env.get("SLURM_JOB_ID", ""),
             node=env.get("SLURMD_NODENAME") or os.uname().nodename,
             restarts=int(env.get("SLURM_RESTART_COUNT") or 0),
@@ -107,6 +107,14 @@ class Told:
         """The same, at its end."""
         state = {0: "done", EXIT_AGAIN: "again"}.get(code, "failed")
         return replace(self, state=state, ended=time.time(), code=code, reason=reason)
+
+
+def processes_here() -> str:
+    """The space that numbers of processes are of: a container has its own; empty if not known."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def depends_on(config: Config, name: str) -> str:
@@ -132,20 +140,22 @@ def made_from(config: Config, name: str) -> str:
     """
     if name in ("preflight", *SHARD_MAKERS):
         return ""
-    files = [config.shards / "manifest.json"]  # has the digests of all others, and no time
-    if name in ("evaluate", "export"):
-        folder = RunDir(config.out).checkpoints
-        best = folder / "best"
-        steps = sorted(folder.glob("step-*"))  # without a validation there is no best
-        files.append((best if best.is_dir() or not steps else steps[-1]) / "state.pt")
-    digest = hashlib.sha256()
     try:
-        for path in files:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    except OSError:
+        made = json.loads((config.shards / "manifest.json").read_text(encoding="utf-8"))
+        # not all of it: who made them, and what was left out, change no slice
+        parts = [
+            made["data_id"],
+            *(made["tables"][f"{kind}.parquet"] for kind in ("index", "shards")),
+        ]
+        if name in ("evaluate", "export"):
+            folder = RunDir(config.out).checkpoints
+            best = folder / "best"
+            steps = sorted(folder.glob("step-*"))  # without a validation there is no best
+            path = best if best.is_dir() or not steps else steps[-1]
+            parts.append((path / "meta.json").read_text(encoding="utf-8"))  # with that of tensors
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[JobSpec, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -65,7 +64,7 @@ def run(
 
     def refuse(planned: Config) -> None:
         refuse_beside_jobs(planned)
-        _refuse_other(plan_jobs(planned), planned, start)
+        refuse_other(plan_jobs(planned), planned, start)
 
     resolved, folder = open_run(config, changes, refuse=refuse, trains=trains(start))
     from launch.local import submit_plan
@@ -75,6 +74,8 @@ def run(
         submit_plan(plan, folder)
     else:
         typer.echo(ALL_DONE.format(folder.root))
+        if (file := resolved.data.crosswalk) and not file.is_file():
+            typer.echo(f"data.crosswalk {file}: not there; `medpsp shards` writes it")
     for line in places(folder):
         typer.echo(line)
 
@@ -102,8 +103,7 @@ def _run_on(
     require_idle(RunDir(planned.out))
 
     def refuse(planned: Config) -> None:
-        if find_spec("torch"):  # a login node may lack it; training looks itself
-            _refuse_other(plan_cluster(planned, profile), planned, start)
+        refuse_other(plan_cluster(planned, profile), planned, start)
 
     resolved, folder = open_run(config, changes, refuse=refuse, trains=trains(start))
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
@@ -112,7 +112,8 @@ def _run_on(
         follow_runs([folder])
 
 
-def _refuse_other(plan: tuple[JobSpec, ...], planned: Config, start: str) -> None:
+def refuse_other(plan: tuple[JobSpec, ...], planned: Config, start: str) -> None:
+    """For `open_run`: as `refuse_other_training`, of the jobs of a plan that are to be run."""
     from launch.rundir import RunDir
 
     jobs = wanted(plan, planned, RunDir(planned.out), start)

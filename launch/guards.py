@@ -6,6 +6,8 @@ import json
 import logging
 import os
 from collections.abc import Collection
+from contextlib import suppress
+from importlib.util import find_spec
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from launch.chain import Submitted
     from launch.rundir import RunDir
     from medpsp.config import Config
+    from shards.index import Manifest
 
 log = logging.getLogger("medpsp")
 
@@ -33,38 +36,53 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     from launch.chain import MAKERS
 
     makers = set(jobs) & set(MAKERS)
-    if makers == {"train"}:
+    if makers == {"train"} and find_spec("torch"):  # a login node may lack it; training looks too
         from launch.train import refuse_other_run
 
         refuse_other_run(config)
-    elif makers:
+    elif makers - {"train"}:
         _refuse_other_shards(config)
 
 
 def _refuse_other_shards(config: Config) -> None:
     from launch.rundir import RunDir
-    from shards.index import SHARDS, read_manifest
+    from medpsp.train.same import DATA
+    from shards.index import read_manifest
+
+    steps = "checkpoints/step-*/meta.json"
+    metas = [path for place in (steps, f"sweep/*/{steps}") for path in config.out.glob(place)]
+    if not metas:
+        return
+    try:
+        made = read_manifest(config.shards)
+    except ShardError:  # nothing that could be lost
+        return
+    for path in metas:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged; training says so
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            if model[DATA] == made.data_id and (changes := _changes(config, made)):
+                raise CheckpointError(
+                    f"shards {config.shards}: the run was trained on them; {'; '.join(changes)}; "
+                    "set it back, or give another folder for other shards, out=FOLDER, or start "
+                    f"over: delete {RunDir(config.out).checkpoints}"
+                )
+
+
+def _changes(config: Config, made: Manifest) -> list[str]:
+    """What would make other shards: key, value of before and of now."""
+    from medpsp.identity import fingerprint, load_key
     from shards.layout import changed_settings, data_settings
 
-    newest = max(RunDir(config.out).checkpoints.glob("step-*/meta.json"), default=None)
-    try:
-        trained_on = json.loads(newest.read_text(encoding="utf-8"))["content"] if newest else ""
-        made = read_manifest(config.shards) if trained_on else None
-    except (OSError, ValueError, KeyError, TypeError, ShardError):
-        return  # nothing that could be lost
-    if made is None or made.tables.get(SHARDS) != trained_on:
-        return
     now = data_settings(config.data)
-    changes = [
+    found = [
         f"{name}: made with {made.settings.get(key)}, now {now[key]}"
         for name in changed_settings(config.data, made.settings)
         if (key := name.removeprefix("data."))
     ]
-    if changes:
-        raise CheckpointError(
-            f"shards {config.shards}: the run was trained on them; {'; '.join(changes)}; set it "
-            "back, or give another folder for other shards, out=FOLDER"
-        )
+    with suppress(ConfigError):  # none: whoever makes shards says so
+        if fingerprint(load_key(config.data.key_file)) != made.key_fingerprint:
+            found.append("data.key_file: they were made with another key")
+    return found
 
 
 def refuse_beside_jobs(config: Config) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.chain import Told, chain_of, planned_here, told_by
+from launch.chain import Told, chain_of, planned_here, processes_here, told_by
 from launch.plan import CHAIN
 from launch.rundir import RANKS_LOCK, RunDir
 from medpsp.errors import ConfigError, LaunchError
@@ -143,12 +143,13 @@ def _row(run: RunDir, name: str, planned: list[str], last: bool, works: bool) ->
 
 
 def _lives(told: Told) -> bool:
-    """Whether the process that told it does, as far as this machine can know."""
-    if not told.pid or told.node != os.uname().nodename:
+    """Whether the process that told it does, as far as this one can know."""
+    number, _, space = told.process.partition(" ")
+    if not space or space != processes_here() or told.node != os.uname().nodename:
         return True
     with suppress(PermissionError):  # another user's
         try:
-            os.kill(told.pid, 0)
+            os.kill(int(number), 0)
         except ProcessLookupError:
             return False
     return True

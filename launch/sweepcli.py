@@ -14,6 +14,7 @@ from launch.chaincli import (
     ConfigArg,
     Overrides,
     follow_runs,
+    refuse_other,
     runs_of,
     wanted,
     with_index,
@@ -43,9 +44,10 @@ def sweep(
 
     from launch.compare import compare, show_comparison
     from launch.jobs import setup_logging
+    from launch.plan import plan_cluster, plan_jobs
     from launch.profile import load_profile
     from launch.rundir import RunDir, find_config, open_run
-    from launch.sweep import members, open_members, write_table
+    from launch.sweep import members, open_members, shared_part, write_table
     from medpsp.configio import load_config
 
     setup_logging()
@@ -55,7 +57,14 @@ def sweep(
         profile = load_profile(cluster)
         for run in runs_of(RunDir(load_config(find_config(config), changes).out)):
             require_idle(run)
-    base, folder = open_run(config, changes, refuse=None if cluster else refuse_beside_jobs)
+
+    def refuse(planned: Config) -> None:
+        if not cluster:
+            refuse_beside_jobs(planned)
+        plan = plan_cluster(planned, profile) if cluster else plan_jobs(planned)
+        refuse_other(shared_part(plan), planned, "")
+
+    base, folder = open_run(config, changes, refuse=refuse)
     opened, failed = open_members(folder, chosen), list[MedpspError]()
     if cluster:
         _sweep_on(cluster, profile, base, folder, opened)

@@ -31,7 +31,7 @@ def leave(code: int) -> NoReturn:
     With Ray at work that crashed at times: a Ctrl-C ended with 139 in place of 130. Outside of any
     ``except``, or frames of the work, with the pools that they hold, are still there.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only cut this short
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once, not in a traceback
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()  # Ray's processes end here, temporary folders go
     for stream in (sys.stdout, sys.stderr):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -88,7 +89,7 @@ class Bar:
         self._inner = inner
         self._rich: Progress | None = None
         console = Console(stderr=True)  # stdout is for results
-        if show and not inner and console.is_terminal and not console.is_dumb_terminal:
+        if show and not inner and sys.stderr.isatty() and not console.is_dumb_terminal:
             self._rich = _Noted(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=12),

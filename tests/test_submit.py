@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.byhand import run_by_hand
-from launch.chain import Told, depends_on, made_from, tell, told_by, unfinished
+from launch.chain import Told, depends_on, made_from, processes_here, tell, told_by, unfinished
 from launch.cli import app
 from launch.cluster import kill_all
 from launch.guards import refuse_other_training
@@ -42,7 +42,8 @@ from medpsp.errors import (
     LaunchError,
     ShardError,
 )
-from shards.index import SHARDS, read_manifest
+from medpsp.train.same import DATA
+from shards.index import read_manifest
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 Make = Callable[..., Config]
@@ -221,7 +222,7 @@ def test_a_command_of_its_own_says_how_it_ended(made: Config, tmp_path: Path):
     assert (row.state, row.note) == ("interrupted", "it was ended; the same command goes on")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    tell(run, "check", replace(told, pid=gone.pid))
+    tell(run, "check", replace(told, process=f"{gone.pid} {processes_here()}"))
     with (run.root / ".lock").open("w") as held:  # of another command, which tells nothing
         fcntl.flock(held, fcntl.LOCK_EX)
         (row,) = [row for row in status_of(run) if row.name == "check"]
@@ -263,10 +264,17 @@ def test_what_was_made_from_other_files_is_made_again(made: Config, tmp_path: Pa
     """Shards or weights that commands by hand made since; what they left as it was counts not."""
     config = made.model_copy(update={"out": tmp_path / "out"})
     run, names = RunDir.create(config), ("shards", "check", "train", "evaluate", "export")
-    manifest, best = config.shards / "manifest.json", run.checkpoints / "best" / "state.pt"
+    manifest, best = config.shards / "manifest.json", run.checkpoints / "best" / "meta.json"
     for path in (manifest, best):
         path.parent.mkdir(parents=True)
-        path.write_bytes(b"first")
+    tables = {"index.parquet": "a", "shards.parquet": "b", "objects.parquet": "c"}
+
+    def shards(**changed: object) -> None:
+        tree = {"data_id": "one", "tool": "medpsp 1", "tables": tables}
+        manifest.write_text(json.dumps({**tree, **changed}))
+
+    shards()
+    best.write_text("first")
 
     def tell_of(*chosen: str, code: int = 0) -> None:
         for name in chosen:
@@ -283,12 +291,14 @@ def test_what_was_made_from_other_files_is_made_again(made: Config, tmp_path: Pa
     tell_of("check", code=1)
     assert left() == ["check"]  # it makes nothing
     tell_of("check")
-    best.write_bytes(b"second")
+    best.write_text("second")
     assert left() == ["evaluate", "export"]
     tell_of("evaluate")
     assert left() == ["export"]
     tell_of("export")
-    manifest.write_bytes(b"second")
+    shards(tool="medpsp 2", tables={**tables, "objects.parquet": "d"})
+    assert left() == []  # no slice is another
+    shards(tables={**tables, "index.parquet": "d"})
     assert left() == ["check", "train", "evaluate", "export"]
     tell_of(*names)
     best.unlink()  # exported, and no longer needed
@@ -329,14 +339,20 @@ def test_shards_that_a_run_was_trained_on_are_not_made_otherwise(made: Config, t
     step.mkdir(parents=True)
     other = config.data.model_copy(update={"unlabelled": "keep", "workers": 5})
     changed, jobs = config.model_copy(update={"data": other}), ["shards", "check", "train"]
-    content = read_manifest(made.shards).tables[SHARDS]
-    (step / "meta.json").write_text(json.dumps({"content": content}))
+    meta = step / "meta.json"
+    meta.write_text(json.dumps({"model": {DATA: read_manifest(made.shards).data_id}}))
     before = config.data.unlabelled
     wanted = rf"unlabelled: made with {before}, now keep; set it back, or give another folder"
     with pytest.raises(CheckpointError, match=wanted):
         refuse_other_training(jobs, changed)
     refuse_other_training(jobs, config)
-    (step / "meta.json").write_text(json.dumps({"content": "of others, which are gone"}))
+    member = config.out / "sweep" / "one"
+    member.mkdir(parents=True)
+    (config.out / "checkpoints").rename(member / "checkpoints")
+    with pytest.raises(CheckpointError, match=wanted):
+        refuse_other_training(["plan", "convert", "publish"], changed)
+    meta = member / "checkpoints" / "step-00000002" / "meta.json"
+    meta.write_text(json.dumps({"model": {DATA: "of others, which are gone"}}))
     refuse_other_training(jobs, changed)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medpsp.config import Config
 from medpsp.errors import CheckpointError, ConfigError
 from medpsp.stages import stage_at, total_steps
-from medpsp.train.checkpoint import TrainState
+
+if TYPE_CHECKING:  # which brings torch
+    from medpsp.train.checkpoint import TrainState
 
 DATA = "data (labels, window, split)"
 """Name of their digest."""
