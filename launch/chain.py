@@ -18,7 +18,7 @@ from launch.meeting import write_json
 from launch.plan import JobSpec, those
 from launch.rundir import RunDir
 from medpsp.config import Config
-from medpsp.errors import EXIT_AGAIN, LaunchError
+from medpsp.errors import EXIT_AGAIN, LaunchError, ShardError
 
 SHARD_MAKERS = ("shards", "plan", "convert", "publish")
 SHARD_JOBS = ("preflight", *SHARD_MAKERS, "check")
@@ -138,22 +138,18 @@ def made_from(config: Config, name: str) -> str:
 
     Empty where it needs none, or one is not there: weights may go once they are exported.
     """
+    from shards.index import INDEX, SHARDS, read_manifest
+
     if name in ("preflight", *SHARD_MAKERS):
         return ""
     try:
-        made = json.loads((config.shards / "manifest.json").read_text(encoding="utf-8"))
+        made = read_manifest(config.shards)
         # not all of it: who made them, and what was left out, change no slice
-        parts = [
-            made["data_id"],
-            *(made["tables"][f"{kind}.parquet"] for kind in ("index", "shards")),
-        ]
+        parts = [made.data_id, made.tables[INDEX], made.tables[SHARDS]]
         if name in ("evaluate", "export"):
-            folder = RunDir(config.out).checkpoints
-            best = folder / "best"
-            steps = sorted(folder.glob("step-*"))  # without a validation there is no best
-            path = best if best.is_dir() or not steps else steps[-1]
-            parts.append((path / "meta.json").read_text(encoding="utf-8"))  # with that of tensors
-    except (OSError, ValueError, KeyError, TypeError):
+            best = RunDir(config.out).checkpoints / "best" / "meta.json"  # with that of tensors
+            parts.append(best.read_text(encoding="utf-8"))
+    except (OSError, ShardError, KeyError):
         return ""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

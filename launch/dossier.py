@@ -96,8 +96,11 @@ def _model(facts: Facts) -> list[Html]:
     given = facts.get("model")
     if given is None:
         return []
+    from medpsp.deploy.segobject import TISSUE
+
     shown = {key: name for key, name in MODEL.items() if key in given or key == "intended_use"}
-    without = {"codes": "SCT 85756007, Tissue, for each class"}  # as `segobject` writes them
+    scheme, code, meaning = TISSUE
+    without = {"codes": f"{scheme} {code}, {meaning}, for each class"}
     rows = [
         (name, _words(given.get(key)) or without.get(key, "not stated"))
         for key, name in shown.items()

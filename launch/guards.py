@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from medpsp.errors import CheckpointError, ConfigError, LaunchError, ShardError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from launch.chain import Submitted
     from launch.rundir import RunDir
     from medpsp.config import Config
@@ -46,10 +48,10 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
 
 def _refuse_other_shards(config: Config) -> None:
     from launch.rundir import RunDir
-    from medpsp.train.same import DATA
     from shards.index import read_manifest
 
-    steps = "checkpoints/step-*/meta.json"
+    checkpoints = RunDir(config.out).checkpoints
+    steps = f"{checkpoints.name}/step-*/meta.json"
     metas = [path for place in (steps, f"sweep/*/{steps}") for path in config.out.glob(place)]
     if not metas:
         return
@@ -57,28 +59,34 @@ def _refuse_other_shards(config: Config) -> None:
         made = read_manifest(config.shards)
     except ShardError:  # nothing that could be lost
         return
-    for path in metas:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged; training says so
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
-            if model[DATA] == made.data_id and (changes := _changes(config, made)):
-                raise CheckpointError(
-                    f"shards {config.shards}: the run was trained on them; {'; '.join(changes)}; "
-                    "set it back, or give another folder for other shards, out=FOLDER, or start "
-                    f"over: delete {RunDir(config.out).checkpoints}"
-                )
+    changes = _changes(config, made)
+    if changes and any(_trained_on(path) == made.data_id for path in metas):
+        raise CheckpointError(
+            f"shards {config.shards}: the run was trained on them; {'; '.join(changes)}; set it "
+            "back, or give another folder for other shards, out=FOLDER, or start over: delete "
+            f"{checkpoints}"
+        )
+
+
+def _trained_on(meta: Path) -> str | None:
+    """`Manifest.data_id` of the shards of a checkpoint; None where it is damaged."""
+    from medpsp.train.same import DATA
+
+    try:
+        return str(json.loads(meta.read_text(encoding="utf-8"))["model"][DATA])
+    except (OSError, ValueError, KeyError, TypeError):  # training says so
+        return None
 
 
 def _changes(config: Config, made: Manifest) -> list[str]:
     """What would make other shards: key, value of before and of now."""
     from medpsp.identity import fingerprint, load_key
+    from medpsp.train.same import told_change
     from shards.layout import changed_settings, data_settings
 
     now = data_settings(config.data)
-    found = [
-        f"{name}: made with {made.settings.get(key)}, now {now[key]}"
-        for name in changed_settings(config.data, made.settings)
-        if (key := name.removeprefix("data."))
-    ]
+    keys = [name.removeprefix("data.") for name in changed_settings(config.data, made.settings)]
+    found = [told_change(f"data.{key}", made.settings.get(key), now[key]) for key in keys]
     with suppress(ConfigError):  # none: whoever makes shards says so
         if fingerprint(load_key(config.data.key_file)) != made.key_fingerprint:
             found.append("data.key_file: they were made with another key")

@@ -61,7 +61,9 @@ def train_job(config: Config) -> None:
             return
     from medpsp.train.stop import StopRequest
 
-    with StopRequest(end_time()).listening() as stop:
+    # a validation may last, and silence would be taken for deafness
+    heard = "train: asked to end, saves first; a second Ctrl-C ends it at once"
+    with StopRequest(end_time(), heard=heard if world.rank == 0 else "").listening() as stop:
         end_with_parent()
         _train(config, world, rows, stop)
 

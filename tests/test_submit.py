@@ -43,7 +43,7 @@ from medpsp.errors import (
     ShardError,
 )
 from medpsp.train.same import DATA
-from shards.index import read_manifest
+from shards.index import INDEX, OBJECTS, read_manifest, write_manifest
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 Make = Callable[..., Config]
@@ -264,14 +264,15 @@ def test_what_was_made_from_other_files_is_made_again(made: Config, tmp_path: Pa
     """Shards or weights that commands by hand made since; what they left as it was counts not."""
     config = made.model_copy(update={"out": tmp_path / "out"})
     run, names = RunDir.create(config), ("shards", "check", "train", "evaluate", "export")
-    manifest, best = config.shards / "manifest.json", run.checkpoints / "best" / "meta.json"
-    for path in (manifest, best):
-        path.parent.mkdir(parents=True)
-    tables = {"index.parquet": "a", "shards.parquet": "b", "objects.parquet": "c"}
+    best = run.checkpoints / "best" / "meta.json"
+    best.parent.mkdir(parents=True)
+    manifest = read_manifest(made.shards)
 
-    def shards(**changed: object) -> None:
-        tree = {"data_id": "one", "tool": "medpsp 1", "tables": tables}
-        manifest.write_text(json.dumps({**tree, **changed}))
+    def shards(**tables: str) -> None:
+        tool = f"medpsp {len(tables)}"
+        write_manifest(
+            config.shards, replace(manifest, tool=tool, tables={**manifest.tables, **tables})
+        )
 
     shards()
     best.write_text("first")
@@ -296,9 +297,9 @@ def test_what_was_made_from_other_files_is_made_again(made: Config, tmp_path: Pa
     tell_of("evaluate")
     assert left() == ["export"]
     tell_of("export")
-    shards(tool="medpsp 2", tables={**tables, "objects.parquet": "d"})
+    shards(**{OBJECTS: "d"})
     assert left() == []  # no slice is another
-    shards(tables={**tables, "index.parquet": "d"})
+    shards(**{INDEX: "d"})
     assert left() == ["check", "train", "evaluate", "export"]
     tell_of(*names)
     best.unlink()  # exported, and no longer needed

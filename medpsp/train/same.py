@@ -52,7 +52,7 @@ def other_draws(state: TrainState, config: Config) -> list[str]:
     now = schedule_of(config)
     keys = {"seed": "seed", "batch_size": "train.batch_size"}
     return [
-        _told(key, state.schedule.get(name), now[name])
+        told_change(key, state.schedule.get(name), now[name])
         for name, key in keys.items()
         if state.schedule.get(name) != now[name]
     ]
@@ -73,10 +73,11 @@ def other_steps(state: TrainState, config: Config) -> list[str]:
         if before[:index] == now[:index] and state.stage == stages[index].name:
             return []
     why = f"its step {state.step} is in stage {state.stage}, and what is done must stay as it was"
-    return [f"{_told('train.stages', _listed(before), _listed(now))} ({why})"]
+    return [f"{told_change('train.stages', _listed(before), _listed(now))} ({why})"]
 
 
-def _told(key: str, before: object, now: object) -> str:
+def told_change(key: str, before: object, now: object) -> str:
+    """A setting that is other than it was."""
     return f"{key}: made with {before}, now {now}"
 
 
@@ -127,12 +128,12 @@ def changed_ahead(state: TrainState, config: Config) -> str:
     now = schedule_of(config)
     changes = []
     if (before := state.schedule.get("stages", [])) != now["stages"]:
-        changes.append(_told("train.stages", _listed(before), _listed(now["stages"])))
+        changes.append(told_change("train.stages", _listed(before), _listed(now["stages"])))
     index, _ = stage_at(config.train.stages, state.step - 1)
     old = {known["name"]: known for known in state.schedule.get("settings", [])[index + 1 :]}
     for stage in now["settings"][index + 1 :]:
         changes += [
-            _told(f"{key} of stage {stage['name']}", value, stage[key])
+            told_change(f"{key} of stage {stage['name']}", value, stage[key])
             for key, value in old.get(stage["name"], {}).items()
             if key not in ("steps", "epochs") and key in stage and stage[key] != value
         ]
@@ -150,7 +151,7 @@ def other_network(known: dict[str, Any], config: Config, data_id: str) -> list[s
             name = names.get(key, f"model.{key}")
             digest = key == DATA  # says nothing to anybody
             changes.append(
-                f"made with other {name}" if digest else _told(name, known.get(key), value)
+                f"made with other {name}" if digest else told_change(name, known.get(key), value)
             )
     return changes
 

@@ -18,7 +18,6 @@ from types import FrameType
 from medpsp.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-HEARD = b"\r\ntrain: asked to end, saves first; a second Ctrl-C ends it at once\r\n"
 OUT_OF_TIME = 128
 """In place of the number of a signal."""
 
@@ -30,13 +29,16 @@ class StopRequest:
         deadline: Seconds since 1970 by which the process is to be gone; None for never.
         margin: Seconds before it at which to save; at most a quarter of what is left now, or a
             short job would do nothing but save.
+        heard: Said on a terminal at the first Ctrl-C.
     """
 
-    def __init__(self, deadline: float | None = None, margin: float = 120.0) -> None:
+    def __init__(
+        self, deadline: float | None = None, margin: float = 120.0, heard: str = ""
+    ) -> None:
         self._at: float | None = None
         if deadline is not None:
             self._at = deadline - min(margin, max(0.0, deadline - time.time()) / 4)
-        self._signal = 0
+        self._signal, self._said = 0, heard
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -51,9 +53,9 @@ class StopRequest:
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._signal and os.isatty(2) and os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # a validation may last: silence would be taken for deafness
-                os.write(2, HEARD)
+        if number == signal.SIGINT and self._said and os.isatty(2):
+            with suppress(OSError):
+                os.write(2, f"\r\n{self._said}\r\n".encode())
         self._signal = number
 
     @property
