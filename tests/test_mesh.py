@@ -145,7 +145,7 @@ def test_volumes_in_ml() -> None:
 def test_every_kind_of_cell_gives_a_manifold() -> None:
     for kind in range(1, 256):
         corners = np.array([kind >> bit & 1 for bit in range(8)], dtype=bool).reshape(2, 2, 2)
-        shell = march(corners, 2, 2)
+        shell = march(corners.__iter__, 2, 2)
         assert_closed(shell.triangles)
         assert (shell.vertices[:, 0] * shell.sides).sum() == corners.sum()
 
@@ -297,7 +297,7 @@ def speckled(seed: int, shape: tuple[int, int, int] = (24, 40, 40)) -> Any:
 
 def test_blocks_of_triangles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = speckled(0)
-    shell = march(iter(mask), *mask.shape[1:])
+    shell = march(mask.__iter__, *mask.shape[1:])
     assert len(shell.triangles) > 3 * fairing.BLOCK
     blocks = fair(shell)
     monkeypatch.setattr(fairing, "BLOCK", 10**9)
@@ -308,7 +308,7 @@ def test_parts_far_from_the_origin_keep_their_volume() -> None:
     mask = np.zeros((1500, 500, 600), dtype=bool)
     for n, size in enumerate((1, 2, 3)):
         mask[1490 : 1490 + size, 480 : 480 + size, 580 + 4 * n : 580 + 4 * n + size] = True
-    shell = march(iter(mask), *mask.shape[1:])
+    shell = march(mask.__iter__, *mask.shape[1:])
     places = shell.vertices + np.float64(fair(shell).T)
     part = fairing._parts(len(places), shell.triangles)
     volumes = [
@@ -322,7 +322,7 @@ def test_parts_are_those_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fairing, "BLOCK", 100)
     for seed in range(3):
         mask = speckled(seed, (12, 20, 20))
-        shell = march(iter(mask), *mask.shape[1:])
+        shell = march(mask.__iter__, *mask.shape[1:])
         count, (a, b, c) = len(shell.vertices), shell.triangles.T
         edges = np.concatenate([a, b]), np.concatenate([b, c])
         graph = coo_matrix((np.ones(len(edges[0])), edges), (count, count))
@@ -369,8 +369,10 @@ def test_packed_masks_read_back() -> None:
     for place in (3, 0, 1):
         packed[place] = whole[place]
     whole[2] = 0
-    np.testing.assert_array_equal(packed.unpacked([0, 1, 2, 3]), whole)
-    np.testing.assert_array_equal(packed.unpacked([3, 1]), whole[[3, 1]])
+    np.testing.assert_array_equal([packed[n] for n in range(4)], whole)
+    chosen = packed.chosen([3, 2, 1])
+    assert chosen.shape == (3, 5, 7)
+    np.testing.assert_array_equal([chosen[n] for n in range(3)], whole[[3, 2, 1]])
     boxes = class_boxes(packed)
     np.testing.assert_array_equal(sorted(boxes), np.unique(whole))
     for label, box in boxes.items():

@@ -54,7 +54,7 @@ class Target:
 class Answers:
     """Files of one series: all of them are there at the end, or none.
 
-    Memory is that of a few slices; a SEG needs the whole mask, meshes one surface.
+    Memory is that of a few slices; a SEG and meshes need the mask, packed, and meshes a surface.
 
     Args:
         out: Folder.
@@ -158,8 +158,8 @@ class Answers:
             codes=model.codes,
         )
         answered = replace(series, slices=tuple(series.slices[n] for n in self._numbers))
-        masks = volume.unpacked(self._places)
-        write_seg(self._work / f"{self._target.name}.dcm", masks, answered, facts)
+        mask = volume.chosen(self._places)
+        write_seg(self._work / f"{self._target.name}.dcm", mask, answered, facts)
 
     def _write_meshes(self) -> None:
         name, affine, volume = self._target.name, self._target.affine, self._volume

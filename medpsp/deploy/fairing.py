@@ -52,7 +52,7 @@ def pieces(count: int) -> Iterator[slice]:
     return (slice(start, start + BLOCK) for start in range(0, count, BLOCK))
 
 
-def vertex_areas(places: NDArray[np.float32], triangles: Ints) -> Floats:
+def vertex_areas(places: NDArray[np.float32], triangles: Ints) -> Shifts:
     """How the volume grows as a vertex moves.
 
     Args:
@@ -60,9 +60,9 @@ def vertex_areas(places: NDArray[np.float32], triangles: Ints) -> Floats:
         triangles: (T, 3).
 
     Returns:
-        (3, V) float64, a third of the area vectors around each vertex.
+        (3, V) a third of the area vectors around each vertex.
     """
-    areas = np.zeros(places.shape)
+    areas = np.zeros(places.shape, dtype=np.float32)
     for corners in _blocks(triangles):
         _add_areas(areas, corners, [places[:, corner].astype(np.float64) for corner in corners])
     return areas

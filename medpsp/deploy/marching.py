@@ -8,7 +8,7 @@ original table), and no polygon is cut along a face of its cell, where the next 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -53,39 +53,60 @@ class Shell(NamedTuple):
     triangles: Ints
 
 
-def march(slices: Iterable[Bools], height: int, width: int) -> Shell:
+def march(slices: Callable[[], Iterable[Bools]], height: int, width: int) -> Shell:
     """Find the surface of a binary volume; outside its borders nothing is inside.
 
     Args:
-        slices: (H, W) each, in order; two of them are held at a time.
+        slices: Gives (H, W) each, in order, and is asked twice: arrays that were made too small and
+            grown leave holes in memory of up to their size. Two slices are held at a time.
         height: H.
         width: W.
 
     Returns:
         The surface; without a vertex where nothing is inside.
     """
-    builder = _Builder(height + 2, width + 2)
-    lower = np.zeros((height + 2, width + 2), dtype=np.bool_)
+    size = height + 2, width + 2
+    table = _table()
+    of_kind = (table[:, :, 0] >= 0).sum(axis=1)
+    vertices = triangles = 0
+    for lower, upper in _pairs(slices(), size):
+        faces = (upper[:, :-1], upper[:, 1:]), (upper[:-1], upper[1:]), (lower, upper)
+        vertices += sum(int(np.count_nonzero(a != b)) for a, b in faces)
+        triangles += int(of_kind[_kinds(lower, upper)].sum())
+    builder = _Builder(
+        size,
+        table,
+        Shell(
+            np.empty((vertices, 3), np.float32),
+            np.empty(vertices, np.int8),
+            np.empty((triangles, 3), np.int32),
+        ),
+    )
+    for lower, upper in _pairs(slices(), size):
+        builder.add(lower, upper)
+    return builder.shell
+
+
+def _pairs(slices: Iterable[Bools], size: tuple[int, int]) -> Iterator[tuple[Bools, Bools]]:
+    """Each slice and the next, padded, with an empty one at either end."""
+    lower = np.zeros(size, dtype=np.bool_)
     for inside in slices:
         upper = np.pad(inside, 1)
-        builder.add(lower, upper)
+        yield lower, upper
         lower = upper
-    builder.add(lower, np.zeros_like(lower))
-    return builder.shell()
+    yield lower, np.zeros_like(lower)
 
 
 class _Builder:
-    """What was found so far; sizes are those of padded slices."""
+    """Fills a shell; sizes are those of padded slices."""
 
-    def __init__(self, height: int, width: int) -> None:
-        self.table = _table()
-        self.count, self.depth = 0, 0
-        # bytes grow where they are: joining arrays at the end would take as much again
-        self.vertices, self.sides, self.triangles = bytearray(), bytearray(), bytearray()
+    def __init__(self, size: tuple[int, int], table: NDArray[np.int8], shell: Shell) -> None:
+        self.table, self.shell = table, shell
+        self.count, self.drawn, self.depth = 0, 0, 0  # vertices, triangles, slices
         # number of the vertex between a voxel and the next one, set only where there is a vertex:
         # along x and along y in the lower and the upper slice, and along z
-        self.lower, self.upper = np.empty((2, 2, height, width), dtype=np.int32)
-        self.between = np.empty((height, width), dtype=np.int32)
+        self.lower, self.upper = np.empty((2, 2, *size), dtype=np.int32)
+        self.between = np.empty(size, dtype=np.int32)
 
     def add(self, lower: Bools, upper: Bools) -> None:
         """Take the cells between two slices."""
@@ -102,16 +123,15 @@ class _Builder:
         self, here: Bools, following: Bools, into: Ints, shift: tuple[float, float, float]
     ) -> None:
         rows, columns = np.nonzero(here != following)
-        into[rows, columns] = np.arange(self.count, self.count + len(rows), dtype=np.int32)
-        self.count += len(rows)
-        place = np.empty((len(rows), 3), dtype=np.float32)
-        place[:, 0], place[:, 1], place[:, 2] = columns - 1, rows - 1, 0
-        self.vertices += (place + np.asarray(shift, dtype=np.float32)).tobytes()
-        sides = here[rows, columns].astype(np.int8) * 2 - 1
-        self.sides += (sides if shift[0] else np.zeros_like(sides)).tobytes()
+        some = slice(self.count, self.count + len(rows))
+        into[rows, columns] = np.arange(some.start, some.stop, dtype=np.int32)
+        for axis, places in enumerate((columns - 1, rows - 1, np.zeros_like(rows))):
+            self.shell.vertices[some, axis] = places + shift[axis]
+        self.shell.sides[some] = here[rows, columns].astype(np.int8) * 2 - 1 if shift[0] else 0
+        self.count = some.stop
 
     def _cells(self, lower: Bools, upper: Bools) -> None:
-        kind = _quads(lower) + 16 * _quads(upper)
+        kind = _kinds(lower, upper)
         y, x = np.nonzero((kind != 0) & (kind != 255))
         cuts = np.stack(
             [plane[0, y + dy, x] for plane in (self.lower, self.upper) for dy in (0, 1)]
@@ -121,15 +141,16 @@ class _Builder:
         )
         edges = self.table[kind[y, x]]
         used = edges[:, :, 0] >= 0
-        self.triangles += cuts[np.nonzero(used)[0][:, None], edges[used]].tobytes()
+        cells = np.nonzero(used)[0]
+        some = slice(self.drawn, self.drawn + len(cells))
+        self.shell.triangles[some] = cuts[cells[:, None], edges[used]]
+        self.drawn = some.stop
 
-    def shell(self) -> Shell:
-        """All of it."""
-        return Shell(
-            np.frombuffer(self.vertices, dtype=np.float32).reshape(-1, 3),
-            np.frombuffer(self.sides, dtype=np.int8),
-            np.frombuffer(self.triangles, dtype=np.int32).reshape(-1, 3),
-        )
+
+def _kinds(lower: Bools, upper: Bools) -> NDArray[np.uint8]:
+    """(H - 1, W - 1) of (H, W) each: which of the corners of each cell are inside, as bits."""
+    kinds: NDArray[np.uint8] = _quads(lower) + 16 * _quads(upper)
+    return kinds
 
 
 def _quads(inside: Bools) -> NDArray[np.uint8]:

@@ -5,29 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medpsp.deploy.fairing import Floats, fair, pieces
-from medpsp.deploy.marching import march
+from medpsp.deploy.marching import Bools, march
 from medpsp.deploy.meshfiles import Part, Surface, write_glb, write_stl
+from medpsp.deploy.packed import Slices
 from medpsp.errors import GeometryError
 
-Mask = NDArray[np.uint8]
 Box = tuple[slice, slice, slice]
-
-
-class Slices(Protocol):
-    """(N, H, W) class indices, slice by slice; an array is one, too."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, H, W)."""
-
-    def __getitem__(self, place: int, /) -> Mask:
-        """(H, W)."""
 
 
 def volumes_ml(counts: NDArray[np.integer], affine: Floats) -> tuple[float, ...]:
@@ -68,7 +56,10 @@ def class_surface(mask: Slices, label: int, affine: Floats, box: Box | None = No
     """
     mirrored = _determinant(affine) < 0
     slices, rows, columns = box or class_boxes(mask).get(label, (slice(0, 0),) * 3)
-    parts = (mask[z][rows, columns] == label for z in range(slices.start, slices.stop))
+
+    def parts() -> Iterator[Bools]:
+        return (mask[z][rows, columns] == label for z in range(slices.start, slices.stop))
+
     shell = march(parts, rows.stop - rows.start, columns.stop - columns.start)
     corner = np.array([columns.start, rows.start, slices.start])
     shifts, vertices = fair(shell), np.empty_like(shell.vertices)

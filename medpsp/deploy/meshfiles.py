@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medpsp import __version__
-from medpsp.deploy.fairing import Floats, pieces, vertex_areas
+from medpsp.deploy.fairing import pieces, vertex_areas
 from medpsp.deploy.marching import Ints
 from medpsp.errors import DicomError
 from medpsp.intensity import class_colour
@@ -119,7 +119,7 @@ def _numbers(file: BinaryIO, parts: Iterable[Part]) -> dict[str, Any]:
         del turned
         areas = vertex_areas(vertices.T, triangles)
         of_pieces = (_unit(areas[:, some].T) @ LPS_TO_GLTF.T for some in pieces(len(vertices)))
-        _view(file, views, (normals.astype(np.float32) for normals in of_pieces))
+        _view(file, views, of_pieces)
         _view(file, views, (triangles[some] for some in pieces(len(triangles))))
         del part, vertices, triangles, areas  # before the next is made
     return {
@@ -172,7 +172,7 @@ def _save(path: Path, chunks: Iterable[bytes]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _unit(vectors: Floats) -> Floats:
+def _unit(vectors: NDArray[np.floating]) -> NDArray[np.floating]:
     """(..., 3) of length 1; zero ones stay."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    length: NDArray[np.floating] = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)

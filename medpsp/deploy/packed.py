@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Mask = NDArray[np.uint8]
+
+
+class Slices(Protocol):
+    """(N, H, W) class indices, slice by slice; an array is one, too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W)."""
+
+    def __getitem__(self, place: int, /) -> Mask:
+        """(H, W)."""
 
 
 class PackedMask:
@@ -21,18 +36,17 @@ class PackedMask:
         self.shape = shape
         self._slices: dict[int, bytes] = {}
 
-    def __setitem__(self, place: int, mask: NDArray[np.uint8]) -> None:
+    def __setitem__(self, place: int, mask: Mask) -> None:
         self._slices[place] = zlib.compress(mask.tobytes(), 1)
 
-    def __getitem__(self, place: int, /) -> NDArray[np.uint8]:
+    def __getitem__(self, place: int, /) -> Mask:
         if place not in self._slices:
             return np.zeros(self.shape[1:], np.uint8)
         held = zlib.decompress(self._slices[place])
         return np.frombuffer(held, np.uint8).reshape(self.shape[1:])
 
-    def unpacked(self, places: list[int]) -> NDArray[np.uint8]:
-        """(M, H, W) slices."""
-        whole = np.empty((len(places), *self.shape[1:]), np.uint8)
-        for number, place in enumerate(places):
-            whole[number] = self[place]
-        return whole
+    def chosen(self, places: Sequence[int]) -> PackedMask:
+        """(M, H, W) slices in another order, packed as they are."""
+        some = PackedMask((len(places), *self.shape[1:]))
+        some._slices = {n: self._slices[z] for n, z in enumerate(places) if z in self._slices}
+        return some

@@ -26,6 +26,7 @@ from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, generate_uid
 from pydicom.valuerep import validate_value
 
+from medpsp.deploy.packed import Slices
 from medpsp.dicom.frames import functional
 from medpsp.dicom.header import Header
 from medpsp.dicom.opened import opened
@@ -70,7 +71,7 @@ class ModelFacts:
     codes: Mapping[str, Mapping[str, Code]] = field(default_factory=dict)
 
 
-def write_seg(path: Path, mask: NDArray[np.uint8], series: Series, model: ModelFacts) -> Path:
+def write_seg(path: Path, mask: Slices, series: Series, model: ModelFacts) -> Path:
     """Write the mask of one series as BINARY SEG: a segment for each class that was found.
 
     Where none was, each class is a segment with one empty frame on the first slice: a SEG has
@@ -80,7 +81,8 @@ def write_seg(path: Path, mask: NDArray[np.uint8], series: Series, model: ModelF
     Frames lie where their slices lie. Those of images without patient geometry (ultrasound,
     photographs) have no position, only the images that they reference (PS3.3 A.51): archives
     keep such a SEG, viewers that go by position do not show it. Memory grows with frames, not
-    with pixels: they are packed one frame at a time, 1 bit each, as every receiver reads them.
+    with pixels: they are looked at one slice at a time, and packed one frame at a time, 1 bit
+    each, as every receiver reads them.
 
     Args:
         path: File to write; it appears when it is whole.
@@ -93,12 +95,13 @@ def write_seg(path: Path, mask: NDArray[np.uint8], series: Series, model: ModelF
             `parse` where an image can no longer be read.
         ValueError, OSError: The mask does not fit; the file cannot be written.
     """
-    wanted, top = (len(series.slices), series.first.rows, series.first.columns), int(mask.max())
-    if mask.shape != wanted or top >= len(model.classes):
-        raise ValueError(f"mask {mask.shape} up to {top}, expected {wanted} and a class for each")
+    wanted = len(series.slices), series.first.rows, series.first.columns
+    if mask.shape != wanted:
+        raise ValueError(f"mask {mask.shape}, expected {wanted}")
+    found, digest = _held(mask, len(model.classes))
     with refusing("SEG_NOT_WRITTEN", "the headers of the images make no SEG"):
         kinds = _kinds(series)
-        seg, classes = _described(mask, series, model)
+        seg, classes = _described(found, digest, series, model)
         frames = _refer(seg, series, kinds)
         if series.affine is None:
             _unplace(seg, series, [number for number, _ in frames])
@@ -106,6 +109,19 @@ def write_seg(path: Path, mask: NDArray[np.uint8], series: Series, model: ModelF
         seg.save_as(header, enforce_file_format=True)
     _save(path, header.getvalue(), mask, [(n, classes[k - 1]) for n, k in frames])
     return path
+
+
+def _held(mask: Slices, count: int) -> tuple[NDArray[np.bool_], str]:
+    """(N, K) which classes each slice holds, and the SHA-256 of the mask."""
+    found, digest = np.zeros((mask.shape[0], count), dtype=np.bool_), hashlib.sha256()
+    for number in range(mask.shape[0]):
+        plane = np.ascontiguousarray(mask[number])
+        pixels = np.bincount(plane.ravel(), minlength=count)
+        if len(pixels) > count:
+            raise ValueError(f"slice {number} up to class {len(pixels) - 1} of {count}")
+        found[number] = pixels > 0
+        digest.update(plane.data)
+    return found, digest.hexdigest()
 
 
 def _kinds(series: Series) -> dict[Place, str]:
@@ -125,17 +141,15 @@ def _kinds(series: Series) -> dict[Place, str]:
 
 
 def _described(
-    mask: NDArray[np.uint8], series: Series, model: ModelFacts
+    found: NDArray[np.bool_], digest: str, series: Series, model: ModelFacts
 ) -> tuple[Dataset, list[int]]:
-    """All but pixels and references, and the class of each segment."""
+    """All but pixels and references, and the class of each segment; see `_held`."""
     from highdicom.seg import Segmentation
 
-    count = len(model.classes)
-    found = np.array([np.bincount(plane.ravel(), minlength=count) > 0 for plane in mask])  # (N, K)
     found[0] |= not found[:, 1:].any()
     found[:, 0] = False
     classes: list[int] = np.flatnonzero(found.any(axis=0)).tolist()
-    uids = _uids(mask, series, model)
+    uids = _uids(digest, series, model)
     seg = Segmentation(
         source_images=_stand_ins(series),
         pixel_array=found[:, None, None, classes].astype(np.uint8),
@@ -230,11 +244,10 @@ def _text(header: Header, keyword: str) -> str:
     return "\\".join(texts)
 
 
-def _uids(mask: NDArray[np.uint8], series: Series, model: ModelFacts) -> list[str]:
+def _uids(pixels: str, series: Series, model: ModelFacts) -> list[str]:
     """Of the series (images and model), of the object and of its dimensions (and mask)."""
     images = [f"{ref.sop_uid}/{ref.frame}" for ref in series.slices]
     source = "\n".join([*images, *model.classes, model.digest])
-    pixels = hashlib.sha256(np.ascontiguousarray(mask).data).hexdigest()
     mixed = ["series", source], ["object", source, pixels], ["dimensions", source, pixels]
     return [generate_uid(entropy_srcs=sources) for sources in mixed]
 
@@ -279,9 +292,7 @@ def _unplace(seg: Dataset, series: Series, slices: Sequence[int]) -> None:
         content.DimensionIndexValues = [content.DimensionIndexValues[0], number + 1]
 
 
-def _save(
-    path: Path, header: bytes, mask: NDArray[np.uint8], frames: Sequence[tuple[int, int]]
-) -> None:
+def _save(path: Path, header: bytes, mask: Slices, frames: Sequence[tuple[int, int]]) -> None:
     """Header, then the bits of each frame (slice, class), first pixel lowest (PS3.5 8.1.1)."""
     size = -(-len(frames) * mask[0].size // 8)
     part, rest = path.with_name(f"{path.name}.part"), np.zeros(0, dtype=np.bool_)
