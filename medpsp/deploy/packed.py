@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -50,3 +51,27 @@ class PackedMask:
         some = PackedMask((len(places), *self.shape[1:]))
         some._slices = {n: self._slices[z] for n, z in enumerate(places) if z in self._slices}
         return some
+
+
+def held(mask: Slices, count: int) -> tuple[NDArray[np.bool_], str]:
+    """Look through a mask, slice by slice.
+
+    Args:
+        mask: (N, H, W).
+        count: K classes.
+
+    Returns:
+        (N, K) which of them each slice holds, and the SHA-256 of the mask.
+
+    Raises:
+        ValueError: A class of K or above.
+    """
+    found, digest = np.zeros((mask.shape[0], count), dtype=np.bool_), hashlib.sha256()
+    for number in range(mask.shape[0]):
+        plane = np.ascontiguousarray(mask[number])
+        pixels = np.bincount(plane.ravel(), minlength=count)
+        if len(pixels) > count:
+            raise ValueError(f"slice {number} up to class {len(pixels) - 1} of {count}")
+        found[number] = pixels > 0
+        digest.update(plane.data)
+    return found, digest.hexdigest()

@@ -7,7 +7,6 @@ References, frame size and pixels are then put in from the images and the mask.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
@@ -26,7 +25,7 @@ from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, generate_uid
 from pydicom.valuerep import validate_value
 
-from medpsp.deploy.packed import Slices
+from medpsp.deploy.packed import Slices, held
 from medpsp.dicom.frames import functional
 from medpsp.dicom.header import Header
 from medpsp.dicom.opened import opened
@@ -98,7 +97,7 @@ def write_seg(path: Path, mask: Slices, series: Series, model: ModelFacts) -> Pa
     wanted = len(series.slices), series.first.rows, series.first.columns
     if mask.shape != wanted:
         raise ValueError(f"mask {mask.shape}, expected {wanted}")
-    found, digest = _held(mask, len(model.classes))
+    found, digest = held(mask, len(model.classes))
     with refusing("SEG_NOT_WRITTEN", "the headers of the images make no SEG"):
         kinds = _kinds(series)
         seg, classes = _described(found, digest, series, model)
@@ -109,19 +108,6 @@ def write_seg(path: Path, mask: Slices, series: Series, model: ModelFacts) -> Pa
         seg.save_as(header, enforce_file_format=True)
     _save(path, header.getvalue(), mask, [(n, classes[k - 1]) for n, k in frames])
     return path
-
-
-def _held(mask: Slices, count: int) -> tuple[NDArray[np.bool_], str]:
-    """(N, K) which classes each slice holds, and the SHA-256 of the mask."""
-    found, digest = np.zeros((mask.shape[0], count), dtype=np.bool_), hashlib.sha256()
-    for number in range(mask.shape[0]):
-        plane = np.ascontiguousarray(mask[number])
-        pixels = np.bincount(plane.ravel(), minlength=count)
-        if len(pixels) > count:
-            raise ValueError(f"slice {number} up to class {len(pixels) - 1} of {count}")
-        found[number] = pixels > 0
-        digest.update(plane.data)
-    return found, digest.hexdigest()
 
 
 def _kinds(series: Series) -> dict[Place, str]:
@@ -143,7 +129,7 @@ def _kinds(series: Series) -> dict[Place, str]:
 def _described(
     found: NDArray[np.bool_], digest: str, series: Series, model: ModelFacts
 ) -> tuple[Dataset, list[int]]:
-    """All but pixels and references, and the class of each segment; see `_held`."""
+    """All but pixels and references, and the class of each segment; see `held`."""
     from highdicom.seg import Segmentation
 
     found[0] |= not found[:, 1:].any()
