@@ -26,7 +26,8 @@ MAKERS = (*SHARD_MAKERS, "train")
 """Jobs that later ones are made from."""
 HOW = {
     "data": {"workers", "index", "memory_mib", "ray_address", "crosswalk"},
-    "train": {"loader_workers", "resume", "first_step_seconds", "step_seconds"},
+    "train": {"loader_workers", "threads", "resume", "save_every", "log_every"}
+    | {"most_bad_steps", "first_step_seconds", "step_seconds"},
 }
 """Settings of how a job works, which leave what it makes as it is."""
 
@@ -148,7 +149,7 @@ def made_from(config: Config, name: str) -> str:
         parts = [made.data_id, made.tables[INDEX], made.tables[SHARDS]]
         if name in ("evaluate", "export"):
             best = RunDir(config.out).checkpoints / "best" / "meta.json"  # with that of tensors
-            parts.append(best.read_text(encoding="utf-8"))
+            parts.append(hashlib.sha256(best.read_bytes()).hexdigest())
     except (OSError, ShardError, KeyError):
         return ""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -169,6 +170,14 @@ def unfinished(plan: tuple[JobSpec, ...], config: Config, run: RunDir) -> tuple[
 
 
 def _is_done(job: JobSpec, config: Config, run: RunDir) -> bool:
+    exports = list(run.export.glob("*.onnx"))
+    made = {
+        "train": [run.checkpoints / "best", *exports],  # weights may go once they are exported
+        "evaluate": [run.evaluation],
+        "export": exports,
+    }
+    if job.name in made and not any(path.exists() for path in made[job.name]):
+        return False
     wanted, files = depends_on(config, job.name), made_from(config, job.name)
     for part in range(job.parts):
         told = told_by(run, label_of(job.name, part + 1, job.parts))

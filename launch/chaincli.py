@@ -14,7 +14,8 @@ from launch.guards import at_work_of, refuse_beside_jobs, refuse_other_training,
 from medpsp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.localstate import Row
+    from collections.abc import Callable
+
     from launch.plan import JobSpec
     from launch.profile import Profile
     from launch.rundir import RunDir
@@ -52,14 +53,15 @@ def run(
         _run_on(cluster, config, changes, start, dry=dry_run, wait=wait)
         return
     from launch.home import trains
-    from launch.plan import describe, plan_jobs, starting_at
+    from launch.plan import describe, plan_jobs
     from launch.rundir import RunDir, find_config, open_run
     from medpsp.configio import load_config
 
     if dry_run:  # writes nothing
         planned = load_config(find_config(config), changes)
-        plan = starting_at(plan_jobs(planned), start or "shards")
-        typer.echo(describe(plan, RunDir(planned.out).config))
+        folder = RunDir(planned.out)
+        plan = wanted(plan_jobs(planned), planned, folder, start)
+        typer.echo(describe(plan, folder.config) if plan else ALL_DONE.format(folder.root))
         return
 
     def refuse(planned: Config) -> None:
@@ -109,7 +111,7 @@ def _run_on(
     plan = wanted(plan_cluster(resolved, profile), resolved, folder, start)
     _submit(plan, profile, cluster, folder)
     if wait and plan:
-        follow_runs([folder])
+        follow_runs(lambda: [folder])
 
 
 def refuse_other(plan: tuple[JobSpec, ...], planned: Config, start: str) -> None:
@@ -166,8 +168,8 @@ def wanted(
     return starting_at(plan, start) if start else unfinished(plan, config, folder)
 
 
-def follow_runs(folders: list[RunDir]) -> None:
-    """Show runs until nothing of them will run any more.
+def follow_runs(listed: Callable[[], list[RunDir]]) -> None:
+    """Show runs, which are asked for again each time, until nothing of them will run any more.
 
     Raises:
         LaunchError: A job did not end well.
@@ -179,23 +181,28 @@ def follow_runs(folders: list[RunDir]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        seen: list[Row] = []
+        seen: list[str] = []
 
         def say(found: Shown) -> None:
-            rows = [row for _, of_run in found for row in of_run]
-            for row in rows:
-                if row not in seen:
-                    typer.echo(f"{row.name} {row.id}: {row.state} {row.nodes} {row.note}".rstrip())
-            seen[:] = rows
+            lines = [
+                f"{f'{run.root.name}/' if len(found) > 1 else ''}{row.name} {row.id}: "
+                f"{row.state} {row.nodes} {row.note}".rstrip()
+                for run, rows in found
+                for row in rows
+            ]
+            for line in lines:
+                if line not in seen:
+                    typer.echo(line)
+            seen[:] = lines
 
-        require_success(follow(folders, POLL_S, say))
+        require_success(follow(listed, POLL_S, say))
         return
     with Live(console=console) as live:
 
         def draw(found: Shown) -> None:
             live.update(Group(*(table(folder, rows) for folder, rows in found)))
 
-        rows = follow(folders, POLL_S, draw)
+        rows = follow(listed, POLL_S, draw)
     require_success(rows)
 
 
@@ -209,11 +216,10 @@ def status(
     from launch.rundir import RunDir
     from launch.status import places, status_of, table
 
-    folders = runs_of(RunDir(out))
     if watch:
-        follow_runs(folders)
+        follow_runs(lambda: runs_of(RunDir(out)))
         return
-    for folder in folders:
+    for folder in runs_of(RunDir(out)):
         Console().print(table(folder, status_of(folder)), soft_wrap=True)
     typer.echo(f"logs         {out}/logs   (medpsp logs {quote(str(out))} JOB)")
     for line in places(RunDir(out)):

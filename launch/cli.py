@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,14 +20,11 @@ from launch.clihelp import InOrder, Settable, begin
 from launch.cluster import sleep_at_barriers
 from launch.configcli import config_app, key_app
 from launch.doctor.command import doctor
-from launch.guards import refuse_beside_jobs, refuse_other_training
+from launch.guards import refuse_beside_jobs, refuse_by_hand
 from launch.new.command import new
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, ConfigError, MedpspError
 from medpsp.words import many
-
-if TYPE_CHECKING:
-    from medpsp.config import Config
 
 app = typer.Typer(
     cls=InOrder,
@@ -74,10 +71,7 @@ def shards(
             f"--part {part}: expected K/N with 1 <= K <= N, and only with --step convert"
         )
 
-    def refuse(config: Config) -> None:
-        refuse_beside_jobs(config)
-        refuse_other_training(["shards"], config)
-
+    refuse = partial(refuse_by_hand, "shards")
     converts = step is Step.convert
     resolved, run = open_run(
         config, tuple(overrides or ()), shared=converts, refuse=refuse, trains=False
@@ -105,9 +99,9 @@ def check(
     from launch.rundir import open_run
 
     setup_logging()
-    resolved, run = open_run(
-        config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False
-    )
+
+    refuse = partial(refuse_by_hand, "check")
+    resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse, trains=False)
     log_job(run, "check")
     work = partial(check_job, resolved, repair=repair, quick=quick)
     if quick:  # less than the job of the chain
@@ -124,12 +118,8 @@ def _job(name: str) -> Callable[[str, list[str] | None], None]:
         from launch.ranks import log_job
         from launch.rundir import open_run
 
-        def refuse(config: Config) -> None:
-            refuse_beside_jobs(config)
-            refuse_other_training([name], config)
-
         setup_logging()
-        changes = tuple(overrides or ())
+        changes, refuse = tuple(overrides or ()), partial(refuse_by_hand, name)
         resolved, run = open_run(config, changes, refuse=refuse, trains=trains(name))
         log_job(run, name)
         run_by_hand(name, resolved)

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("medpsp")
 
 
+def refuse_by_hand(job: str, config: Config) -> None:
+    """For `open_run`: one job, as a command of its own."""
+    refuse_beside_jobs(config)
+    refuse_other_training([job], config)
+
+
 def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     """For `open_run`: jobs that would go on in another way than their run was trained.
 
@@ -34,10 +40,13 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     Raises:
         CheckpointError: As `launch.train.refuse_other_run`; or the shards that the run was trained
             on would be made with other settings.
+        ShardError: They read shards that were made with other settings.
     """
     from launch.chain import MAKERS
 
     makers = set(jobs) & set(MAKERS)
+    if jobs and not makers - {"train"}:
+        _refuse_unfit(config)
     if makers == {"train"} and find_spec("torch"):  # a login node may lack it; training looks too
         from launch.train import refuse_other_run
 
@@ -50,9 +59,10 @@ def _refuse_other_shards(config: Config) -> None:
     from launch.rundir import RunDir
     from shards.index import read_manifest
 
-    checkpoints = RunDir(config.out).checkpoints
-    steps = f"{checkpoints.name}/step-*/meta.json"
-    metas = [path for place in (steps, f"sweep/*/{steps}") for path in config.out.glob(place)]
+    roots = {config.out.resolve(), config.shards.resolve().parent}  # sweeps: those of the base
+    own = f"{RunDir(config.out).checkpoints.name}/*/meta.json"
+    places = [own, f"sweep/*/{own}"]
+    metas = [path for root in roots for place in places for path in root.glob(place)]
     if not metas:
         return
     try:
@@ -60,12 +70,25 @@ def _refuse_other_shards(config: Config) -> None:
     except ShardError:  # nothing that could be lost
         return
     changes = _changes(config, made)
-    if changes and any(_trained_on(path) == made.data_id for path in metas):
+    trained = [path for path in metas if changes and _trained_on(path) == made.data_id]
+    if trained:
+        folders = sorted({str(path.parent.parent) for path in trained})
         raise CheckpointError(
             f"shards {config.shards}: the run was trained on them; {'; '.join(changes)}; set it "
             "back, or give another folder for other shards, out=FOLDER, or start over: delete "
-            f"{checkpoints}"
+            f"{', '.join(folders)}"
         )
+
+
+def _refuse_unfit(config: Config) -> None:
+    from launch.trained import require_fit
+    from shards.index import read_manifest
+
+    try:
+        made = read_manifest(config.shards)
+    except ShardError:  # whoever reads them says so
+        return
+    require_fit(config, made)
 
 
 def _trained_on(meta: Path) -> str | None:

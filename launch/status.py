@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.chain import Chain, Submitted, Told, label_of, read_chain, told_by
-from launch.localstate import Row, is_local, last_said, rows_here
+from launch.localstate import Row, at_work, is_local, last_said, rows_here
 from launch.rundir import RunDir
 from launch.slurmstate import ENDED, GONE, JobState, job_states, require_cluster
 from medpsp.errors import ConfigError, LaunchError
@@ -108,17 +108,25 @@ def table(run: RunDir, rows: list[Row]) -> Group:
 Shown = list[tuple[RunDir, list[Row]]]
 
 
-def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], object]) -> list[Row]:
+def follow(
+    listed: Callable[[], Sequence[RunDir]], seconds: float, show: Callable[[Shown], object]
+) -> list[Row]:
     """Show until nothing will run any more; asks SLURM every ``seconds``.
+
+    Args:
+        listed: Gives the runs: members of a sweep on this machine begin one after another.
+        seconds: From one look to the next.
+        show: Gets what they are at.
 
     Raises:
         LaunchError: Nothing was begun, or on another cluster; or for ten minutes SLURM does not
             answer, or has nothing but jobs that it cannot start.
     """
-    for run in (run for run in runs if not is_local(run)):
+    for run in (run for run in listed() if not is_local(run)):
         require_cluster(read_chain(run).slurm, run.root)
     heard = able = time.monotonic()
     while True:
+        runs = listed()
         try:
             found = [(run, status_of(run)) for run in runs]
         except LaunchError:
@@ -129,7 +137,7 @@ def follow(runs: Sequence[RunDir], seconds: float, show: Callable[[Shown], objec
         heard = time.monotonic()
         show(found)
         rows = [row for _, of_run in found for row in of_run]
-        if ended(rows):
+        if ended(rows) and not any(is_local(run) and at_work(run) for run in runs):
             return rows
         stuck = [(run, row) for run, of_run in found for row in of_run if NEVER.search(row.waits)]
         if not stuck or any(not row.ended and not HOPELESS.search(row.waits) for row in rows):

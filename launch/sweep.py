@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 
 from launch.chain import unfinished
 from launch.plan import JobSpec
-from launch.rundir import RunDir, open_run
+from launch.rundir import RunDir, find_config, open_run
 from medpsp.config import Config
 from medpsp.errors import ConfigError
 from medpsp.machine import threads_each
@@ -113,14 +113,20 @@ def _name(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def open_members(
-    base: RunDir, chosen: Sequence[tuple[str, tuple[str, ...]]], folder: str = FOLDER
+    given: tuple[str, tuple[str, ...]],
+    base: RunDir,
+    chosen: Sequence[tuple[str, tuple[str, ...]]],
+    folder: str = FOLDER,
+    refuse: Callable[[Config], None] | None = None,
 ) -> list[tuple[Config, RunDir]]:
     """Folders of all members below that of the base, which has the shards.
 
     Args:
-        base: Its configuration is that of all members but for their overrides.
+        given: Configuration and overrides of the command: that of all members but for their own.
+        base: Of the run; its ``config.yaml`` says how it was trained itself.
         chosen: Of `members`.
         folder: Below the base.
+        refuse: As for `open_run`.
 
     Raises:
         ConfigError: A value that is not legal: before anything is written.
@@ -128,19 +134,20 @@ def open_members(
     from medpsp.configio import load_config
 
     roots = [base.root / folder / name for name, _ in chosen]
+    config, overrides = given
     changes = [
-        (*words, f"out={_written(str(root))}")
+        (*overrides, *words, f"out={_written(str(root))}")
         for (_, words), root in zip(chosen, roots, strict=True)
     ]
     for words in changes:
-        load_config(base.config, words)
+        load_config(find_config(config), words)
     opened = []
     for root, words in zip(roots, changes, strict=True):
         root.mkdir(parents=True, exist_ok=True)
         link = root / "shards"
         if not link.is_symlink():
             link.symlink_to(os.path.join("..", "..", "shards"))
-        opened.append(open_run(str(base.config), words))
+        opened.append(open_run(config, words, refuse=refuse))
     return opened
 
 

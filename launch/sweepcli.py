@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
@@ -19,8 +20,8 @@ from launch.chaincli import (
     wanted,
     with_index,
 )
-from launch.guards import refuse_beside_jobs, require_idle
-from medpsp.errors import ConfigError, LaunchError, MedpspError
+from launch.guards import refuse_beside_jobs, refuse_other_training, require_idle
+from medpsp.errors import ConfigError, LaunchError, MedpspError, ShardError
 
 if TYPE_CHECKING:
     from launch.profile import Profile
@@ -64,14 +65,19 @@ def sweep(
         plan = plan_cluster(planned, profile) if cluster else plan_jobs(planned)
         refuse_other(shared_part(plan), planned, "")
 
-    base, folder = open_run(config, changes, refuse=refuse)
-    opened, failed = open_members(folder, chosen), list[MedpspError]()
+    def refuse_member(planned: Config) -> None:
+        with suppress(ShardError):  # they are made first, or anew
+            refuse_other_training(["train"], planned)
+
+    base, folder = open_run(config, changes, refuse=refuse, trains=False)
+    opened = open_members((config, changes), folder, chosen, refuse=refuse_member)
+    failed = list[MedpspError]()
     if cluster:
         _sweep_on(cluster, profile, base, folder, opened)
         typer.echo(f"medpsp status {quote(str(folder.root))}")
         if not wait:
             return
-        follow_runs(runs_of(folder))
+        follow_runs(lambda: runs_of(folder))
     else:
         failed = _sweep_here(base, folder, opened)
         write_table(folder.root)
@@ -180,8 +186,9 @@ def scale(
     from launch.sweep import open_members, scale_members
 
     setup_logging()
-    base, folder = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs)
-    opened = open_members(folder, scale_members(base, ranks, backbones), "scale")
+    given = config, tuple(overrides or ())
+    base, folder = open_run(*given, refuse=refuse_beside_jobs, trains=False)
+    opened = open_members(given, folder, scale_members(base, ranks, backbones), "scale")
     if cluster:
         _scale_on(cluster, folder, opened)
     else:
@@ -233,7 +240,7 @@ def _scale_on(cluster: str, folder: RunDir, opened: list[tuple[Config, RunDir]])
         raise
     for one, (_, run) in zip(sent, opened, strict=True):
         try:
-            follow_runs([run])
+            follow_runs(partial(list, [run]))
         except LaunchError as error:  # the others still make a table
             log.warning("%s: %s", run.root.name, error)
             with suppress(LaunchError):

@@ -13,7 +13,7 @@ from medpsp.errors import CheckpointError, ConfigError, ShardError
 
 if TYPE_CHECKING:
     from medpsp.model.psp import PSPNet
-    from shards.index import SliceRow
+    from shards.index import Manifest, SliceRow
 
 
 BY_CASE, POOLED = "Dice, mean of cases", "Dice, pooled over voxels"
@@ -38,14 +38,8 @@ def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
         ShardError: The shards were made with other classes, or nothing is labelled.
     """
     from shards.index import read_index, read_manifest
-    from shards.layout import changed_settings
 
-    manifest = read_manifest(config.shards)
-    if changed := changed_settings(config.data, manifest.settings):
-        raise ShardError(
-            f"shards {config.shards}: made with other {', '.join(changed)}; run `medpsp shards` "
-            "again, or set it back"
-        )
+    require_fit(config, read_manifest(config.shards))
     rows = tuple(row for row in read_index(config.shards) if row.labelled)
     if not rows:
         raise ShardError(f"shards {config.shards}: no labelled slice; set data.labels")
@@ -56,6 +50,21 @@ def labelled_rows(config: Config) -> tuple[SliceRow, ...]:
             "model.in_channels=3 (grey slices are then repeated)"
         )
     return rows
+
+
+def require_fit(config: Config, manifest: Manifest) -> None:
+    """Shards must have been made with the settings that their readers have.
+
+    Raises:
+        ShardError: They were not.
+    """
+    from shards.layout import changed_settings
+
+    if changed := changed_settings(config.data, manifest.settings):
+        raise ShardError(
+            f"shards {config.shards}: made with other {', '.join(changed)}; run `medpsp shards` "
+            "again, or set it back"
+        )
 
 
 def load_trained(config: Config) -> tuple[PSPNet, int]:

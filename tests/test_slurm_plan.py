@@ -26,6 +26,7 @@ from launch.chain import (
     write_chain,
 )
 from launch.guards import refuse_beside_jobs, require_idle
+from launch.localstate import Row
 from launch.plan import JobSpec, plan_cluster, starting_at
 from launch.preflight import faults
 from launch.profile import Profile, load_profile, shipped_profiles
@@ -82,6 +83,10 @@ def test_what_is_done_with_this_configuration_is_left_out(tmp_path: Path):
                 state="done", job="1", node="a", restarts=0, digest=depends_on(chosen, job.name)
             )
             tell(run, label_of(job.name, part + 1, job.parts), told)
+    made = tmp_path / "export" / "model.onnx", tmp_path / "evaluation.json"
+    for path in made:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     assert unfinished(plan, chosen, run) == ()
     assert unfinished(plan, config(export={"allow": {"cpu_drop": "a few steps"}}), run) == ()
     # another rate: the network is trained anew, after a look at the nodes, on the same shards
@@ -424,11 +429,11 @@ def test_what_can_never_start_is_not_waited_for(
     monkeypatch.setattr(status, "job_states", next_state)
     monkeypatch.setattr(status, "SILENT_S", 0.0)
     if ends:
-        rows = status.follow([RunDir(tmp_path)], 0.01, lambda rows: None)
+        rows = status.follow(lambda: [RunDir(tmp_path)], 0.01, lambda rows: None)
         assert all(row.well for row in rows)
     else:
         with pytest.raises(LaunchError, match=r"train: cannot start \(PartitionNodeLimit\), job 7"):
-            status.follow([RunDir(tmp_path)], 0.01, lambda rows: None)
+            status.follow(lambda: [RunDir(tmp_path)], 0.01, lambda rows: None)
 
 
 def test_of_several_ranks_the_one_that_failed_first_is_believed(
@@ -522,3 +527,21 @@ def test_preflight_asks_for_the_room_that_the_checkpoints_of_the_run_take() -> N
     assert (len(config.train.stages), config.train.ema) == (3, 0.0)
     assert checkpoint_bytes(nn.Linear(10, 9, bias=False), config.train) == 90 * 4 * 3
     assert checkpoints_kept(config.train) == 6
+
+
+def test_members_that_begin_while_a_sweep_here_is_watched_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between two of them nothing runs, but the command that begins them does."""
+    one, two = RunDir(tmp_path / "one"), RunDir(tmp_path / "two")
+    begun, shown = [[one], [one], [one, two], [one, two]], list[int]()
+    working = [True, True, True, False, False]
+    text = dict.fromkeys(("id", "nodes", "at", "note", "waits"), "")
+    done = Row(name="train", state="done", restarts=0, ended=True, well=True, **text)
+    monkeypatch.setattr(status, "status_of", lambda run: [done])
+    monkeypatch.setattr(status, "at_work", lambda run: working.pop(0))
+    rows = status.follow(
+        lambda: begun[min(len(shown), 3)], 0.01, lambda found: shown.append(len(found))
+    )
+    assert shown[:2] == [1, 1]
+    assert shown[-1] == len(rows) == 2

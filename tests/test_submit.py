@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,7 +266,10 @@ def test_what_was_made_from_other_files_is_made_again(made: Config, tmp_path: Pa
     config = made.model_copy(update={"out": tmp_path / "out"})
     run, names = RunDir.create(config), ("shards", "check", "train", "evaluate", "export")
     best = run.checkpoints / "best" / "meta.json"
-    best.parent.mkdir(parents=True)
+    for folder in (best.parent, run.export):
+        folder.mkdir(parents=True)
+    for path in (run.evaluation, run.int8):
+        path.touch()
     manifest = read_manifest(made.shards)
 
     def shards(**tables: str) -> None:
@@ -302,10 +306,36 @@ def test_what_was_made_from_other_files_is_made_again(made: Config, tmp_path: Pa
     shards(**{INDEX: "d"})
     assert left() == ["check", "train", "evaluate", "export"]
     tell_of(*names)
-    best.unlink()  # exported, and no longer needed
+    shutil.rmtree(run.checkpoints)  # exported, and no longer needed
     assert left() == []
+    run.int8.rename(run.root / "moved.onnx")
+    assert left() == ["train", "evaluate", "export"]
+    best.parent.mkdir(parents=True)
+    assert left() == ["export"]
+    (run.root / "moved.onnx").rename(run.int8)
+    run.evaluation.rename(run.root / "moved.json")
+    assert left() == ["evaluate", "export"]
+    (run.root / "moved.json").rename(run.evaluation)
     data = config.data.model_copy(update={"workers": 7, "index": tmp_path / "index"})
     assert left(config.model_copy(update={"data": data})) == []
+    train = config.train.model_copy(update={"log_every": 3, "threads": 1, "save_every": 7})
+    assert left(config.model_copy(update={"train": train})) == []
+    best.write_bytes(b"\xff\xfe")  # damaged is other, not a bug
+    assert left() == ["evaluate", "export"]
+
+
+def test_readers_of_shards_that_were_made_otherwise_are_refused_first(made: Config, tmp_path: Path):
+    """Before anything is written: config.yaml would say what no shard is."""
+    config = made.model_copy(update={"out": tmp_path / "out"})
+    folder = RunDir.create(config)
+    config.shards.symlink_to(made.shards)
+    before = folder.config.read_bytes()
+    for command in ("check", "train", "evaluate", "export"):
+        words = [command, str(folder.config), "data.unlabelled=keep", "data.window=null"]
+        done = CliRunner().invoke(app, words)
+        assert isinstance(done.exception, ShardError)
+        assert "made with other data.unlabelled; run `medpsp shards`" in str(done.exception)
+        assert folder.config.read_bytes() == before
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -352,6 +382,13 @@ def test_shards_that_a_run_was_trained_on_are_not_made_otherwise(made: Config, t
     (config.out / "checkpoints").rename(member / "checkpoints")
     with pytest.raises(CheckpointError, match=wanted):
         refuse_other_training(["plan", "convert", "publish"], changed)
+    below = config.model_copy(update={"out": member, "data": other})
+    (member / "shards").symlink_to(config.out / "shards")
+    (config.out / "shards").unlink()
+    (config.out / "shards").mkdir()
+    shutil.copy(made.shards / "manifest.json", config.shards)
+    with pytest.raises(CheckpointError, match=wanted):  # they are those of the base
+        refuse_other_training(["shards"], below)
     meta = member / "checkpoints" / "step-00000002" / "meta.json"
     meta.write_text(json.dumps({"model": {DATA: "of others, which are gone"}}))
     refuse_other_training(jobs, changed)
@@ -386,7 +423,7 @@ def test_what_cannot_be_told_is_not_what_was_told_before(
 
 def test_a_folder_where_nothing_was_begun_is_not_watched(tmp_path: Path):
     with pytest.raises(LaunchError, match="nothing was begun there"):
-        follow([RunDir(tmp_path)], 60, print)
+        follow(lambda: [RunDir(tmp_path)], 60, print)
 
 
 def test_a_job_that_finds_the_configuration_wrong_is_a_configuration_error(

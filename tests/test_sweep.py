@@ -21,10 +21,11 @@ from launch.compare import (
     show_comparison,
 )
 from launch.plan import plan_jobs
-from launch.rundir import RunDir
+from launch.rundir import RunDir, open_run
 from launch.scale import bottleneck, calculated_table, efficiency, measured_table, rate
 from launch.sweep import members, open_members, own_part, scale_members, shared_part, write_table
 from medpsp.config import Config
+from medpsp.configio import load_config
 from medpsp.errors import ConfigError
 
 
@@ -70,14 +71,34 @@ def test_members_share_the_shards_and_nothing_else(tmp_path: Path):
     (base.root / "shards").mkdir()
     (base.root / "shards/manifest.json").write_text("x")
     with pytest.raises(ConfigError, match="unknown backbone 'nonsense'"):
-        open_members(base, members(["model.backbone=resnet18,nonsense"]))
+        open_members((str(base.config), ()), base, members(["model.backbone=resnet18,nonsense"]))
     assert not (base.root / "sweep").exists()
-    opened = open_members(base, members(["seed=1,2"]))
-    again = open_members(base, members(["seed=1,2"]))
+    opened = open_members((str(base.config), ()), base, members(["seed=1,2"]))
+    again = open_members((str(base.config), ()), base, members(["seed=1,2"]))
     assert [run for _, run in opened] == [run for _, run in again]
     assert [member.seed for member, _ in opened] == [1, 2]
     assert (opened[0][1].root / "shards/manifest.json").read_text() == "x"
     assert opened[0][0].data == config(tmp_path / "base").data
+
+
+def test_a_sweep_leaves_what_its_base_says_of_its_own_training(tmp_path: Path):
+    base = RunDir.create(config(tmp_path / "base"))
+    (base.checkpoints / "step-00000001").mkdir(parents=True)
+    before = base.config.read_bytes()
+    given = str(base.config), ("train.batch_size=2",)
+    _, folder = open_run(*given, trains=False)
+    (member,) = open_members(given, folder, members(["seed=1"]))
+    assert base.config.read_bytes() == before
+    assert (member[0].train.batch_size, member[0].seed) == (2, 1)
+    assert load_config(member[1].config) == member[0]
+
+    def refuse(planned: Config) -> None:
+        raise ConfigError("not this one")
+
+    other = given[0], ("train.batch_size=4",)
+    with pytest.raises(ConfigError, match="not this one"):
+        open_members(other, folder, members(["seed=1"]), refuse=refuse)
+    assert load_config(member[1].config) == member[0]
 
 
 def test_a_member_waits_for_shards_that_are_being_made(tmp_path: Path):
@@ -93,6 +114,7 @@ def test_a_member_waits_for_shards_that_are_being_made(tmp_path: Path):
     assert own_part(plan, chosen, run)[0].after == ()
     done = Told(state="done", job="", node="a", restarts=0, digest=depends_on(chosen, "train"))
     tell(run, "train", done)
+    (run.checkpoints / "best").mkdir(parents=True)
     assert [job.name for job in own_part(plan, chosen, run)] == ["evaluate", "export"]
 
 
