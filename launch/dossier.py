@@ -45,6 +45,11 @@ MODEL = {
 }
 """Keys of the metadata that are shown, in this order, and their names."""
 
+CHANGED = (
+    "The shards have changed since the network was trained: patients and slices under Training "
+    "data are those of now, not those that it learnt from."
+)
+
 
 def write_dossier(folder: Path, facts: Facts) -> None:
     """Write the three files; the same facts and the same installed versions give the same bytes.
@@ -89,6 +94,8 @@ def dossier_page(facts: Facts) -> str:
     )
     doubts = facts.get("model", {}).get("doubts", {})  # what `predict` warns of
     first = [join([tag("strong", name), " is ", doubt, "."]) for name, doubt in doubts.items()]
+    if facts.get("training", {}).get("changed"):
+        first.append(join([CHANGED]))
     return page("Dossier", (header, look_section(first), gates_section(facts), *sections))
 
 
@@ -221,7 +228,8 @@ def _training(facts: Facts) -> list[Html]:
         ("label classes", ", ".join(given["classes"])),
     )
     rows = [(name, of["patients"], of["slices"]) for name, of in given["splits"].items()]
-    return [pairs(about), table(("split", "patients", "slices"), rows, (1, 2), "narrow")]
+    counts = table(("split", "patients", "slices"), rows, (1, 2), "narrow")
+    return [pairs(about), counts, *([tag("p", CHANGED)] if given.get("changed") else [])]
 
 
 def _steps(facts: Facts) -> list[Html]:

@@ -91,7 +91,7 @@ def _export(config: Config, run: RunDir, rows: tuple[SliceRow, ...]) -> list[Gat
         if not gate.passed and (reason := config.export.allow.get(gate.name)):  # type: ignore[call-overload]
             log.warning("export: %s: %s; allowed: %s", gate.name, gate.says, reason)
     refused = refused_by(found.gates, config.export.allow)
-    if all(gate.passed for gate in found.gates):
+    if found.gates and all(gate.passed for gate in found.gates):
         log.info("export: every gate was met, %d and parity", len(found.gates))
     for name in {gate.variant for gate in refused}:
         run.variant(name).unlink()
@@ -246,9 +246,8 @@ def _compare(
     files |= {name: run.variant(name) for name in wanted.variants}
     if left := [name for name in wanted.variants if name not in found.scores]:
         _score(config, run, rows, (given, found), *left)
-    fp32 = found.scores["fp32"]
     for name in wanted.variants:
-        least = least_dice(name, config.model.backbone)
+        least, fp32 = least_dice(name, config.model.backbone), found.scores["fp32"]
         found.gates += dice_gates(name, least, found.scores[name], fp32, config.data.classes)
         log.info(
             "export: %s masks against fp32 masks, Dice %.4f", name, found.scores[name].agreement

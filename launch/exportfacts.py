@@ -117,7 +117,7 @@ def dossier_facts(
         latency=list(_latency(files, found)),
         cpu=cpu_facts(),
         load={"cores": os.cpu_count() or 1, "others": found.others},
-        training=_training(config, rows, metadata["manifest"]),
+        training=_training(config, run, rows, metadata["manifest"]),
         gates=[_parity_gate(config, found), *map(_gate, found.gates)],
         allowances=[
             {"gate": gate.name, "reason": f"{config.export.allow[gate.name]} ({gate.says})"}
@@ -242,7 +242,12 @@ def _peak(path: Path, threads: int, found: Found) -> float | None:
         feeds.unlink(missing_ok=True)
 
 
-def _training(config: Config, rows: Sequence[SliceRow], manifest: str) -> TrainingFact:
+def _training(config: Config, run: RunDir, rows: Sequence[SliceRow], manifest: str) -> TrainingFact:
+    from medpsp.train.checkpoint import read_state
+    from shards.index import SHARDS, read_manifest
+
+    trained_on = read_state(run.checkpoints / "best").content
+    now = read_manifest(config.shards).tables[SHARDS]
     patients: dict[str, set[str]] = defaultdict(set)
     slices: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -250,6 +255,7 @@ def _training(config: Config, rows: Sequence[SliceRow], manifest: str) -> Traini
         slices[row.split] += 1
     splits = [name for name in SPLITS if name in slices]
     return {
+        "changed": bool(trained_on) and trained_on != now,
         "manifest": manifest,
         "splits": {n: {"patients": len(patients[n]), "slices": slices[n]} for n in splits},
         "classes": list(config.data.classes),

@@ -12,8 +12,8 @@ from medpsp.errors import ConfigError
 from medpsp.words import many
 
 if TYPE_CHECKING:
-    from medpsp.deploy.answers import Format
-    from medpsp.deploy.predict import Prediction, Predictor
+    from medpsp.deploy.answers import Format, Prediction
+    from medpsp.deploy.predict import Predictor
     from medpsp.types import ScanRow
 
 ModelArg = Annotated[Path, typer.Argument(help="ONNX file of `medpsp export`.")]
@@ -52,7 +52,7 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
     """A line a series and the files of each, the time a slice, and what was not segmented."""
     import numpy as np
 
-    from medpsp.dicom.codes import told_rows
+    from medpsp.dicom.codes import told_rows, told_series
 
     for item in found:
         parts = []
@@ -70,9 +70,8 @@ def show(predictor: Predictor, found: Sequence[Prediction], rows: Sequence[ScanR
     if times := predictor.model.times:
         ms = np.percentile(np.array(times) * 1e3, [50, 95])
         typer.echo(f"network: {ms[0]:.0f} ms a slice (p50), {ms[1]:.0f} ms (p95)")
-    for row in rows:
-        if row.code.endswith("_NOT_WRITTEN"):  # asked for, and missing beside what is there
-            typer.echo(f"{row.code}: {row.detail}")
+    for line in told_series(rows):  # asked for, and missing beside what is there
+        typer.echo(line)
     if rows:
         typer.echo(told_rows(rows))
 

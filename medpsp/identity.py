@@ -43,8 +43,9 @@ def load_key(path: Path | None) -> bytes:
         text = path.read_bytes().strip()
     except OSError as error:
         raise ConfigError(
-            f"data.key_file {path}: cannot be read ({type(error).__name__}); "
-            "make one with `medpsp key new FILE`"
+            f"data.key_file {path}: cannot be read ({type(error).__name__}) from {Path.cwd()}; "
+            "name the file that was made for these data, or set the folder right: `medpsp key new "
+            "FILE` makes another key, and that other pseudonyms and splits"
         ) from None
     if mode & 0o077:
         raise ConfigError(f"data.key_file {path}: mode {mode:04o}, expected 0600; chmod 600 it")
@@ -67,8 +68,12 @@ def create_key(path: Path, text: str = "") -> None:
         raise ConfigError(
             f"{path}: exists; a key is never overwritten, take another name"
         ) from None
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write((text or secrets.token_hex(32)) + "\n")
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write((text or secrets.token_hex(32)) + "\n")
+    except OSError:  # a full disk leaves no part of a key
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _checked(key: bytes, where: str) -> bytes:

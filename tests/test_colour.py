@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -325,6 +326,18 @@ def test_a_file_that_differs_leaves_those_of_before(pictures: Config, exported: 
         export_job(pictures.model_copy(update={"export": strict}))
     assert {path: path.stat().st_mtime_ns for path in exported.export.iterdir()} == before
     assert not list(pictures.out.glob(".export*"))
+
+
+def test_fp32_alone_can_be_asked_for(pictures: Config, exported: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(pictures.out, tmp_path / "out", symlinks=True)
+    alone = pictures.export.model_copy(update={"variants": (), "opset": 11})
+    export_job(pictures.model_copy(update={"out": tmp_path / "out", "export": alone}))
+    run = RunDir(tmp_path / "out")
+    assert sorted(path.name for path in run.export.glob("*.onnx")) == ["model.onnx"]
+    found = json.loads(run.export_report.read_text())
+    assert [gate["gate"] for gate in found["gates"]] == ["parity"]
+    assert found["agreement"] == []
+    assert not found["training"]["changed"]
 
 
 def test_a_refused_file_is_not_given_out_and_the_others_are(

@@ -223,6 +223,8 @@ def test_work_of_others_is_counted_and_ones_own_is_not(tmp_path: Path) -> None:
 def test_what_is_doubted_stands_first() -> None:
     facts = known()
     assert "Worth a look" not in dossier_page(facts)
+    facts["training"]["changed"] = True
+    assert dossier_page(facts).count("shards have changed since the network was trained") == 2
     facts["model"]["doubts"] = {"<organ>": "no better than a mask that ignores the image: 0.1"}
     said = "<strong>&lt;organ&gt;</strong> is no better than a mask that ignores the image: 0.1."
     shown = dossier_page(facts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
+import os
 import stat
 from datetime import datetime
 from pathlib import Path
@@ -64,6 +66,21 @@ def test_missing_key_file(tmp_path: Path) -> None:
         load_key(tmp_path / "gone")
     with pytest.raises(ConfigError, match="not a regular file"):
         load_key(tmp_path)
+
+
+def test_a_full_disk_leaves_no_part_of_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, *words: object, **more: object) -> None:
+        os.close(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fdopen", full)
+        with pytest.raises(OSError, match="No space"):
+            create_key(tmp_path / "a.key")
+    create_key(tmp_path / "a.key")
+    assert len(load_key(tmp_path / "a.key")) == 64
 
 
 def test_key_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

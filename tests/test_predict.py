@@ -7,6 +7,7 @@ the window 40/400, which shows h HU as x = (h + 160) / 400.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -920,3 +921,33 @@ def test_context_sees_the_slices_beside_each(tmp_path: Path, scanned: Any) -> No
     edged = [levels[0], *levels, levels[-1]]
     assert masks == [int(b > a) for a, b in zip(edged, edged[2:], strict=False)]
     assert masks == [1, 1, 0, 1, 1, 0]
+
+
+def test_what_is_missing_of_a_series_is_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A hole makes two answers, and a slice that is cut short takes its part along: no ml of a part
+    may pass for those of the whole."""
+    archive, phantom = tmp_path / "in", Phantom(shape=(9, 16, 16), spacing=(3.0, 2.0, 2.0))
+    write_series(archive, "P", draw(phantom, 1)[0], phantom)
+    paths = sorted(archive.iterdir())
+    paths[5].unlink()
+    predictor = Predictor(model, formats=PLAIN)
+    found, rows = predictor.folder(archive, tmp_path / "out")
+    assert sorted(one.slices for one in found) == [3, 5]
+    show(predictor, found, rows)
+    said = capsys.readouterr().out
+    for name in ("series-000", "series-001"):
+        assert f"MISSING_SLICES: {name}: slices are missing in or beside it" in said
+    paths[7].write_bytes(paths[7].read_bytes()[:-20])
+    (one,), rows = predictor.folder(archive, tmp_path / "again")
+    show(predictor, [one], rows)
+    said = capsys.readouterr().out
+    assert re.search(r"PIX_TRUNCATED: series-00[01]: slice 2 of 3, and no volume lacks one", said)
+    assert "3 PIX_TRUNCATED" in said
+    for path in paths[:5]:
+        path.unlink()
+    with pytest.raises(
+        ArchiveError, match=r"\(PIX_TRUNCATED\); PIX_TRUNCATED: series-000: slice 2"
+    ):
+        predictor.folder(archive, tmp_path / "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,17 @@ from launch.trained import labelled_rows
 from medpsp.config import Config
 from medpsp.configio import load_config, without_paths
 from medpsp.dicom.placement import LPS_TO_RAS, place_mask
-from medpsp.errors import LabelError, ShardError
+from medpsp.errors import CheckpointError, LabelError, ShardError
 from medpsp.train.checkpoint import TrainState
-from medpsp.train.same import other_draws, other_steps, schedule_of
+from medpsp.train.same import (
+    changes_told,
+    identify,
+    other_draws,
+    other_steps,
+    refuse_other,
+    schedule_of,
+    too_late,
+)
 from shards.layout import data_id, data_settings
 
 
@@ -78,6 +87,29 @@ def test_later_stages_may_change_but_not_the_steps_done(made: Config):
     assert other_draws(state, other) == ["train.batch_size: made with 4, now 2"]
     other = other.model_copy(update={"seed": 9})
     assert other_draws(state, other)[0] == "seed: made with 0, now 9"
+
+
+def test_what_can_change_nothing_any_more_is_refused_and_told_while_it_can(made: Config):
+    trained = schedule(made, ("a", 4), ("b", 6))
+    loss = trained.loss.model_copy(update={"dice": 0.25})
+    other = schedule(made, ("a", 4), ("b", 6), size=[64, 32], ranks=2, log_every=7)
+    other = other.model_copy(update={"loss": loss})
+    told = f"loss.dice: made with {made.loss.dice:g}, now 0.25"
+    known = TrainState(
+        step=10, stage="b", best=0.5, score=0.5, model=identify(made), schedule=schedule_of(trained)
+    )
+    size = f"train.size: made with {list(made.train.size)}, now [64, 32]"
+    assert too_late(known, other) == [told, size]
+    assert too_late(known, trained) == []
+    with pytest.raises(CheckpointError, match=r"all 10 steps are done, so that nothing would come"):
+        refuse_other(other, Path("step-00000010"), known, "")
+    longer = other.model_copy(update={"train": schedule(made, ("a", 4), ("b", 9)).train})
+    assert too_late(known, longer) == []  # nor is it refused
+    refuse_other(longer, Path("step-00000010"), known, "")
+    lines = changes_told(known, longer)
+    assert lines[-1] == f"goes on with other settings: {told}"
+    assert changes_told(replace(known, schedule={}), trained)[-1].startswith("the schedule after")
+    assert too_late(replace(known, step=7), other) == []
 
 
 def test_only_one_command_works_in_a_run_folder(tmp_path: Path):

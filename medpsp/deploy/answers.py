@@ -26,7 +26,34 @@ from medpsp.types import Series
 
 Format = Literal["seg", "nifti", "png", "gif", "mesh"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+HOLES = {
+    "MISSING_SLICES": "slices are missing in or beside it; files and ml are of those there",
+    "UNEVEN_SPACING": "cut where the distance of its slices changes; files and ml are of this part",
+}
 USUAL: tuple[Format, ...] = ("seg", "nifti", "png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Files written for one series.
+
+    Attributes:
+        name: ``series-000`` and so on, in the order of the scan: free of identities.
+        slices: Answered.
+        files: Those of the whole series first.
+        pixels: (K,) pixels of each class.
+        volumes: (K,) ml; None without geometry.
+        modality: Of DICOM.
+        seconds: Wall time from the first slice's decoding to the last file.
+    """
+
+    name: str
+    slices: int
+    files: tuple[Path, ...]
+    pixels: tuple[int, ...]
+    volumes: tuple[float, ...] | None = None
+    modality: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +193,12 @@ class Answers:
         if affine is None or volume is None:
             raise DicomError("MESH_NOT_WRITTEN", "images without geometry")
         write_meshes(self._work / name, volume, np.array(affine), self._model.classes)
+
+    @property
+    def holes(self) -> list[DicomError]:
+        """What is missing of the series that was sent, or lies in another answer."""
+        flags = self._target.dicom.flags if self._target.dicom else ()
+        return [DicomError(code, why) for code, why in HOLES.items() if code in flags]
 
     @property
     def pixels(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict  # the one that pydantic can check on Python 3.11
 
@@ -114,8 +114,12 @@ class SplitFact(TypedDict):
 
 
 class TrainingFact(TypedDict):
-    """``manifest``: its digest; ``splits`` by name; ``classes``: labels, the background first."""
+    """``manifest``: its digest; ``splits`` by name; ``classes``: labels, the background first.
 
+    ``changed``: They are of shards that have changed since the network was trained.
+    """
+
+    changed: NotRequired[bool]
     manifest: str
     splits: dict[str, SplitFact]
     classes: list[str]

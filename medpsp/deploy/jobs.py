@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from medpsp.deploy.answers import Prediction
 from medpsp.deploy.folders import lock
-from medpsp.deploy.predict import Prediction, Predictor
+from medpsp.deploy.predict import Predictor
 from medpsp.dicom.codes import told_rows
 from medpsp.durable import sync_all
 from medpsp.errors import MedpspError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medpsp.deploy.answers import USUAL, Answers, Format, Target
+from medpsp.deploy.answers import USUAL, Answers, Format, Prediction, Target
 from medpsp.deploy.folders import alone
 from medpsp.deploy.modelfile import ModelFile
 from medpsp.deploy.stream import Frame, Seen, Segmented, count_values, needs_counts, segment
 from medpsp.dicom import nifti
-from medpsp.dicom.codes import code_of, is_no_dicom, refusal
+from medpsp.dicom.codes import code_of, is_no_dicom, refusal, told_series
 from medpsp.dicom.read import Pixels
 from medpsp.dicom.sandbox import Sandbox, SandboxPool, or_error
 from medpsp.dicom.scan import scan_folder
@@ -32,29 +31,6 @@ from medpsp.words import ends_of, many
 
 DECODERS, AHEAD = 4, 2
 """Children that decode, at most, and slices that each may be ahead."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """Files written for one series.
-
-    Attributes:
-        name: ``series-000`` and so on, in the order of the scan: free of identities.
-        slices: Answered.
-        files: Those of the whole series first.
-        pixels: (K,) pixels of each class.
-        volumes: (K,) ml; None without geometry.
-        modality: Of DICOM.
-        seconds: Wall time from the first slice's decoding to the last file.
-    """
-
-    name: str
-    slices: int
-    files: tuple[Path, ...]
-    pixels: tuple[int, ...]
-    volumes: tuple[float, ...] | None = None
-    modality: str = ""
-    seconds: float = 0.0
 
 
 class Predictor:
@@ -150,6 +126,8 @@ class Predictor:
         """What there was in place of something to segment."""
         files, codes = many(len(rows), "file"), sorted({row.code for row in rows})
         what = f"nothing to segment among {files} ({', '.join(codes)})"
+        if whole := list(told_series(rows)):
+            what += f"; {whole[0]}"
         if all(is_no_dicom(code) and code_of(code).status == "skipped" for code in codes):
             what = f"nothing DICOM in it, {files}: {ends_of(row.file_id for row in rows)}"
         return f"{what}; the model takes {', '.join(self.model.modalities)}"
@@ -189,7 +167,7 @@ class Predictor:
             modality=target.dicom.first.modality if target.dicom else "",
             seconds=time.perf_counter() - began,
         )
-        return made, answers.refused
+        return made, [*answers.holes, *answers.refused]
 
     def _nifti(
         self, source: Path, out: Path, advance: Callable[[str], None]
@@ -288,7 +266,8 @@ def _frames(
             yield Frame(number, series.grid_index[number], pixels)
             continue
         if series.affine is not None:
-            raise pixels
+            which = f"slice {number + 1} of {len(series.slices)}, and no volume lacks one"
+            raise type(pixels)(pixels.code, f"{which}: {pixels.detail}")
         error = error or pixels
         refused.append(refusal(ref.file_id, pixels.code, f"{name}: {pixels.detail}", ref.frame))
     if error and not good:

@@ -7,7 +7,7 @@ among `SliceRow.flags`, where the same finding is small enough to keep the slice
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from medpsp.dicom.labelcodes import LABEL_CODES
@@ -259,6 +259,12 @@ def told_statuses(codes: Mapping[str, int]) -> list[str]:
     for code, count in codes.items():
         found[code_of(code).status][code] = count
     return [f"{status}: {told_codes(of)}" for status, of in found.items() if of]
+
+
+def told_series(rows: Iterable[ScanRow]) -> Iterator[str]:
+    """What is to be said of whole series, each once, with their names in the answers."""
+    told = (f"{row.code}: {row.detail}" for row in rows if row.detail.startswith("series-"))
+    return iter(dict.fromkeys(told))
 
 
 def told_rows(rows: Iterable[ScanRow]) -> str:

@@ -1,8 +1,8 @@
 """What may change while a run goes on, and what may not: one place, which says key and values.
 
-Refused are another network, other data (`other_network`), other samples (`other_draws`) and another
-past (`other_steps`). Anything else may change; of the schedule it is said (`changed_midway`,
-`changed_ahead`).
+Refused are another network, other data (`other_network`), other samples (`other_draws`), another
+past (`other_steps`) and, once all steps are done, what can change nothing any more (`too_late`).
+Anything else may change, and what decides what is learnt is told (`changes_told`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ DATA = "data (labels, window, split)"
 """Name of their digest."""
 REFINE = 2
 """Higher where the same configuration gives another network."""
+
+_ELSEWHERE = {"preset", "steps", "stages", "size", "batch_size"}
+"""Of ``train``; they are compared by what they make of the schedule."""
+_RUNS = {"ranks", "engine", "precision", "channels_last", "compile", "augment_on", "threads"} | {
+    *("loader_workers", "eval_every", "save_every", "log_every", "resume", "most_bad_steps"),
+    *("first_step_seconds", "step_seconds"),
+}
+"""Of ``train``: how it is run, and when it is looked at."""
 
 
 def identify(config: Config, data_id: str = "") -> dict[str, Any]:
@@ -44,6 +52,16 @@ def schedule_of(config: Config) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "stages": stages,
         "settings": begun,
+        "teaches": teaches(config),
+    }
+
+
+def teaches(config: Config) -> dict[str, Any]:
+    """Settings beside the schedule that decide what is learnt, by key."""
+    train = config.train.model_dump(mode="json", exclude=_ELSEWHERE | _RUNS)
+    loss = config.loss.model_dump(mode="json")
+    return {
+        f"{name}.{k}": v for name, of in (("loss", loss), ("train", train)) for k, v in of.items()
     }
 
 
@@ -76,6 +94,35 @@ def other_steps(state: TrainState, config: Config) -> list[str]:
     return [f"{told_change('train.stages', _listed(before), _listed(now))} ({why})"]
 
 
+def too_late(state: TrainState, config: Config) -> list[str]:
+    """What is other than it was, where no step is left that it could have an effect on."""
+    now, stages = schedule_of(config)["settings"], config.train.stages
+    if any(stage.epochs is not None and not stage.steps for stage in stages):
+        return []
+    before = state.schedule.get("settings", [])
+    if state.step < total_steps(stages) or len(before) != len(now):
+        return []
+    changes = _changed_teaching(state, config)
+    if before:
+        (*_, old), (*_, new) = before, now
+        names = {"size": "train.size"}
+        changes += [
+            told_change(names.get(key, f"{key} of stage {old['name']}"), old[key], value)
+            for key, value in new.items()
+            if key not in ("steps", "epochs") and old.get(key, value) != value
+        ]
+    return changes
+
+
+def _changed_teaching(state: TrainState, config: Config) -> list[str]:
+    before = state.schedule.get("teaches", {})
+    return [
+        told_change(key, before[key], value)
+        for key, value in teaches(config).items()
+        if before.get(key, value) != value
+    ]
+
+
 def told_change(key: str, before: object, now: object) -> str:
     """A setting that is other than it was."""
     return f"{key}: made with {before}, now {now}"
@@ -100,7 +147,13 @@ def begun_stages(state: TrainState) -> list[tuple[str, int, float | None]]:
 
 def changes_told(state: TrainState, config: Config) -> list[str]:
     """What is other than it was, and may be, in a line each."""
-    return [line for line in (changed_midway(state, config), changed_ahead(state, config)) if line]
+    taught = "; ".join(_changed_teaching(state, config))
+    lines = (
+        changed_midway(state, config),
+        changed_ahead(state, config),
+        f"goes on with other settings: {taught}" if taught else "",
+    )
+    return [line for line in lines if line]
 
 
 def changed_midway(state: TrainState, config: Config) -> str:
@@ -173,6 +226,8 @@ def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) ->
         *other_draws(state, config),
         *other_steps(state, config),
     ]
+    if not changes and (late := too_late(state, config)):
+        changes = [*late, f"all {state.step} steps are done, so that nothing would come of it"]
     if changes:
         raise CheckpointError(
             f"checkpoint {path}: {'; '.join(changes)}; set it back, or {anew(path)}"
