@@ -181,12 +181,12 @@ def follow_runs(listed: Callable[[], list[RunDir]]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        seen: list[str] = []
+        seen, below = list[str](), ("sweep", "scale")
 
         def say(found: Shown) -> None:
             lines = [
-                f"{f'{run.root.name}/' if len(found) > 1 else ''}{row.name} {row.id}: "
-                f"{row.state} {row.nodes} {row.note}".rstrip()
+                f"{run.root.name + '/' if run.root.parent.name in below else ''}"
+                f"{row.name} {row.id}: {row.state} {row.nodes} {row.note}".rstrip()
                 for run, rows in found
                 for row in rows
             ]

@@ -20,7 +20,7 @@ from launch.clihelp import InOrder, Settable, begin
 from launch.cluster import sleep_at_barriers
 from launch.configcli import config_app, key_app
 from launch.doctor.command import doctor
-from launch.guards import refuse_beside_jobs, refuse_by_hand
+from launch.guards import refuse_by_hand
 from launch.new.command import new
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, ConfigError, MedpspError
@@ -144,7 +144,8 @@ def report(config: ConfigArg, overrides: Overrides = None) -> None:
     from shards.report import write_report
 
     setup_logging()
-    resolved, _ = open_run(config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False)
+    refuse = partial(refuse_by_hand, "report")
+    resolved, _ = open_run(config, tuple(overrides or ()), refuse=refuse, trains=False)
     typer.echo(str(write_report(resolved.shards)))
 
 
@@ -172,9 +173,8 @@ def voc(
     from launch.rundir import open_run
 
     setup_logging()
-    resolved, folder = open_run(
-        config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False
-    )
+    refuse = partial(refuse_by_hand, "voc")
+    resolved, folder = open_run(config, tuple(overrides or ()), refuse=refuse, trains=False)
     from shards.voc import export_voc
 
     folder.log_to("voc")

@@ -47,7 +47,7 @@ MODEL = {
 
 CHANGED = (
     "The shards have changed since the network was trained: patients and slices under Training "
-    "data are those of now, not those that it learnt from."
+    "data are those of now, and may not be those that it learnt from."
 )
 
 

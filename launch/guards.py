@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from shards.index import Manifest
 
 log = logging.getLogger("medpsp")
+MOST_LINKS = 40
+"""As many as Linux follows."""
 
 
 def refuse_by_hand(job: str, config: Config) -> None:
@@ -59,7 +61,10 @@ def _refuse_other_shards(config: Config) -> None:
     from launch.rundir import RunDir
     from shards.index import read_manifest
 
-    roots = {config.out.resolve(), config.shards.resolve().parent}  # sweeps: those of the base
+    roots, shards = {config.out.resolve()}, config.shards
+    while shards.is_symlink() and len(roots) < MOST_LINKS:  # those of the base of a sweep
+        shards = shards.parent / shards.readlink()
+        roots.add(shards.parent.resolve())
     own = f"{RunDir(config.out).checkpoints.name}/*/meta.json"
     places = [own, f"sweep/*/{own}"]
     metas = [path for root in roots for place in places for path in root.glob(place)]

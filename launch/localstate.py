@@ -65,8 +65,8 @@ def is_local(run: RunDir) -> bool:
     return not run.chain.exists()
 
 
-def at_work(run: RunDir) -> bool:
-    """Whether a command, or ranks of one, hold the folder; yes where it has no locks."""
+def at_work(run: RunDir, unknown: bool = True) -> bool:
+    """Whether a command, or ranks of one, hold the folder; ``unknown`` where it has no locks."""
     for name in (".lock", RANKS_LOCK):
         try:
             handle = os.open(run.root / name, os.O_RDONLY)
@@ -74,8 +74,10 @@ def at_work(run: RunDir) -> bool:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:
+            return unknown
         finally:
             os.close(handle)
     return False

@@ -137,7 +137,7 @@ def follow(
         heard = time.monotonic()
         show(found)
         rows = [row for _, of_run in found for row in of_run]
-        if ended(rows) and not any(is_local(run) and at_work(run) for run in runs):
+        if ended(rows) and not any(is_local(run) and at_work(run, unknown=False) for run in runs):
             return rows
         stuck = [(run, row) for run, of_run in found for row in of_run if NEVER.search(row.waits)]
         if not stuck or any(not row.ended and not HOPELESS.search(row.waits) for row in rows):

@@ -126,10 +126,10 @@ def open_members(
         base: Of the run; its ``config.yaml`` says how it was trained itself.
         chosen: Of `members`.
         folder: Below the base.
-        refuse: As for `open_run`.
+        refuse: Raises where what is in the folder of a member belongs to something else.
 
     Raises:
-        ConfigError: A value that is not legal: before anything is written.
+        ConfigError: A value that is not legal: before anything is written, as of ``refuse``.
     """
     from medpsp.configio import load_config
 
@@ -139,15 +139,17 @@ def open_members(
         (*overrides, *words, f"out={_written(str(root))}")
         for (_, words), root in zip(chosen, roots, strict=True)
     ]
-    for words in changes:
-        load_config(find_config(config), words)
+    for words in changes:  # all, before the first is written
+        planned = load_config(find_config(config), words)
+        if refuse:
+            refuse(planned)
     opened = []
     for root, words in zip(roots, changes, strict=True):
         root.mkdir(parents=True, exist_ok=True)
         link = root / "shards"
         if not link.is_symlink():
             link.symlink_to(os.path.join("..", "..", "shards"))
-        opened.append(open_run(config, words, refuse=refuse))
+        opened.append(open_run(config, words))
     return opened
 
 

@@ -20,10 +20,11 @@ from launch.chaincli import (
     wanted,
     with_index,
 )
-from launch.guards import refuse_beside_jobs, refuse_other_training, require_idle
+from launch.guards import refuse_beside_jobs, refuse_by_hand, refuse_other_training, require_idle
 from medpsp.errors import ConfigError, LaunchError, MedpspError, ShardError
 
 if TYPE_CHECKING:
+    from launch.plan import JobSpec
     from launch.profile import Profile
     from launch.rundir import RunDir
     from medpsp.config import Config
@@ -48,7 +49,7 @@ def sweep(
     from launch.plan import plan_cluster, plan_jobs
     from launch.profile import load_profile
     from launch.rundir import RunDir, find_config, open_run
-    from launch.sweep import members, open_members, shared_part, write_table
+    from launch.sweep import members, open_members, own_part, shared_part, write_table
     from medpsp.configio import load_config
 
     setup_logging()
@@ -59,15 +60,18 @@ def sweep(
         for run in runs_of(RunDir(load_config(find_config(config), changes).out)):
             require_idle(run)
 
+    def plan_of(planned: Config) -> tuple[JobSpec, ...]:
+        return plan_cluster(planned, profile) if cluster else plan_jobs(planned)
+
     def refuse(planned: Config) -> None:
         if not cluster:
             refuse_beside_jobs(planned)
-        plan = plan_cluster(planned, profile) if cluster else plan_jobs(planned)
-        refuse_other(shared_part(plan), planned, "")
+        refuse_other(shared_part(plan_of(planned)), planned, "")
 
     def refuse_member(planned: Config) -> None:
+        left = own_part(plan_of(planned), planned, RunDir(planned.out))
         with suppress(ShardError):  # they are made first, or anew
-            refuse_other_training(["train"], planned)
+            refuse_other_training([job.name for job in left], planned)
 
     base, folder = open_run(config, changes, refuse=refuse, trains=False)
     opened = open_members((config, changes), folder, chosen, refuse=refuse_member)
@@ -187,7 +191,7 @@ def scale(
 
     setup_logging()
     given = config, tuple(overrides or ())
-    base, folder = open_run(*given, refuse=refuse_beside_jobs, trains=False)
+    base, folder = open_run(*given, refuse=partial(refuse_by_hand, "measure"), trains=False)
     opened = open_members(given, folder, scale_members(base, ranks, backbones), "scale")
     if cluster:
         _scale_on(cluster, folder, opened)

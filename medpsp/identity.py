@@ -44,8 +44,8 @@ def load_key(path: Path | None) -> bytes:
     except OSError as error:
         raise ConfigError(
             f"data.key_file {path}: cannot be read ({type(error).__name__}) from {Path.cwd()}; "
-            "name the file that was made for these data, or set the folder right: `medpsp key new "
-            "FILE` makes another key, and that other pseudonyms and splits"
+            "name the file that was made for these data; only if there is none yet, make one with "
+            "`medpsp key new FILE`: another key gives other pseudonyms and splits"
         ) from None
     if mode & 0o077:
         raise ConfigError(f"data.key_file {path}: mode {mode:04o}, expected 0600; chmod 600 it")

@@ -539,7 +539,7 @@ def test_members_that_begin_while_a_sweep_here_is_watched_are_shown(
     text = dict.fromkeys(("id", "nodes", "at", "note", "waits"), "")
     done = Row(name="train", state="done", restarts=0, ended=True, well=True, **text)
     monkeypatch.setattr(status, "status_of", lambda run: [done])
-    monkeypatch.setattr(status, "at_work", lambda run: working.pop(0))
+    monkeypatch.setattr(status, "at_work", lambda run, unknown: working.pop(0))
     rows = status.follow(
         lambda: begun[min(len(shown), 3)], 0.01, lambda found: shown.append(len(found))
     )

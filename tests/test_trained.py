@@ -107,7 +107,16 @@ def test_what_can_change_nothing_any_more_is_refused_and_told_while_it_can(made:
     assert too_late(known, longer) == []  # nor is it refused
     refuse_other(longer, Path("step-00000010"), known, "")
     lines = changes_told(known, longer)
-    assert lines[-1] == f"goes on with other settings: {told}"
+    assert f"goes on with other settings: {told}" in lines
+    first = trained.train.stages[0].model_copy(update={"lr": 0.5})
+    stages = trained.train.model_copy(update={"stages": (first, *trained.train.stages[1:])})
+    early = trained.model_copy(update={"train": stages})
+    assert too_late(known, early) == ["lr of stage a: made with 0.001, now 0.5"]
+    (line,) = changes_told(replace(known, step=7), early)
+    assert (
+        line
+        == "nothing comes of it for stages that are done: lr of stage a: made with 0.001, now 0.5"
+    )
     assert changes_told(replace(known, schedule={}), trained)[-1].startswith("the schedule after")
     assert too_late(replace(known, step=7), other) == []
 

@@ -262,9 +262,13 @@ def told_statuses(codes: Mapping[str, int]) -> list[str]:
 
 
 def told_series(rows: Iterable[ScanRow]) -> Iterator[str]:
-    """What is to be said of whole series, each once, with their names in the answers."""
-    told = (f"{row.code}: {row.detail}" for row in rows if row.detail.startswith("series-"))
-    return iter(dict.fromkeys(told))
+    """What is to be said of series, by their names in the answers: one line a code and series."""
+    told: dict[tuple[str, str], str] = {}
+    for row in rows:
+        name, _, _ = row.detail.partition(":")
+        if name.startswith("series-"):
+            told.setdefault((row.code, name), f"{row.code}: {row.detail}")
+    yield from told.values()
 
 
 def told_rows(rows: Iterable[ScanRow]) -> str:

@@ -102,16 +102,21 @@ def too_late(state: TrainState, config: Config) -> list[str]:
     before = state.schedule.get("settings", [])
     if state.step < total_steps(stages) or len(before) != len(now):
         return []
-    changes = _changed_teaching(state, config)
-    if before:
-        (*_, old), (*_, new) = before, now
-        names = {"size": "train.size"}
-        changes += [
-            told_change(names.get(key, f"{key} of stage {old['name']}"), old[key], value)
-            for key, value in new.items()
-            if key not in ("steps", "epochs") and old.get(key, value) != value
-        ]
+    changes = [*_changed_teaching(state, config), *_changed_stages(state, config, len(now))]
+    if before and before[-1].get("size", now[-1]["size"]) != now[-1]["size"]:
+        changes.append(told_change("train.size", before[-1]["size"], now[-1]["size"]))
     return changes
+
+
+def _changed_stages(state: TrainState, config: Config, count: int) -> list[str]:
+    """What is other than it was of the first stages, but for their size, which all share."""
+    before, now = state.schedule.get("settings", []), schedule_of(config)["settings"]
+    return [
+        told_change(f"{key} of stage {old['name']}", old[key], value)
+        for old, new in list(zip(before, now, strict=False))[:count]
+        for key, value in new.items()
+        if key not in ("steps", "epochs", "size") and old.get(key, value) != value
+    ]
 
 
 def _changed_teaching(state: TrainState, config: Config) -> list[str]:
@@ -148,10 +153,13 @@ def begun_stages(state: TrainState) -> list[tuple[str, int, float | None]]:
 def changes_told(state: TrainState, config: Config) -> list[str]:
     """What is other than it was, and may be, in a line each."""
     taught = "; ".join(_changed_teaching(state, config))
+    index, _ = stage_at(config.train.stages, state.step - 1)
+    past = "; ".join(_changed_stages(state, config, index))
     lines = (
         changed_midway(state, config),
         changed_ahead(state, config),
         f"goes on with other settings: {taught}" if taught else "",
+        f"nothing comes of it for stages that are done: {past}" if past else "",
     )
     return [line for line in lines if line]
 
