@@ -42,8 +42,9 @@ def load_key(path: Path | None) -> bytes:
         mode = stat.S_IMODE(path.stat().st_mode)
         text = path.read_bytes().strip()
     except OSError as error:
+        seen_from = "" if path.is_absolute() else f", seen from {Path.cwd()}"
         raise ConfigError(
-            f"data.key_file {path}: cannot be read ({type(error).__name__}) from {Path.cwd()}; "
+            f"data.key_file {path}: cannot be read ({type(error).__name__}{seen_from}); "
             "name the file that was made for these data; only if there is none yet, make one with "
             "`medpsp key new FILE`: another key gives other pseudonyms and splits"
         ) from None

@@ -722,7 +722,8 @@ def test_rights(tmp_path: Path):
         problem(
             "data.key_file",
             f"{key}: cannot be read (PermissionError)",
-            "make one with `medpsp key new FILE`",
+            "name the file that was made for these data; only if there is none yet, make one with "
+            "`medpsp key new FILE`: another key gives other pseudonyms and splits",
         ),
         problem(
             "data.archive",
