@@ -173,8 +173,9 @@ def voc(
     from launch.rundir import open_run
 
     setup_logging()
-    refuse = partial(refuse_by_hand, "voc")
-    resolved, folder = open_run(config, tuple(overrides or ()), refuse=refuse, trains=False)
+    resolved, folder = open_run(
+        config, tuple(overrides or ()), refuse=refuse_beside_jobs, trains=False
+    )
     from shards.voc import export_voc
 
     folder.log_to("voc")
