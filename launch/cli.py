@@ -20,7 +20,7 @@ from launch.clihelp import InOrder, Settable, begin
 from launch.cluster import sleep_at_barriers
 from launch.configcli import config_app, key_app
 from launch.doctor.command import doctor
-from launch.guards import refuse_by_hand
+from launch.guards import refuse_beside_jobs, refuse_by_hand
 from launch.new.command import new
 from launch.tensorrt import tensorrt
 from medpsp.errors import EXIT_AGAIN, ConfigError, MedpspError
