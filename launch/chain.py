@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from launch.meeting import write_json
 from launch.plan import JobSpec, those
 from launch.rundir import RunDir
+from medpsp import trainconfig
 from medpsp.config import Config
 from medpsp.errors import EXIT_AGAIN, LaunchError, ShardError
 
@@ -26,8 +27,7 @@ MAKERS = (*SHARD_MAKERS, "train")
 """Jobs that later ones are made from."""
 HOW = {
     "data": {"workers", "index", "memory_mib", "ray_address", "crosswalk"},
-    "train": {"loader_workers", "threads", "resume", "save_every", "log_every"}
-    | {"most_bad_steps", "first_step_seconds", "step_seconds"},
+    "train": set(trainconfig.HOW),
 }
 """Settings of how a job works, which leave what it makes as it is."""
 

@@ -146,13 +146,9 @@ def with_index(config: str, changes: tuple[str, ...]) -> tuple[str, ...]:
 def runs_of(folder: RunDir) -> list[RunDir]:
     """A run, and the members of its sweep and of `scale` that were begun."""
     from launch.rundir import RunDir
-    from launch.sweep import FOLDER
+    from launch.sweep import FOLDERS
 
-    below = (
-        RunDir(path)
-        for inside in (FOLDER, "scale")
-        for path in sorted(folder.root.glob(f"{inside}/*"))
-    )
+    below = (RunDir(path) for inside in FOLDERS for path in sorted(folder.root.glob(f"{inside}/*")))
     found = [run for run in below if run.chain.exists() or run.planned.exists()]
     own = folder.chain.exists() or folder.planned.exists() or not found
     return [*([folder] if own else []), *found]
@@ -178,14 +174,15 @@ def follow_runs(listed: Callable[[], list[RunDir]]) -> None:
     from rich.live import Live
 
     from launch.status import follow, require_success, table
+    from launch.sweep import FOLDERS
 
     console = Console()
     if not console.is_terminal:
-        seen, below = list[str](), ("sweep", "scale")
+        seen: list[str] = []
 
         def say(found: Shown) -> None:
             lines = [
-                f"{run.root.name + '/' if run.root.parent.name in below else ''}"
+                f"{run.root.name + '/' if run.root.parent.name in FOLDERS else ''}"
                 f"{row.name} {row.id}: {row.state} {row.nodes} {row.note}".rstrip()
                 for run, rows in found
                 for row in rows

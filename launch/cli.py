@@ -99,7 +99,6 @@ def check(
     from launch.rundir import open_run
 
     setup_logging()
-
     refuse = partial(refuse_by_hand, "check")
     resolved, run = open_run(config, tuple(overrides or ()), refuse=refuse, trains=False)
     log_job(run, "check")

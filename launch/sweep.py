@@ -22,6 +22,8 @@ from medpsp.machine import threads_each
 
 log = logging.getLogger("medpsp")
 FOLDER = "sweep"
+FOLDERS = (FOLDER, "scale")
+"""Below a run, of its members."""
 MOST = 1000
 TIMED = 20
 """Steps of `medpsp scale`."""

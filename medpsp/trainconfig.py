@@ -116,6 +116,13 @@ PRESETS: dict[Preset, Callable[[int], tuple[StageConfig, ...]]] = {
 ``onecycle`` the control (Smith & Topin 2019, with torch's factors)."""
 
 
+HOW = frozenset(
+    {"loader_workers", "threads", "resume", "save_every", "log_every", "most_bad_steps"}
+    | {"first_step_seconds", "step_seconds"}
+)
+"""Settings of `TrainConfig` that say how a job works, and leave what it makes as it is."""
+
+
 class TrainConfig(Node):
     """The training loop."""
 

@@ -70,8 +70,7 @@ def march(slices: Callable[[], Iterable[Bools]], height: int, width: int) -> She
     of_kind = (table[:, :, 0] >= 0).sum(axis=1)
     vertices = triangles = 0
     for lower, upper in _pairs(slices(), size):
-        faces = (upper[:, :-1], upper[:, 1:]), (upper[:-1], upper[1:]), (lower, upper)
-        vertices += sum(int(np.count_nonzero(a != b)) for a, b in faces)
+        vertices += sum(int(np.count_nonzero(a != b)) for a, b in _faces(lower, upper))
         triangles += int(of_kind[_kinds(lower, upper)].sum())
     builder = _Builder(
         size,
@@ -113,9 +112,12 @@ class _Builder:
         self.lower, self.upper = self.upper, self.lower
         if lower.any() or upper.any():
             z = self.depth - 1.0  # of the lower one; padding starts at -1
-            self._number(upper[:, :-1], upper[:, 1:], self.upper[0], (0.5, 0.0, z + 1))
-            self._number(upper[:-1], upper[1:], self.upper[1], (0.0, 0.5, z + 1))
-            self._number(lower, upper, self.between, (0.0, 0.0, z + 0.5))
+            into = *self.upper, self.between
+            shifts = (0.5, 0.0, z + 1), (0.0, 0.5, z + 1), (0.0, 0.0, z + 0.5)
+            for (here, following), numbers, shift in zip(
+                _faces(lower, upper), into, shifts, strict=True
+            ):
+                self._number(here, following, numbers, shift)
             self._cells(lower, upper)
         self.depth += 1
 
@@ -145,6 +147,11 @@ class _Builder:
         some = slice(self.drawn, self.drawn + len(cells))
         self.shell.triangles[some] = cuts[cells[:, None], edges[used]]
         self.drawn = some.stop
+
+
+def _faces(lower: Bools, upper: Bools) -> tuple[tuple[Bools, Bools], ...]:
+    """Voxels and their next ones: along x and y in the upper slice, and along z up to it."""
+    return (upper[:, :-1], upper[:, 1:]), (upper[:-1], upper[1:]), (lower, upper)
 
 
 def _kinds(lower: Bools, upper: Bools) -> NDArray[np.uint8]:

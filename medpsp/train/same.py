@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from medpsp.config import Config
 from medpsp.errors import CheckpointError, ConfigError
 from medpsp.stages import stage_at, total_steps
+from medpsp.trainconfig import HOW
 
 if TYPE_CHECKING:  # which brings torch
     from medpsp.train.checkpoint import TrainState
@@ -25,11 +26,8 @@ REFINE = 2
 
 _ELSEWHERE = {"preset", "steps", "stages", "size", "batch_size"}
 """Of ``train``; they are compared by what they make of the schedule."""
-_RUNS = {"ranks", "engine", "precision", "channels_last", "compile", "augment_on", "threads"} | {
-    *("loader_workers", "eval_every", "save_every", "log_every", "resume", "most_bad_steps"),
-    *("first_step_seconds", "step_seconds"),
-}
-"""Of ``train``: how it is run, and when it is looked at."""
+_RUNS = {"ranks", "engine", "precision", "channels_last", "compile", "augment_on", "eval_every"}
+"""Of ``train``, beside `HOW`: how it is run, and when it is looked at."""
 
 
 def identify(config: Config, data_id: str = "") -> dict[str, Any]:
@@ -58,7 +56,7 @@ def schedule_of(config: Config) -> dict[str, Any]:
 
 def teaches(config: Config) -> dict[str, Any]:
     """Settings beside the schedule that decide what is learnt, by key."""
-    train = config.train.model_dump(mode="json", exclude=_ELSEWHERE | _RUNS)
+    train = config.train.model_dump(mode="json", exclude=_ELSEWHERE | _RUNS | HOW)
     loss = config.loss.model_dump(mode="json")
     return {
         f"{name}.{k}": v for name, of in (("loss", loss), ("train", train)) for k, v in of.items()
