@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from launch.guards import refuse_other_training
 from launch.local import submit_plan
 from launch.phantom import Phantom, write_archive
 from launch.plan import plan_jobs
@@ -43,6 +44,9 @@ def run_demo(out: Path, overrides: tuple[str, ...]) -> list[str]:
             f"data.labels={json.dumps(str(archive / 'masks'))}",
             f"data.key_file={json.dumps(str(key_file))}",
             *overrides,
+        ),
+        refuse=lambda planned: refuse_other_training(
+            [job.name for job in plan_jobs(planned)], planned
         ),
     )
     if not archive.is_dir():

@@ -36,7 +36,7 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     """For `open_run`: jobs that would go on in another way than their run was trained.
 
     Args:
-        jobs: To be run. With one of shards among them training looks itself: on other shards.
+        jobs: To be run. With one of shards among them training itself looks at what they hold.
         config: Of them.
 
     Raises:
@@ -49,12 +49,12 @@ def refuse_other_training(jobs: Collection[str], config: Config) -> None:
     makers = set(jobs) & set(MAKERS)
     if jobs and not makers - {"train"}:
         _refuse_unfit(config)
-    if makers == {"train"} and find_spec("torch"):  # a login node may lack it; training looks too
+    if makers - {"train"}:
+        _refuse_other_shards(config)
+    if "train" in makers and find_spec("torch"):  # a login node may lack it; training looks too
         from launch.train import refuse_other_run
 
-        refuse_other_run(config)
-    elif makers - {"train"}:
-        _refuse_other_shards(config)
+        refuse_other_run(config, any_data=makers != {"train"})
 
 
 def _refuse_other_shards(config: Config) -> None:

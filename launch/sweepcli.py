@@ -121,7 +121,8 @@ def _sweep_on(
     from launch.submit import submit_cluster, take_back
     from launch.sweep import own_part, shared_part
 
-    shared = unfinished(shared_part(plan_cluster(base, profile)), base, folder)
+    member, _ = opened[0]  # how the base was trained itself need not fit the cluster
+    shared = unfinished(shared_part(plan_cluster(member, profile)), base, folder)
     sent: list[Submitted] = []
     last: list[Submitted] = []
     try:
@@ -185,14 +186,16 @@ def scale(
 
     from launch.jobs import setup_logging
     from launch.measure import forget, measured
-    from launch.rundir import open_run
+    from launch.rundir import find_config, open_run
     from launch.scale import calculated_table, measured_table
     from launch.sweep import open_members, scale_members
+    from medpsp.configio import load_config
 
     setup_logging()
     given = config, tuple(overrides or ())
-    base, folder = open_run(*given, refuse=partial(refuse_by_hand, "measure"), trains=False)
-    opened = open_members(given, folder, scale_members(base, ranks, backbones), "scale")
+    pieces = scale_members(load_config(find_config(config), given[1]), ranks, backbones)
+    _, folder = open_run(*given, refuse=partial(refuse_by_hand, "measure"), trains=False)
+    opened = open_members(given, folder, pieces, "scale")
     if cluster:
         _scale_on(cluster, folder, opened)
     else:

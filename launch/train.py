@@ -140,8 +140,12 @@ def _last_state(run: RunDir) -> TrainState | None:
     return read_state(newest) if newest else None
 
 
-def refuse_other_run(config: Config) -> None:
+def refuse_other_run(config: Config, any_data: bool = False) -> None:
     """Refuse a run folder whose checkpoints belong to another run, before anything is written.
+
+    Args:
+        config: Of the run.
+        any_data: Its shards are made first, so that what they hold is not known yet.
 
     Raises:
         CheckpointError: As `medpsp.train.same.refuse_other`.
@@ -151,13 +155,14 @@ def refuse_other_run(config: Config) -> None:
     if REASONS in os.environ or not folder.is_dir():  # who started this rank has looked
         return
     from medpsp.train.checkpoint import newest_of, whole_checkpoints
-    from medpsp.train.same import refuse_other
+    from medpsp.train.same import DATA, refuse_other
     from shards.index import read_manifest
 
     found, _ = whole_checkpoints(folder)
-    newest = newest_of(found)
-    if newest:
-        refuse_other(config, newest, found[newest], read_manifest(config.shards).data_id)
+    if newest := newest_of(found):
+        state = found[newest]
+        data_id = state.model[DATA] if any_data else read_manifest(config.shards).data_id
+        refuse_other(config, newest, state, data_id)
 
 
 def _judged_by(val: Sequence[SliceRow]) -> str:

@@ -102,6 +102,25 @@ def test_a_sweep_leaves_what_its_base_says_of_its_own_training(tmp_path: Path):
     assert load_config(member[1].config) == member[0]
 
 
+def test_scale_times_what_the_command_asks_for_in_a_folder_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = RunDir.create(config(tmp_path / "base"))
+    (base.checkpoints / "step-00000001").mkdir(parents=True)
+    before, timed = base.config.read_bytes(), list[Config]()
+
+    def submit(_: object, run: RunDir) -> None:
+        timed.append(load_config(run.config))
+
+    monkeypatch.setattr("launch.local.submit_plan", submit)
+    words = ["model.backbone=convnext_tiny", "train.batch_size=6"]
+    done = CliRunner().invoke(app, ["scale", str(base.config), *words, "--ranks", "2"])
+    assert "nothing was measured" in str(done.exception)
+    (one,) = timed
+    assert (one.model.backbone, one.train.batch_size) == ("convnext_tiny", 12)
+    assert base.config.read_bytes() == before
+
+
 def test_a_member_waits_for_shards_that_are_being_made(tmp_path: Path):
     chosen = config(tmp_path)
     plan, run = plan_jobs(chosen), RunDir(tmp_path)

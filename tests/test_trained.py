@@ -13,10 +13,11 @@ import pytest
 from launch.phantom import Phantom
 from launch.rundir import RunDir
 from launch.trained import labelled_rows
-from medpsp.config import Config
+from medpsp.config import Config, StageConfig
 from medpsp.configio import load_config, without_paths
 from medpsp.dicom.placement import LPS_TO_RAS, place_mask
 from medpsp.errors import CheckpointError, LabelError, ShardError
+from medpsp.stages import in_steps
 from medpsp.train.checkpoint import TrainState
 from medpsp.train.same import (
     changes_told,
@@ -111,14 +112,37 @@ def test_what_can_change_nothing_any_more_is_refused_and_told_while_it_can(made:
     first = trained.train.stages[0].model_copy(update={"lr": 0.5})
     stages = trained.train.model_copy(update={"stages": (first, *trained.train.stages[1:])})
     early = trained.model_copy(update={"train": stages})
-    assert too_late(known, early) == ["lr of stage a: made with 0.001, now 0.5"]
-    (line,) = changes_told(replace(known, step=7), early)
-    assert (
-        line
-        == "nothing comes of it for stages that are done: lr of stage a: made with 0.001, now 0.5"
-    )
+    for step in (4, 7, 10):  # stage a is done
+        past = replace(known, step=step, stage="a" if step == 4 else "b")
+        assert other_steps(past, early) == ["lr of stage a: made with 0.001, now 0.5"]
+        assert other_steps(past, trained) == []
+    assert other_steps(replace(known, step=3, stage="a"), early) == []  # goes on with it
     assert changes_told(replace(known, schedule={}), trained)[-1].startswith("the schedule after")
     assert too_late(replace(known, step=7), other) == []
+
+
+def test_stages_in_epochs_are_compared_before_the_shards_are_read(made: Config):
+    def in_epochs(epochs: float, **changes: object) -> Config:
+        stage = StageConfig(name="a", epochs=epochs, lr=1e-3)
+        train = made.train.model_copy(update={"stages": (stage,), **changes})
+        return made.model_copy(update={"train": train})
+
+    asked = in_epochs(2.0)
+    slices = in_steps(asked.train, lambda _: 10 * made.train.batch_size)
+    read = asked.model_copy(update={"train": slices})
+    known = TrainState(
+        step=20, stage="a", best=0.5, score=0.5, model=identify(made), schedule=schedule_of(read)
+    )
+    path = Path("step-00000020")
+    refuse_other(asked, path, known, "")
+    refuse_other(in_epochs(3.0), path, known, "")  # how many steps that is is not known yet
+    loss = made.loss.model_copy(update={"dice": 0.25})
+    model = made.model.model_copy(update={"pretrained": True, "dropout": 0.5})
+    other = asked.model_copy(update={"loss": loss, "model": model})
+    with pytest.raises(
+        CheckpointError, match=r"loss.dice: .*pretrained: made with False, now True"
+    ):
+        refuse_other(other, path, known, "")
 
 
 def test_only_one_command_works_in_a_run_folder(tmp_path: Path):

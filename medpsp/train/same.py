@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medpsp.config import Config
 from medpsp.errors import CheckpointError, ConfigError
-from medpsp.stages import stage_at, total_steps
+from medpsp.stages import in_steps, stage_at, total_steps
 from medpsp.trainconfig import HOW
 
 if TYPE_CHECKING:  # which brings torch
@@ -58,9 +58,9 @@ def teaches(config: Config) -> dict[str, Any]:
     """Settings beside the schedule that decide what is learnt, by key."""
     train = config.train.model_dump(mode="json", exclude=_ELSEWHERE | _RUNS | HOW)
     loss = config.loss.model_dump(mode="json")
-    return {
-        f"{name}.{k}": v for name, of in (("loss", loss), ("train", train)) for k, v in of.items()
-    }
+    model = config.model.model_dump(mode="json", include={"pretrained", "dropout"})
+    parts = (("loss", loss), ("train", train), ("model", model))
+    return {f"{name}.{key}": value for name, part in parts for key, value in part.items()}
 
 
 def other_draws(state: TrainState, config: Config) -> list[str]:
@@ -76,7 +76,7 @@ def other_draws(state: TrainState, config: Config) -> list[str]:
 
 def other_steps(state: TrainState, config: Config) -> list[str]:
     """What changes the steps that are done: neither the stages before the one of the last step, nor
-    the name of that one, nor fewer steps in all than are done.
+    the name of that one, nor fewer steps in all than are done, nor how a stage that is done went.
 
     Stages in epochs have no steps before the shards are read: then nothing is compared.
     """
@@ -85,24 +85,24 @@ def other_steps(state: TrainState, config: Config) -> list[str]:
         return []
     total, before = total_steps(stages), state.schedule.get("stages", [])
     if state.step <= total:
-        index, _ = stage_at(stages, state.step - 1)
+        index, within = stage_at(stages, state.step - 1)
         if before[:index] == now[:index] and state.stage == stages[index].name:
-            return []
+            ended = within + 1 == stages[index].steps and before[index : index + 1] == [now[index]]
+            return _changed_stages(state, config, index + ended)
     why = f"its step {state.step} is in stage {state.stage}, and what is done must stay as it was"
     return [f"{told_change('train.stages', _listed(before), _listed(now))} ({why})"]
 
 
 def too_late(state: TrainState, config: Config) -> list[str]:
     """What is other than it was, where no step is left that it could have an effect on."""
-    now, stages = schedule_of(config)["settings"], config.train.stages
-    if any(stage.epochs is not None and not stage.steps for stage in stages):
+    stages = config.train.stages
+    unknown = any(stage.epochs is not None and not stage.steps for stage in stages)
+    if unknown or state.step < total_steps(stages):
         return []
-    before = state.schedule.get("settings", [])
-    if state.step < total_steps(stages) or len(before) != len(now):
-        return []
-    changes = [*_changed_teaching(state, config), *_changed_stages(state, config, len(now))]
-    if before and before[-1].get("size", now[-1]["size"]) != now[-1]["size"]:
-        changes.append(told_change("train.size", before[-1]["size"], now[-1]["size"]))
+    changes, now = _changed_teaching(state, config), list(config.train.size)
+    for last in state.schedule.get("settings", [])[-1:]:
+        if (size := last.get("size", now)) != now:
+            changes.append(told_change("train.size", size, now))
     return changes
 
 
@@ -151,13 +151,10 @@ def begun_stages(state: TrainState) -> list[tuple[str, int, float | None]]:
 def changes_told(state: TrainState, config: Config) -> list[str]:
     """What is other than it was, and may be, in a line each."""
     taught = "; ".join(_changed_teaching(state, config))
-    index, _ = stage_at(config.train.stages, state.step - 1)
-    past = "; ".join(_changed_stages(state, config, index))
     lines = (
         changed_midway(state, config),
         changed_ahead(state, config),
         f"goes on with other settings: {taught}" if taught else "",
-        f"nothing comes of it for stages that are done: {past}" if past else "",
     )
     return [line for line in lines if line]
 
@@ -227,13 +224,19 @@ def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) ->
             f"checkpoint {path}: there is one, and train.resume=never refuses to go on from it; "
             f"{anew(path)}"
         )
+    begun = begun_stages(state)
+    if [(name, epochs) for name, _, epochs in begun] == [
+        (stage.name, stage.epochs) for stage in config.train.stages
+    ]:  # so that stages in epochs are compared before the shards are read
+        train = in_steps(config.train, lambda _: 0, begun)
+        config = config.model_copy(update={"train": train})
     changes = [
         *other_network(state.model, config, data_id),
         *other_draws(state, config),
         *other_steps(state, config),
     ]
-    if not changes and (late := too_late(state, config)):
-        changes = [*late, f"all {state.step} steps are done, so that nothing would come of it"]
+    if late := too_late(state, config):
+        changes += [*late, f"all {state.step} steps are done, so that nothing would come of it"]
     if changes:
         raise CheckpointError(
             f"checkpoint {path}: {'; '.join(changes)}; set it back, or {anew(path)}"
