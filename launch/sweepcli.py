@@ -66,7 +66,8 @@ def sweep(
     def refuse(planned: Config) -> None:
         if not cluster:
             refuse_beside_jobs(planned)
-        refuse_other(shared_part(plan_of(planned)), planned, "")
+        shared = shared_part(plan_of(load_config(find_config(config), (*changes, *chosen[0][1]))))
+        refuse_other(shared, planned, "")  # how the base would be trained need not fit the cluster
 
     def refuse_member(planned: Config) -> None:
         left = own_part(plan_of(planned), planned, RunDir(planned.out))
@@ -121,7 +122,7 @@ def _sweep_on(
     from launch.submit import submit_cluster, take_back
     from launch.sweep import own_part, shared_part
 
-    member, _ = opened[0]  # how the base was trained itself need not fit the cluster
+    member, _ = opened[0]  # as in `sweep`
     shared = unfinished(shared_part(plan_cluster(member, profile)), base, folder)
     sent: list[Submitted] = []
     last: list[Submitted] = []

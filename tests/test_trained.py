@@ -122,27 +122,34 @@ def test_what_can_change_nothing_any_more_is_refused_and_told_while_it_can(made:
 
 
 def test_stages_in_epochs_are_compared_before_the_shards_are_read(made: Config):
-    def in_epochs(epochs: float, **changes: object) -> Config:
-        stage = StageConfig(name="a", epochs=epochs, lr=1e-3)
-        train = made.train.model_copy(update={"stages": (stage,), **changes})
-        return made.model_copy(update={"train": train})
+    def in_epochs(first: float, last: float = 1.0, lr: float = 1e-3, more: int = 0) -> Config:
+        names = ("a", first, lr), ("b", last, 1e-3), *[("c", 1.0, 1e-3)] * more
+        stages = tuple(StageConfig(name=name, epochs=n, lr=rate) for name, n, rate in names)
+        return made.model_copy(update={"train": made.train.model_copy(update={"stages": stages})})
 
     asked = in_epochs(2.0)
     slices = in_steps(asked.train, lambda _: 10 * made.train.batch_size)
     read = asked.model_copy(update={"train": slices})
     known = TrainState(
-        step=20, stage="a", best=0.5, score=0.5, model=identify(made), schedule=schedule_of(read)
+        step=30, stage="b", best=0.5, score=0.5, model=identify(made), schedule=schedule_of(read)
     )
-    path = Path("step-00000020")
+    path = Path("step-00000030")
     refuse_other(asked, path, known, "")
-    refuse_other(in_epochs(3.0), path, known, "")  # how many steps that is is not known yet
-    loss = made.loss.model_copy(update={"dice": 0.25})
-    model = made.model.model_copy(update={"pretrained": True, "dropout": 0.5})
-    other = asked.model_copy(update={"loss": loss, "model": model})
-    with pytest.raises(
-        CheckpointError, match=r"loss.dice: .*pretrained: made with False, now True"
-    ):
+    refuse_other(in_epochs(2.0, 3.0), path, known, "")  # how many steps that is is not known yet
+    refuse_other(in_epochs(3.0), path, known, "")  # nor there
+    refuse_other(in_epochs(2.0, more=1), path, known, "")
+    for other in (in_epochs(2.0, lr=0.5, more=1), in_epochs(2.0, 3.0, lr=0.5)):
+        with pytest.raises(
+            CheckpointError, match=r"00030: lr of stage a: made with 0.001, now 0.5"
+        ):
+            refuse_other(other, path, known, "")
+    other = asked.model_copy(update={"loss": made.loss.model_copy(update={"dice": 0.25})})
+    with pytest.raises(CheckpointError, match=r"loss.dice: .*all 30 steps are done"):
         refuse_other(other, path, known, "")
+    model = made.model.model_copy(update={"pretrained": True})
+    other = asked.model_copy(update={"model": model})
+    with pytest.raises(CheckpointError, match=r"model.pretrained: made with False, now True"):
+        refuse_other(other, path, replace(known, step=3, stage="a"), "")
 
 
 def test_only_one_command_works_in_a_run_folder(tmp_path: Path):

@@ -24,6 +24,8 @@ DATA = "data (labels, window, split)"
 REFINE = 2
 """Higher where the same configuration gives another network."""
 
+_NO_END = 10**12
+"""Slices of an epoch, for stages that nobody knows the steps of yet."""
 _ELSEWHERE = {"preset", "steps", "stages", "size", "batch_size"}
 """Of ``train``; they are compared by what they make of the schedule."""
 _RUNS = {"ranks", "engine", "precision", "channels_last", "compile", "augment_on", "eval_every"}
@@ -48,6 +50,7 @@ def schedule_of(config: Config) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "batch_size": config.train.batch_size,
+        "pretrained": config.model.model_dump(mode="json")["pretrained"],
         "stages": stages,
         "settings": begun,
         "teaches": teaches(config),
@@ -58,19 +61,19 @@ def teaches(config: Config) -> dict[str, Any]:
     """Settings beside the schedule that decide what is learnt, by key."""
     train = config.train.model_dump(mode="json", exclude=_ELSEWHERE | _RUNS | HOW)
     loss = config.loss.model_dump(mode="json")
-    model = config.model.model_dump(mode="json", include={"pretrained", "dropout"})
-    parts = (("loss", loss), ("train", train), ("model", model))
+    parts = (("loss", loss), ("train", train), ("model", {"dropout": config.model.dropout}))
     return {f"{name}.{key}": value for name, part in parts for key, value in part.items()}
 
 
 def other_draws(state: TrainState, config: Config) -> list[str]:
-    """What changes which samples a step has: never while a run goes on."""
+    """What changes first weights, or the samples of a step: never while a run goes on."""
     now = schedule_of(config)
-    keys = {"seed": "seed", "batch_size": "train.batch_size"}
+    keys = {"seed": "seed", "batch_size": "train.batch_size", "pretrained": "model.pretrained"}
+    before = {"pretrained": now["pretrained"], **state.schedule}  # older ones do not say
     return [
-        told_change(key, state.schedule.get(name), now[name])
+        told_change(key, before.get(name), now[name])
         for name, key in keys.items()
-        if state.schedule.get(name) != now[name]
+        if before.get(name) != now[name]
     ]
 
 
@@ -224,12 +227,7 @@ def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) ->
             f"checkpoint {path}: there is one, and train.resume=never refuses to go on from it; "
             f"{anew(path)}"
         )
-    begun = begun_stages(state)
-    if [(name, epochs) for name, _, epochs in begun] == [
-        (stage.name, stage.epochs) for stage in config.train.stages
-    ]:  # so that stages in epochs are compared before the shards are read
-        train = in_steps(config.train, lambda _: 0, begun)
-        config = config.model_copy(update={"train": train})
+    config = _in_known_steps(state, config)
     changes = [
         *other_network(state.model, config, data_id),
         *other_draws(state, config),
@@ -241,6 +239,22 @@ def refuse_other(config: Config, path: Path, state: TrainState, data_id: str) ->
         raise CheckpointError(
             f"checkpoint {path}: {'; '.join(changes)}; set it back, or {anew(path)}"
         )
+
+
+def _in_known_steps(state: TrainState, config: Config) -> Config:
+    """Stages in epochs have no steps before the shards are read: with those of a checkpoint.
+
+    The stage of its last step, where its epochs are others, and those after it have no end, so that
+    training must look again. Nothing is known where a stage before that one has other epochs.
+    """
+    stages, begun = config.train.stages, begun_stages(state)
+    past = [(name, epochs) for name, _, epochs in begun[:-1]]
+    asked = [(stage.name, stage.epochs) for stage in stages[: len(past)]]
+    unread = any(stage.epochs is not None and not stage.steps for stage in stages)
+    if not (unread and begun and past == asked):
+        return config
+    train = in_steps(config.train, lambda _: _NO_END, begun)
+    return config.model_copy(update={"train": train})
 
 
 def anew(path: Path) -> str:
