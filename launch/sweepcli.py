@@ -63,11 +63,13 @@ def sweep(
     def plan_of(planned: Config) -> tuple[JobSpec, ...]:
         return plan_cluster(planned, profile) if cluster else plan_jobs(planned)
 
+    # how the base would be trained need not fit the cluster: any member plans what all share
+    shared = shared_part(plan_of(load_config(find_config(config), (*changes, *chosen[0][1]))))
+
     def refuse(planned: Config) -> None:
         if not cluster:
             refuse_beside_jobs(planned)
-        shared = shared_part(plan_of(load_config(find_config(config), (*changes, *chosen[0][1]))))
-        refuse_other(shared, planned, "")  # how the base would be trained need not fit the cluster
+        refuse_other(shared, planned, "")
 
     def refuse_member(planned: Config) -> None:
         left = own_part(plan_of(planned), planned, RunDir(planned.out))
@@ -76,15 +78,16 @@ def sweep(
 
     base, folder = open_run(config, changes, refuse=refuse, trains=False)
     opened = open_members((config, changes), folder, chosen, refuse=refuse_member)
+    left = wanted(shared, base, folder, "")
     failed = list[MedpspError]()
     if cluster:
-        _sweep_on(cluster, profile, base, folder, opened)
+        _sweep_on(cluster, profile, left, folder, opened)
         typer.echo(f"medpsp status {quote(str(folder.root))}")
         if not wait:
             return
         follow_runs(lambda: runs_of(folder))
     else:
-        failed = _sweep_here(base, folder, opened)
+        failed = _sweep_here(left, folder, opened)
         write_table(folder.root)
     show_comparison(compare([run.root for _, run in opened]), Console())
     if failed:
@@ -92,18 +95,18 @@ def sweep(
 
 
 def _sweep_here(
-    base: Config, folder: RunDir, opened: list[tuple[Config, RunDir]]
+    shared: tuple[JobSpec, ...], folder: RunDir, opened: list[tuple[Config, RunDir]]
 ) -> list[MedpspError]:
     """Run all members; those that fail do not stop the others, as on a cluster."""
     from launch.local import submit_plan
     from launch.plan import plan_jobs
-    from launch.sweep import own_part, shared_part
+    from launch.sweep import own_part
 
-    plan, failed = plan_jobs(base), list[MedpspError]()
-    submit_plan(wanted(shared_part(plan), base, folder, ""), folder)
+    failed = list[MedpspError]()
+    submit_plan(shared, folder)
     for member, run in opened:
         try:
-            submit_plan(own_part(plan, member, run), run)
+            submit_plan(own_part(plan_jobs(member), member, run), run)
         except (LaunchError, ConfigError) as error:
             failed.append(type(error)(f"{run.root.name}: {error}"))
             log.warning("%s", failed[-1])
@@ -113,17 +116,15 @@ def _sweep_here(
 def _sweep_on(
     cluster: str,
     profile: Profile,
-    base: Config,
+    shared: tuple[JobSpec, ...],
     folder: RunDir,
     opened: list[tuple[Config, RunDir]],
 ) -> None:
-    from launch.chain import Submitted, unfinished
+    from launch.chain import Submitted
     from launch.plan import JobSpec, plan_cluster
     from launch.submit import submit_cluster, take_back
-    from launch.sweep import own_part, shared_part
+    from launch.sweep import own_part
 
-    member, _ = opened[0]  # as in `sweep`
-    shared = unfinished(shared_part(plan_cluster(member, profile)), base, folder)
     sent: list[Submitted] = []
     last: list[Submitted] = []
     try:

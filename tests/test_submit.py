@@ -354,10 +354,10 @@ def test_an_interrupted_process_does_what_python_does_at_an_end(closed: bool):
 def test_what_a_chain_may_go_on_from_is_looked_at_before(
     made: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    asked = list[bool]()
+    asked = list[tuple[Config, bool]]()
 
-    def ask(_: Config, any_data: bool) -> None:
-        asked.append(any_data)
+    def ask(config: Config, any_data: bool) -> None:
+        asked.append((config, any_data))
 
     monkeypatch.setattr("launch.train.refuse_other_run", ask)
     refuse_other_training(["shards", "check"], made)
@@ -365,7 +365,7 @@ def test_what_a_chain_may_go_on_from_is_looked_at_before(
     assert not asked
     refuse_other_training(["preflight", "train", "evaluate"], made)
     refuse_other_training(["shards", "check", "train"], made)
-    assert asked == [False, True]
+    assert asked == [(made, False), (made, True)]
 
 
 def test_shards_that_a_run_was_trained_on_are_not_made_otherwise(made: Config, tmp_path: Path):

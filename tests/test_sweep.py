@@ -20,13 +20,13 @@ from launch.compare import (
     scored_alike,
     show_comparison,
 )
-from launch.plan import plan_jobs
+from launch.plan import JobSpec, plan_jobs
 from launch.rundir import RunDir, open_run
 from launch.scale import bottleneck, calculated_table, efficiency, measured_table, rate
 from launch.sweep import members, open_members, own_part, scale_members, shared_part, write_table
 from medpsp.config import Config
 from medpsp.configio import load_config
-from medpsp.errors import ConfigError
+from medpsp.errors import ConfigError, LaunchError
 
 
 def config(out: Path) -> Config:
@@ -119,6 +119,28 @@ def test_scale_times_what_the_command_asks_for_in_a_folder_that_was_trained(
     (one,) = timed
     assert (one.model.backbone, one.train.batch_size) == ("convnext_tiny", 12)
     assert base.config.read_bytes() == before
+
+
+def test_members_have_to_fit_a_cluster_and_their_base_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base, sent = RunDir.create(config(tmp_path / "base")), list[str]()
+    profile = tmp_path / "site.yaml"
+    profile.write_text("ranks_per_node: 2\n")
+
+    def submit(plan: tuple[JobSpec, ...], *_: object) -> None:
+        sent.extend(job.name for job in plan)
+        raise LaunchError("nothing is sent")
+
+    monkeypatch.setattr("launch.submit.submit_cluster", submit)
+    words = ["sweep", str(base.config), "train.ranks=3", "train.batch_size=12"]
+    words += ["--cluster", str(profile), "--over"]
+    done = CliRunner().invoke(app, [*words, "train.ranks=3,4"])
+    assert "train.ranks 3: the profile has 2 on a node" in str(done.exception)
+    assert not (base.root / "sweep").exists()
+    done = CliRunner().invoke(app, [*words, "train.ranks=2,4"])
+    assert "nothing is sent" in str(done.exception)
+    assert sent == ["plan", "convert", "publish", "check"]
 
 
 def test_a_member_waits_for_shards_that_are_being_made(tmp_path: Path):

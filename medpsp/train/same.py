@@ -84,7 +84,7 @@ def other_steps(state: TrainState, config: Config) -> list[str]:
     Stages in epochs have no steps before the shards are read: then nothing is compared.
     """
     now, stages = schedule_of(config)["stages"], config.train.stages
-    if any(stage.epochs is not None and not stage.steps for stage in stages):
+    if _unread(config):
         return []
     total, before = total_steps(stages), state.schedule.get("stages", [])
     if state.step <= total:
@@ -98,15 +98,18 @@ def other_steps(state: TrainState, config: Config) -> list[str]:
 
 def too_late(state: TrainState, config: Config) -> list[str]:
     """What is other than it was, where no step is left that it could have an effect on."""
-    stages = config.train.stages
-    unknown = any(stage.epochs is not None and not stage.steps for stage in stages)
-    if unknown or state.step < total_steps(stages):
+    if _unread(config) or state.step < total_steps(config.train.stages):
         return []
     changes, now = _changed_teaching(state, config), list(config.train.size)
     for last in state.schedule.get("settings", [])[-1:]:
         if (size := last.get("size", now)) != now:
             changes.append(told_change("train.size", size, now))
     return changes
+
+
+def _unread(config: Config) -> bool:
+    """Whether there are stages in epochs whose steps only the shards will tell."""
+    return any(stage.epochs is not None and not stage.steps for stage in config.train.stages)
 
 
 def _changed_stages(state: TrainState, config: Config, count: int) -> list[str]:
@@ -247,11 +250,10 @@ def _in_known_steps(state: TrainState, config: Config) -> Config:
     The stage of its last step, where its epochs are others, and those after it have no end, so that
     training must look again. Nothing is known where a stage before that one has other epochs.
     """
-    stages, begun = config.train.stages, begun_stages(state)
+    begun = begun_stages(state)
     past = [(name, epochs) for name, _, epochs in begun[:-1]]
-    asked = [(stage.name, stage.epochs) for stage in stages[: len(past)]]
-    unread = any(stage.epochs is not None and not stage.steps for stage in stages)
-    if not (unread and begun and past == asked):
+    asked = [(stage.name, stage.epochs) for stage in config.train.stages[: len(past)]]
+    if not (_unread(config) and begun and past == asked):
         return config
     train = in_steps(config.train, lambda _: _NO_END, begun)
     return config.model_copy(update={"train": train})
